@@ -1,0 +1,40 @@
+"""Fixtures for all tests: tiny models from configs, and the folder with golden values where it exists."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+SHARED = Path(__file__).parents[2] / "shared"
+_left_out: list[str] = []
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "shared: needs the folder `shared` beside the checkout (golden values, a real model)")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if SHARED.is_dir():
+        return
+    for item in items:
+        if item.get_closest_marker("shared"):
+            _left_out.append(item.nodeid)
+            item.add_marker(pytest.mark.skip(reason=f"{SHARED} isn't there"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if _left_out:
+        terminalreporter.write_line(f"{len(_left_out)} tests were left out: they need the folder {SHARED}", yellow=True)
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    # two processes with two threads each wait for one another on small machines
+    torch.set_num_threads(1)

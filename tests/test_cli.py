@@ -1,0 +1,196 @@
+"""The command line: verbs, exit codes, and what stays away from torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from vitprune import __version__
+from vitprune.cli import app
+from vitprune.recipe import Recipe, json_schema
+
+RECIPE = """\
+version: 1
+model: {checkpoint: facebook/deit-small-patch16-224}
+data: {path: fashion_mnist}
+pruning:
+  before_blocks: [4, 99]
+budget: {macs: 65%}
+"""
+
+
+class Heavy:
+    """Stands in for `vitprune.apply` and `vitprune.report`: records calls, raises what it is told to."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+        self.error: BaseException | None = None
+
+    def run(self, verb: str, *arguments: object) -> str:
+        self.calls.append((verb, *arguments))
+        if self.error:
+            raise self.error
+        return f"result of {verb}"
+
+
+@pytest.fixture
+def heavy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Heavy:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("VITPRUNE_DEBUG", raising=False)
+    Path("recipe.yaml").write_text(RECIPE)
+    heavy = Heavy()
+    work, report = ModuleType("vitprune.apply"), ModuleType("vitprune.report")
+    for verb in ("apply", "plan", "evaluate"):
+        setattr(work, verb, lambda *arguments, verb=verb: heavy.run(verb, *arguments))
+    for name in ("print_report", "print_plan"):
+        setattr(report, name, lambda result, console, name=name: console.print(f"{name}: {result}"))
+    monkeypatch.setitem(sys.modules, "vitprune.apply", work)
+    monkeypatch.setitem(sys.modules, "vitprune.report", report)
+    return heavy
+
+
+def invoke(*arguments: str) -> Result:
+    return CliRunner().invoke(app, arguments)
+
+
+@pytest.mark.parametrize(
+    ("verb", "arguments", "printed"),
+    [
+        ("apply", (), "print_report: result of apply"),
+        ("plan", (), "print_plan: result of plan"),
+        ("evaluate", ("runs/x",), "print_report: result of evaluate"),
+    ],
+)
+def test_verbs(heavy: Heavy, verb: str, arguments: tuple[str, ...], printed: str) -> None:
+    result = invoke(verb, *arguments, "recipe.yaml", "--set", "finetune.epochs=2", "--set", "data.name=a=b")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, printed + "\n", "")
+    (called, *given, recipe) = heavy.calls[0]
+    assert (called, tuple(given)) == (verb, arguments)
+    assert isinstance(recipe, Recipe)
+    assert recipe.finetune
+    assert (recipe.finetune.epochs, recipe.data.name) == (2.0, "a=b")
+
+
+@pytest.mark.parametrize("error", [ValueError("no labels"), OSError(28, "No space left"), RuntimeError("no labels")])
+def test_a_failure_is_one_clear_message(heavy: Heavy, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    heavy.error = error
+    result = invoke("apply", "recipe.yaml")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == f"failed: {error} (VITPRUNE_DEBUG=1 shows where)\n"
+    monkeypatch.setenv("VITPRUNE_DEBUG", "1")
+    result = invoke("apply", "recipe.yaml")
+    assert result.exit_code == 1
+    assert "Traceback" in result.stderr
+
+
+@pytest.mark.parametrize("error", [AssertionError("ours"), KeyError("ours")])
+def test_our_bugs_keep_their_traceback(heavy: Heavy, error: Exception) -> None:
+    heavy.error = error
+    assert invoke("apply", "recipe.yaml").exception is error
+
+
+def test_ctrl_c(heavy: Heavy) -> None:
+    heavy.error = KeyboardInterrupt()
+    result = invoke("apply", "recipe.yaml")
+    assert result.exit_code == 130
+    assert result.stderr == "interrupted; nothing half-written is left in the output path\n"
+
+
+def test_a_recipe_that_does_not_fit_the_model_is_a_wrong_recipe(heavy: Heavy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["vitprune.apply"], "plan", lambda recipe: recipe.pruning.stages(12))
+    result = invoke("plan", "recipe.yaml")
+    assert result.exit_code == 2
+    place = "recipe.yaml:5: pruning.before_blocks: "
+    assert result.stderr == f"{place}stage 99 is outside the model's 12 blocks (1 to 11)\n"
+
+
+def test_wrong_usage(heavy: Heavy) -> None:
+    for arguments in (["apply"], ["aply", "recipe.yaml"], ["apply", "missing.yaml"], ["apply", "recipe.yaml", "--set"]):
+        assert invoke(*arguments).exit_code == 2
+    assert not heavy.calls
+    result = invoke("apply", "missing.yaml")
+    assert result.stderr.startswith("missing.yaml: there is no such file; `vitprune recipes ls`")
+
+
+def test_schema_and_version() -> None:
+    assert json.loads(invoke("schema").stdout) == json_schema()
+    assert invoke("--version").stdout == f"vitprune {__version__}\n"
+
+
+def test_recipes_ls() -> None:
+    lines = invoke("recipes", "ls").stdout.splitlines()
+    assert [line.split()[0] for line in lines] == ["deit-small-imagenet", "dinov2-small-imagenet", "quickstart"]
+    assert lines[0].split(maxsplit=1)[1].startswith("DeiT-S on ImageNet-1k")
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of shipped recipes, one with files beside it."""
+    shelf = tmp_path / "shelf"
+    (shelf / "small" / "data").mkdir(parents=True)
+    (shelf / "small" / "__pycache__").mkdir()
+    (shelf / "small" / "data" / "train.parquet").write_text("rows")
+    (shelf / "small.yaml").write_text(RECIPE)
+    (shelf / "large.yaml").write_text(RECIPE)
+    (shelf / "recipe.schema.json").write_text("{}")
+    monkeypatch.setattr("vitprune.recipes.folder", lambda: shelf)
+    monkeypatch.chdir(tmp_path)
+    return shelf
+
+
+def test_recipes_cp(shelf: Path) -> None:
+    result = invoke("recipes", "cp", "small", "mine")
+    assert (result.exit_code, result.stdout.split()) == (
+        0,
+        ["mine/small.yaml", "mine/small", "mine/recipe.schema.json"],
+    )
+    assert sorted(str(path) for path in Path("mine").rglob("*")) == [
+        "mine/recipe.schema.json",
+        "mine/small",
+        "mine/small.yaml",
+        "mine/small/data",
+        "mine/small/data/train.parquet",
+    ]
+    assert invoke("recipes", "cp", "large.yaml", "mine").stdout.split() == ["mine/large.yaml"]
+
+
+def test_recipes_cp_overwrites_nothing(shelf: Path) -> None:
+    Path("small").mkdir()
+    result = invoke("recipes", "cp", "small")
+    assert (result.exit_code, result.stderr) == (1, "failed: small is already there; name another folder\n")
+    assert not Path("small.yaml").exists()
+
+
+def test_recipes_cp_of_an_unknown_name(shelf: Path) -> None:
+    result = invoke("recipes", "cp", "smal")
+    assert result.exit_code == 2
+    assert "did you mean 'small'?" in result.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["schema"], ["recipes", "ls"], ["plan", "missing.yaml"], ["--version"]]
+)
+def test_light_verbs_leave_torch_alone(arguments: list[str]) -> None:
+    code = """
+import sys
+from vitprune.cli import main
+try:
+    main()
+except SystemExit:
+    pass
+print(*(name for name in ("torch", "transformers", "datasets", "numpy") if name in sys.modules), sep=",", end="|")
+"""
+    run = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=True)
+    assert run.stdout.splitlines()[-1] == "|" if arguments[0] != "plan" else run.stdout == "|"
+
+
+def test_python_m() -> None:
+    run = subprocess.run([sys.executable, "-m", "vitprune", "--version"], capture_output=True, text=True, check=True)
+    assert run.stdout == f"vitprune {__version__}\n"

@@ -1,0 +1,60 @@
+"""Multiply-accumulates (MACs) of a pruned and of a dense pass, exact for what is executed.
+
+Counted: every matrix product and convolution, the score's attention row and the similarities of a merge included.
+Not counted, as everywhere: norms, activations, softmax, sums. A batch's similarity matrices are padded to its largest
+image; that padding isn't counted.
+
+All token counts may be numbers or tensors, so that the same formulas serve reports and the budget loss.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+from torch import Tensor
+
+Count = TypeVar("Count", float, Tensor)
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """The MACs of one model's parts.
+
+    linear: for each block, MACs of its linear layers for one token (12·D² in a plain ViT).
+    width: H·K, the width of queries and keys.
+    head_width: K.
+    patch: MACs of embedding one patch.
+    head: MACs of everything applied once an image (classifier, pooler).
+    """
+
+    linear: tuple[int, ...]
+    width: int
+    head_width: int
+    patch: int
+    head: int
+
+    def block(self, block: int, tokens: Count) -> Count:
+        """Block `block` on `tokens` tokens: linear layers, QKᵀ and the weighted sum of the values."""
+        return self.linear[block] * tokens + 2 * self.width * tokens * tokens
+
+    def dense(self, patches: int, prefix: int) -> float:
+        """The whole dense model for one image."""
+        blocks = sum(self.block(b, float(patches + prefix)) for b in range(len(self.linear)))
+        return blocks + self.outside(patches)
+
+    def outside(self, patches: int) -> float:
+        """Patch embedding and head: what pruning never changes."""
+        return float(self.patch * patches + self.head)
+
+    def class_attention(self, tokens: Count) -> Count:
+        """The class token's attention row, all heads."""
+        return self.width * tokens
+
+    def redundancy(self, patches: Count) -> Count:
+        """Candidates against anchors: every second patch against the others."""
+        return self.head_width * (patches * patches - patches % 2) / 4
+
+    def merge(self, left: Count, kept: Count) -> Count:
+        """Patches that leave against patches that stay."""
+        return self.head_width * left * kept

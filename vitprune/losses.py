@@ -1,0 +1,21 @@
+"""The two losses that pruning adds to the task's own: compute budget and distillation."""
+
+from __future__ import annotations
+
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def budget_loss(macs_B: Tensor, dense_macs_B: Tensor, budget: float) -> Tensor:
+    """|ratio − budget|, the ratio of MACs averaged over the images (AS-ViT, section 3.4); dimensionless."""
+    return ((macs_B / dense_macs_B).mean() - budget).abs()
+
+
+def distillation_loss(student_logits_BC: Tensor, teacher_logits_BC: Tensor) -> Tensor:
+    """KL(teacher ‖ student), summed over classes and averaged over images, in nats."""
+    return F.kl_div(
+        student_logits_BC.float().log_softmax(-1),
+        teacher_logits_BC.float().log_softmax(-1),
+        reduction="batchmean",
+        log_target=True,
+    )

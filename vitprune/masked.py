@@ -1,0 +1,172 @@
+"""One training forward of a pruned model: nothing is removed, a 0/1 mask with gradient says who is seen.
+
+Dropped tokens go on as ghosts that see the others but that nobody else sees (AS-ViT, section 3.3), so that gradients
+can bring them back. What the packed pass does with tokens that leave is done here in the same numbers, with 1 − m for
+what is given away.
+
+Shapes: B images, N tokens of an image (grows by one a stage under `fuse`), M tokens of an image that are seen, D width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitprune.attention import AttentionCall, Findings, MaskedTokens
+from vitprune.scoring import true_indices
+from vitprune.stage import Decision, Observer, Policy, decide, fuse_weights, stage_macs
+from vitprune.thresholds import straight_through
+from vitprune.tokens import NOBODY
+
+
+@dataclass(frozen=True)
+class _Gift:
+    """What a stage gave away: amount (B, N), 0/1 with gradient, and the token that took it in (B, N)."""
+
+    amounts_BN: Tensor
+    takers_BN: Tensor
+
+
+class MaskedPass:
+    """The state of one forward. Belongs to that forward alone. Attributes as in `packed.PackedPass`."""
+
+    def __init__(self, policy: Policy, observers: tuple[Observer, ...], *, traced: bool) -> None:
+        self.policy = policy
+        self.observers = observers
+        self.traced = traced
+        self.keep_masks: list[Tensor] = []
+        self.macs_B: Tensor | None = None
+        self.num_tokens = 0
+        self._mask_BN: Tensor | None = None
+        self._sizes_BN: Tensor | None = None
+        self._gifts: list[_Gift] = []
+        self._call = AttentionCall()
+
+    def enter_block(self, block: int, hidden_states: Tensor) -> tuple[Tensor, AttentionCall]:
+        """What block `block` gets: all hidden states, (B, N, D), and the mask for its attention."""
+        policy = self.policy
+        if block == 0:
+            self.num_tokens = hidden_states.shape[1]
+            self.macs_B = torch.zeros(hidden_states.shape[0], dtype=torch.float64, device=hidden_states.device)
+        if block in policy.before_blocks:
+            hidden_states = self._prune(policy.before_blocks.index(block), hidden_states)
+        if self.traced:
+            assert self.macs_B is not None
+            self.macs_B = self.macs_B + policy.cost.block(block, self._seen_B())
+        stage_follows = block + 1 in policy.before_blocks
+        self._call = AttentionCall(
+            tokens=None if self._mask_BN is None else MaskedTokens(self._mask_BN, self._sizes_BN),
+            wants_scores=stage_follows and policy.needs_class_attention,
+            wants_metric=stage_follows and policy.needs_metric,
+        )
+        return hidden_states, self._call
+
+    def unpack(self, hidden_states: Tensor) -> Tensor:
+        """Hidden states behind the last block as the packed pass gives them out, (B, N, D) of the dense sequence."""
+        if self._mask_BN is None:
+            return hidden_states
+        if self.policy.spec.dropped == "leave":
+            mask_BN1 = self._mask_BN[..., None].to(hidden_states.dtype)
+            patches = slice(self.policy.num_prefix_tokens, None)
+            kept_BND = (hidden_states * mask_BN1)[:, patches]
+            mean_B1D = kept_BND.sum(1, keepdim=True) / mask_BN1[:, patches].sum(1, keepdim=True)
+            return hidden_states + (1 - mask_BN1) * (mean_B1D - hidden_states)
+        for gift in reversed(self._gifts):
+            index_BND = gift.takers_BN[..., None].expand(-1, -1, hidden_states.shape[-1])
+            known = gift.takers_BN.shape[1]
+            amounts_BN1 = gift.amounts_BN[..., None].to(hidden_states.dtype)
+            own_BND, taker_BND = hidden_states[:, :known], hidden_states.gather(1, index_BND)
+            hidden_states = own_BND + amounts_BN1 * (taker_BND - own_BND)
+        return hidden_states[:, : self.num_tokens]
+
+    def unpack_block_output(self, block: int, hidden_states: Tensor) -> Tensor:
+        """What block `block` gave out, ghosts included, (B, N, D)."""
+        return hidden_states[:, : self.num_tokens]
+
+    def _seen_B(self) -> Tensor:
+        assert self.macs_B is not None
+        if self._mask_BN is None:
+            return torch.full_like(self.macs_B, self.num_tokens)
+        return self._mask_BN.sum(1).double()
+
+    def _prune(self, stage: int, x_BND: Tensor) -> Tensor:
+        policy, before_B = self.policy, self._seen_B()
+        if self._mask_BN is None:
+            self._mask_BN = x_BND.new_ones(x_BND.shape[:2], dtype=torch.float32)
+        # decide among the tokens that are seen, in the order in which the packed pass has them
+        seen_BN = self._mask_BN.detach() > 0.5
+        index_BM = true_indices(seen_BN)
+        valid_BM = seen_BN.gather(1, index_BM)
+        positions_BM = torch.where(index_BM < self.num_tokens, index_BM, NOBODY)
+        decision = decide(
+            policy,
+            stage,
+            _at(self._call.findings, index_BM),
+            valid_BM,
+            positions_BM,
+            self.observers,
+            ask_all=True,
+        )
+        m_BM = decision.keep_BM.float()
+        if policy.spec.select == "threshold":
+            m_BM = straight_through(decision.scores_BM, decision.level, policy.temperatures[stage], decision.keep_BM)
+        m_BN = torch.zeros_like(self._mask_BN).scatter(1, index_BM, m_BM * valid_BM)
+        # as published, not multiplied with the mask before: gradients reach earlier thresholds through the scores
+        self._mask_BN = m_BN
+        kept_B = self._seen_B()
+        # ghosts have nothing to give, not even a gradient: nobody knows who would take them in
+        amounts_BN = torch.where(seen_BN, 1 - m_BN, 0.0)
+        x_BND = self._give(decision, amounts_BN, index_BM, x_BND)
+        if self.traced:
+            assert self.macs_B is not None
+            self.macs_B = self.macs_B + stage_macs(policy, before_B, kept_B)
+            own_BN = self._mask_BN[:, policy.num_prefix_tokens : self.num_tokens]
+            self.keep_masks.append(own_BN.detach() > 0.5)
+        return x_BND
+
+    def _give(self, decision: Decision, amounts_BN: Tensor, index_BM: Tensor, x_BND: Tensor) -> Tensor:
+        match self.policy.spec.dropped:
+            case "leave":
+                return x_BND
+            case "merge":
+                return self._merge(decision, amounts_BN, index_BM, x_BND)
+            case "fuse":
+                return self._fuse(decision, amounts_BN, index_BM, x_BND)
+
+    def _merge(self, decision: Decision, amounts_BN: Tensor, index_BM: Tensor, x_BND: Tensor) -> Tensor:
+        assert decision.takers_BM is not None
+        takers_BM = index_BM.gather(1, decision.takers_BM)
+        takers_BN = torch.zeros_like(amounts_BN, dtype=torch.long).scatter(1, index_BM, takers_BM)
+        sizes_BN = torch.ones_like(amounts_BN) if self._sizes_BN is None else self._sizes_BN
+        given_BN = amounts_BN * sizes_BN
+        self._sizes_BN = sizes_BN.scatter_add(1, takers_BN, given_BN)
+        # the mean by size as a change of the taker: x_j + Σ_i given_i·(x_i − x_j) / s'_j
+        index_BND = takers_BN[..., None].expand_as(x_BND)
+        shares_BN1 = (given_BN / self._sizes_BN.gather(1, takers_BN))[..., None].to(x_BND.dtype)
+        self._gifts.append(_Gift(amounts_BN, takers_BN))
+        return x_BND.scatter_add(1, index_BND, (x_BND - x_BND.gather(1, index_BND)) * shares_BN1)
+
+    def _fuse(self, decision: Decision, amounts_BN: Tensor, index_BM: Tensor, x_BND: Tensor) -> Tensor:
+        tiny = torch.finfo(torch.float32).tiny
+        assert self._mask_BN is not None
+        sizes_BN = torch.ones_like(amounts_BN) if self._sizes_BN is None else self._sizes_BN
+        weights_BM = fuse_weights(self.policy, decision)
+        weights_BN = amounts_BN * (torch.zeros_like(amounts_BN).scatter(1, index_BM, weights_BM) + tiny)
+        total_B1 = weights_BN.sum(1, keepdim=True)
+        fuses_B1 = amounts_BN.detach().sum(1, keepdim=True) > 0.5
+        fused_BD = (weights_BN[..., None] * x_BND).sum(1) / torch.where(fuses_B1, total_B1, 1.0)
+        size_B1 = torch.where(fuses_B1, (amounts_BN * sizes_BN).sum(1, keepdim=True), 1.0)
+        self._sizes_BN = torch.cat([sizes_BN, size_B1], 1)
+        self._mask_BN = torch.cat([self._mask_BN, fuses_B1.float()], 1)
+        self._gifts.append(_Gift(amounts_BN, torch.full_like(amounts_BN, x_BND.shape[1], dtype=torch.long)))
+        return torch.cat([x_BND, fused_BD[:, None].to(x_BND.dtype)], 1)
+
+
+def _at(findings: Findings, index_BM: Tensor) -> Findings:
+    scores, metric = findings.class_attention_scores_BM, findings.metric_BMK
+    return Findings(
+        None if scores is None else scores.gather(1, index_BM),
+        None if metric is None else metric.gather(1, index_BM[..., None].expand(-1, -1, metric.shape[-1])),
+    )

@@ -1,0 +1,259 @@
+"""`prune_(model, spec)` and `restore_(model)`: the only place that changes a model.
+
+A pruned model is the same modules under the same names, plus one submodule `vitprune` that holds what is learned, and
+hooks: on the backbone (one forward begins and ends), on each block (tokens leave before it) and on the final norm
+(the dense sequence comes back). The state of a forward is a `PackedPass` (eval mode) or a `MaskedPass` (train mode); it
+reaches the hooks through a context variable and the attention function as a keyword of its layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from vitprune import attention
+from vitprune.families import Anatomy, examine
+from vitprune.masked import MaskedPass
+from vitprune.packed import PackedPass
+from vitprune.recipe import PruningSpec
+from vitprune.stage import Policy
+
+SUBMODULE = "vitprune"
+PUBLISHED_TEMPERATURE = 1e-4
+# a threshold that keeps everything: what a stage has until it is calibrated
+KEEPS_ALL = -torch.inf
+
+_forward: ContextVar[PackedPass | MaskedPass | None] = ContextVar("vitprune_forward", default=None)
+_traces: ContextVar[tuple[Trace, ...]] = ContextVar("vitprune_traces", default=())
+
+
+class Pruning(nn.Module):
+    """What a pruned model knows beyond the dense one: `model.vitprune`.
+
+    levels: parameter `thresholds` (stages,) for `select: threshold`, else buffer `keep_ratios` (stages,).
+    temperatures: (stages,), τ of the straight-through gradient.
+    All stay float32 whatever the model's dtype: thresholds live near 1/N.
+    """
+
+    temperatures: Tensor
+
+    def __init__(self, spec: PruningSpec, anatomy: Anatomy) -> None:
+        super().__init__()
+        self.spec = spec
+        self.before_blocks = spec.stages(len(anatomy.blocks))
+        self.num_prefix_tokens = anatomy.num_prefix_tokens
+        self.cost = anatomy.cost
+        self.dense_attention = anatomy.backbone.config._attn_implementation
+        self.handles: list[RemovableHandle] = []
+        count = len(self.before_blocks)
+        if spec.select == "threshold":
+            given = [KEEPS_ALL] * count if spec.thresholds == "calibrated" else list(spec.thresholds)
+            self.thresholds = nn.Parameter(torch.tensor(given, dtype=torch.float32))
+        else:
+            given = [1.0] * count if spec.keep_ratios == "calibrated" else list(spec.keep_ratios)
+            self.register_buffer("keep_ratios", torch.tensor(given, dtype=torch.float32))
+        temperature = spec.temperature or PUBLISHED_TEMPERATURE
+        self.register_buffer("temperatures", torch.full((count,), temperature, dtype=torch.float32))
+
+    @property
+    def levels(self) -> Tensor:
+        return self.get_parameter("thresholds") if self.spec.select == "threshold" else self.get_buffer("keep_ratios")
+
+    def policy(self) -> Policy:
+        return Policy(
+            self.spec, self.before_blocks, self.num_prefix_tokens, self.cost, self.levels, self.temperatures
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pruning:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.spec.score}, {self.spec.select}, {self.spec.dropped}, before blocks {self.before_blocks}"
+
+
+@dataclass(eq=False)
+class Trace:
+    """What forwards of a pruned model did, image after image in the order in which they came.
+
+    keep_masks: for each stage a bool (images, patches) over the original patches: those still tokens of their own.
+    macs: (images,) float64, multiply-accumulates executed for each image (in training: what inference would execute);
+        carries the gradient to the thresholds in training.
+    dense_macs: (images,) float64, the dense model's.
+    before_blocks: the stages.
+    """
+
+    pruning: Pruning
+    before_blocks: tuple[int, ...]
+    _keep_masks: list[list[Tensor]] = field(default_factory=list)
+    _macs: list[Tensor] = field(default_factory=list)
+    _dense_macs: list[Tensor] = field(default_factory=list)
+
+    @property
+    def keep_masks(self) -> list[Tensor]:
+        return [torch.cat(masks) for masks in zip(*self._keep_masks, strict=True)]
+
+    @property
+    def macs(self) -> Tensor:
+        return torch.cat(self._macs)
+
+    @property
+    def dense_macs(self) -> Tensor:
+        return torch.cat(self._dense_macs)
+
+    def level(self, stage: int, scores_BM: Tensor, valid_BM: Tensor, current: Tensor) -> Tensor:
+        """Called at each stage; a subclass may answer with a level of its own (calibration does)."""
+        return current
+
+    def record(self, state: PackedPass | MaskedPass) -> None:
+        """Takes over what a forward that ended well did."""
+        assert state.macs_B is not None
+        patches = state.num_tokens - self.pruning.num_prefix_tokens
+        self._keep_masks.append(state.keep_masks)
+        self._macs.append(state.macs_B + self.pruning.cost.outside(patches))
+        dense = self.pruning.cost.dense(patches, self.pruning.num_prefix_tokens)
+        self._dense_macs.append(torch.full_like(state.macs_B, dense))
+
+
+def pruning_of(model: nn.Module) -> Pruning:
+    """The `Pruning` of a model, also of one that is wrapped for distributed training.
+
+    Raises:
+        ValueError: the model isn't pruned.
+    """
+    found = next((module for module in model.modules() if isinstance(module, Pruning)), None)
+    if found is None:
+        raise ValueError(f"{type(model).__name__} isn't pruned; call vitprune.prune_(model, spec) first")
+    return found
+
+
+def is_pruned(model: nn.Module) -> bool:
+    return any(isinstance(module, Pruning) for module in model.modules())
+
+
+@contextmanager
+def trace(model: nn.Module) -> Iterator[Trace]:
+    """Records what the model's forwards inside the `with` do. Belongs to the thread that enters it."""
+    pruning = pruning_of(model)
+    with watching(Trace(pruning, pruning.before_blocks)) as watched:
+        yield watched
+
+
+@contextmanager
+def watching(watched: Trace) -> Iterator[Trace]:
+    """As `trace`, with a trace of one's own making."""
+    token = _traces.set((*_traces.get(), watched))
+    try:
+        yield watched
+    finally:
+        _traces.reset(token)
+
+
+def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
+    """Makes a ViT drop tokens, in place.
+
+    In eval mode tokens are removed, in train mode they are masked so that the thresholds learn. Module names stay. With
+    `thresholds: calibrated` everything is kept until `calibrate` has been called. A forward with
+    `output_hidden_states=True` gives dense sequences: a patch that left holds the state of the token that stands for
+    it, or under `leave` the mean of the image's remaining patches.
+
+    Raises:
+        ValueError: no plain ViT, a stage outside its blocks, or already pruned.
+    """
+    if is_pruned(model):
+        raise ValueError(f"{type(model).__name__} is pruned already; call vitprune.restore_(model) first")
+    anatomy = examine(model)
+    pruning = Pruning(spec, anatomy)
+    device = next(model.parameters()).device
+    model.add_module(SUBMODULE, pruning if device.type == "meta" else pruning.to(device))
+    pruning.handles = _attach(pruning, anatomy)
+    model.set_attn_implementation(attention.NAME)
+    return model
+
+
+def restore_(model: PreTrainedModel) -> PreTrainedModel:
+    """Gives back the dense model exactly, in place: `prune_` undone, weights as they are now.
+
+    Raises:
+        ValueError: the model isn't pruned.
+    """
+    pruning = pruning_of(model)
+    for handle in pruning.handles:
+        handle.remove()
+    model.set_attn_implementation(pruning.dense_attention)
+    delattr(model, SUBMODULE)
+    return model
+
+
+def _attach(pruning: Pruning, anatomy: Anatomy) -> list[RemovableHandle]:
+    """Hooks are objects, not closures, so that a copy of the model has hooks of its own."""
+    handles = [
+        anatomy.backbone.register_forward_pre_hook(_Begin(pruning), with_kwargs=True),
+        anatomy.backbone.register_forward_hook(_End(pruning), always_call=True),
+        anatomy.final_norm.register_forward_hook(_unpack),
+    ]
+    for index, block in enumerate(anatomy.blocks):
+        handles.append(block.register_forward_pre_hook(_EnterBlock(index), with_kwargs=True))
+    return handles
+
+
+@dataclass(frozen=True, eq=False)
+class _Begin:
+    pruning: Pruning
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if kwargs.get("attention_mask") is not None or kwargs.get("output_attentions"):
+            raise ValueError(
+                "a pruned model takes no attention_mask and gives out no attention maps: its images have different "
+                "tokens in every block; call vitprune.restore_(model) for the dense model"
+            )
+        observers = tuple(t for t in _traces.get() if t.pruning is self.pruning)
+        kind = MaskedPass if module.training else PackedPass
+        _forward.set(kind(self.pruning.policy(), observers, traced=bool(observers)))
+
+
+@dataclass(frozen=True, eq=False)
+class _End:
+    pruning: Pruning
+
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        state = _forward.get()
+        _forward.set(None)
+        if state is None or output is None:  # the forward failed
+            return output
+        for watched in state.observers:
+            assert isinstance(watched, Trace)
+            watched.record(state)
+        if isinstance(output, ModelOutput) and output.get("hidden_states") is not None:
+            first, *rest = output["hidden_states"]
+            output["hidden_states"] = (first, *(state.unpack_block_output(b, x) for b, x in enumerate(rest)))
+        return output
+
+
+@dataclass(frozen=True, eq=False)
+class _EnterBlock:
+    block: int
+
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        state = _forward.get()
+        if state is None:
+            return None
+        hidden_states, call = state.enter_block(self.block, args[0])
+        return (hidden_states, *args[1:]), {**kwargs, "pruning": call}
+
+
+def _unpack(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    state = _forward.get()
+    return None if state is None else state.unpack(output)

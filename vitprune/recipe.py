@@ -1,0 +1,303 @@
+"""The recipe: what can be asked of vitprune, its defaults, and how it is read.
+
+Knows the meaning of every key and which go together. Leaves YAML and the places of mistakes to `yaml_source.py`, and
+everything that needs the model or the data to those who run a recipe. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationInfo
+from pydantic import field_validator as check
+
+from vitprune.recipe_errors import Problem
+from vitprune.recipe_errors import RecipeError as RecipeError
+from vitprune.recipe_values import (
+    LISTS_TOO,
+    Blocks,
+    Fraction,
+    HubOrLocal,
+    KeepRatios,
+    NonNegative,
+    Part,
+    Positive,
+    Text,
+    Thresholds,
+)
+from vitprune.yaml_source import Source, dump
+
+
+class _Spec(BaseModel):
+    model_config = ConfigDict(
+        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class ModelSpec(_Spec):
+    """The dense model to start from."""
+
+    checkpoint: HubOrLocal
+    """Hub id or local folder of an image classifier, such as facebook/deit-small-patch16-224."""
+    revision: Text | None = None
+    """Branch, tag or commit on the Hub."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """What the model computes in while it is calibrated and evaluated."""
+
+
+class SplitSpec(_Spec):
+    """A part of the dataset."""
+
+    # A recipe may leave the split out: both places that hold one know which they mean.
+    model_config = ConfigDict(json_schema_extra={"required": []})
+
+    split: Text
+    """Name of the split, such as train, validation or test."""
+    limit: PositiveInt | None = None
+    """Use that many images, a seeded random sample; all if left out."""
+
+
+def _split(name: str) -> BeforeValidator:
+    return BeforeValidator(lambda value: {"split": name, **value} if isinstance(value, dict) else value)
+
+
+class DataSpec(_Spec):
+    """The images."""
+
+    path: HubOrLocal
+    """Hub id, image folder, or parquet or arrow files."""
+    name: Text | None = None
+    """Configuration of a Hub dataset that has several."""
+    train: Annotated[SplitSpec, _split("train")] = SplitSpec(split="train")
+    """Images to calibrate and fine-tune with."""
+    eval: Annotated[SplitSpec, _split("test")] = SplitSpec(split="test")
+    """Images to evaluate with."""
+    image_column: Text | None = None
+    """The column of images; found by its type if left out."""
+    label_column: Text | None = None
+    """The column of labels; found by its type if left out."""
+    streaming: bool = False
+    """Read while running instead of downloading first."""
+    on_error: Literal["raise", "skip"] = "raise"
+    """What to do with an image that cannot be read: stop, or count it and go on."""
+    workers: NonNegativeInt = 0
+    """Processes that load images beside the main one."""
+
+
+class PruningSpec(_Spec):
+    """Where, by what and how tokens are pruned."""
+
+    before_blocks: Blocks = "every"
+    """Prune before these blocks, counted from 0, or before every block from 1 on."""
+    score: Literal["head-weighted-class-attention", "redundancy"] = "redundancy"
+    """What a token is judged by: what the class token sees in it (AS-ViT), or how little another one resembles it."""
+    redundancy_exponent: NonNegative = 0.5
+    """How much class attention counts beside redundancy: r * S^exponent, 0 for redundancy alone."""
+    select: Literal["threshold", "top-k", "random", "tome"] = "threshold"
+    """By a threshold, so that images keep different numbers of tokens, or one of the rivals with fixed numbers."""
+    thresholds: Thresholds = "calibrated"
+    """One per stage, for select: threshold. A token stays where its score is above."""
+    keep_ratios: KeepRatios = "calibrated"
+    """One per stage, for the other selects: the part of its patches that a stage keeps."""
+    dropped: Literal["leave", "fuse", "merge"] = "merge"
+    """What becomes of dropped tokens: nothing, one extra token for all, or averaged into the most similar kept one."""
+    min_tokens: PositiveInt = 1
+    """So many patches of an image always stay."""
+    temperature: Positive | None = None
+    """Softness of the threshold in training; if left out 1e-4, or fitted to the scores where those are calibrated."""
+
+    @check("before_blocks")
+    @classmethod
+    def _increasing(cls, stages: tuple[int, ...] | Literal["every"]) -> tuple[int, ...] | Literal["every"]:
+        if not stages:
+            raise ValueError("names no block; write 'every' or a list such as [4, 7, 10]")
+        if isinstance(stages, tuple) and any(first >= second for first, second in pairwise(stages)):
+            raise ValueError(f"is {list(stages)}, which does not increase; write {sorted(set(stages))}")
+        return stages
+
+    @check("select", "dropped")
+    @classmethod
+    def _as_tome(cls, value: str, info: ValidationInfo) -> str:
+        if value == "tome" and info.data.get("score", "redundancy") != "redundancy":
+            raise ValueError("is 'tome', which needs pruning.score to be 'redundancy'")
+        if info.field_name == "dropped" and info.data.get("select") == "tome" and value != "merge":
+            raise ValueError(f"is {value!r}, but select: tome needs 'merge'")
+        return value
+
+    @check("thresholds", "keep_ratios")
+    @classmethod
+    def _per_stage(cls, values: tuple[float, ...] | str, info: ValidationInfo) -> tuple[float, ...] | str:
+        select = info.data.get("select")
+        if isinstance(values, str) or select is None:
+            return values
+        if (select == "threshold") != (info.field_name == "thresholds"):
+            right = "thresholds" if select == "threshold" else "keep_ratios"
+            raise ValueError(f"has no meaning with select: {select}; leave it out or use {right}")
+        stages = info.data.get("before_blocks")
+        if isinstance(stages, tuple) and len(values) != len(stages):
+            raise ValueError(
+                f"has {len(values)} numbers for the {len(stages)} stages {list(stages)}; give one per stage"
+            )
+        return values
+
+    def stages(self, num_blocks: int) -> tuple[int, ...]:
+        """The blocks of a model of `num_blocks` before which it is pruned. ValueError where that cannot be."""
+        stages = tuple(range(1, num_blocks) if self.before_blocks == "every" else self.before_blocks)
+        for stage in stages:
+            if stage >= num_blocks:
+                text = f"stage {stage} is outside the model's {num_blocks} blocks (1 to {num_blocks - 1})"
+                raise RecipeError([Problem(("pruning", "before_blocks"), text)])
+        for name, values in (("thresholds", self.thresholds), ("keep_ratios", self.keep_ratios)):
+            if isinstance(values, tuple) and len(values) != len(stages):
+                text = f"has {len(values)} numbers for {len(stages)} stages in {num_blocks} blocks; give one per stage"
+                raise RecipeError([Problem(("pruning", name), text)])
+        return stages
+
+
+class BudgetSpec(_Spec):
+    """What the pruned model may cost."""
+
+    macs: Fraction
+    """Multiply-accumulates, as a part of the dense model's, averaged over images: 65% or 0.65."""
+
+
+class CalibrationSpec(_Spec):
+    """Finding thresholds for the budget without training."""
+
+    images: PositiveInt = 256
+    """Training images to look at, a seeded random sample."""
+    batch_size: PositiveInt = 32
+    """Images at a time."""
+
+
+class LossWeights(_Spec):
+    """What the fine-tuner minimises."""
+
+    task: NonNegative = 1.0
+    """Cross-entropy with the labels."""
+    budget: NonNegative = 2.0
+    """Distance to the budget, |ratio - budget|."""
+    distillation: NonNegative = 0.5
+    """Divergence from the dense model's answers."""
+
+    @check("distillation")
+    @classmethod
+    def _something_to_learn(cls, distillation: float, info: ValidationInfo) -> float:
+        if distillation == 0 and info.data.get("task") == 0:
+            raise ValueError("is 0 and so is task; one of them should be above 0")
+        return distillation
+
+
+class FinetuneSpec(_Spec):
+    """Training weights and thresholds together. Without this section thresholds are only calibrated."""
+
+    epochs: Positive = 1.0
+    """Passes over the training images; parts are fine."""
+    batch_size: PositiveInt = 32
+    """Images at a time."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Batches to a step of the optimizer."""
+    learning_rate: Positive = 2e-5
+    """Highest learning rate of the weights."""
+    threshold_learning_rate: Positive = 0.01
+    """Highest learning rate of the thresholds, as a part of the scores' spread a step."""
+    weight_decay: NonNegative = 0.05
+    """AdamW's."""
+    warmup: Part = 0.05
+    """Part of the steps over which the learning rate rises, 5% or 0.05."""
+    max_grad_norm: Positive = 1.0
+    """Longer gradients are clipped."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """What the training computes in beside float32."""
+    augmentation: Literal["none", "light", "strong"] = "light"
+    """How much training images are varied."""
+    gradient_checkpointing: bool = False
+    """Less memory for more time."""
+    holdout: PositiveInt = 256
+    """Training images kept back to scale the thresholds to the budget at the end."""
+    losses: LossWeights = LossWeights()
+    """What the fine-tuner minimises."""
+
+
+class EvaluateSpec(_Spec):
+    """Comparing pruned with dense."""
+
+    metrics: Annotated[tuple[Literal["accuracy", "top-5-accuracy", "f1"], ...], LISTS_TOO] = ("accuracy",)
+    """What to report of both."""
+    batch_size: PositiveInt = 32
+    """Images at a time for the metrics."""
+    batch_sizes: Annotated[tuple[PositiveInt, ...], LISTS_TOO] = (1, 16, 64)
+    """Throughput is measured at these; none if empty."""
+    repeats: PositiveInt = 7
+    """Measurements of throughput, of which the median counts."""
+
+
+class OutputSpec(_Spec):
+    """Where the result goes."""
+
+    path: Text = "runs/pruned"
+    """Folder for the checkpoint and its report, seen from where the command runs."""
+    overwrite: bool = False
+    """Whether a result that is already there may be replaced."""
+
+
+class Recipe(_Spec):
+    """What `vitprune apply` does."""
+
+    version: Literal[1]
+    """Format of the recipe; write `version: 1`."""
+    model: ModelSpec
+    """The dense model to start from, such as {checkpoint: facebook/deit-small-patch16-224}."""
+    data: DataSpec
+    """The images, such as {path: imagenet-1k}."""
+    pruning: PruningSpec = PruningSpec()
+    """Where, by what and how tokens are pruned."""
+    budget: BudgetSpec
+    """What the pruned model may cost, such as {macs: 65%}."""
+    calibration: CalibrationSpec = CalibrationSpec()
+    """Finding thresholds for the budget without training."""
+    finetune: FinetuneSpec | None = None
+    """Training weights and thresholds together; only calibrated if left out."""
+    evaluate: EvaluateSpec = EvaluateSpec()
+    """Comparing pruned with dense."""
+    output: OutputSpec = OutputSpec()
+    """Where the result goes."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Everything random starts from it."""
+
+    def to_yaml(self) -> str:
+        """The recipe with all defaults written out; `load_recipe` reads it back to an equal one."""
+        return dump(self.model_dump(mode="json", exclude_none=True))
+
+
+def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads a recipe. Local paths in it become absolute, seen from its own folder or else from where we run.
+
+    `overrides` are `key.path=value` strings. Raises RecipeError with everything that is wrong.
+    """
+    source = Source.read(Path(path), overrides)
+    here, cwd = Path(path).absolute().parent, Path.cwd()
+    folders = {
+        # What was typed in a shell is meant as seen from there.
+        key[1]: (cwd, here) if source.place(key).line is None else (here, cwd)
+        for key in (("model", "checkpoint"), ("data", "path"))
+    }
+    return source.validate(Recipe, folders)
+
+
+def locate(error: RecipeError, path: str | Path, overrides: Sequence[str] = ()) -> RecipeError:
+    """The error with its lines: what shows only beside the model (stage 99 of 12) was still written in the recipe."""
+    if all(problem.place for problem in error.problems):
+        return error
+    source = Source.read(Path(path), overrides)
+    return RecipeError(
+        [problem._replace(place=problem.place or source.place(problem.key)) for problem in error.problems]
+    )
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors."""
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **Recipe.model_json_schema()}

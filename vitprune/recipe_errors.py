@@ -1,0 +1,142 @@
+"""What is wrong with a recipe, where, and what to write instead.
+
+Knows how to say in plain words what Pydantic refuses. Leaves finding the lines to `yaml_source.py`. Imports no torch.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import get_close_matches
+from typing import Any, NamedTuple, get_args
+
+from pydantic import BaseModel
+from pydantic_core import ErrorDetails
+
+Key = tuple[str | int, ...]
+
+WORD, LIST = "(word)", "(list)"
+"""Tags of the branches of a union, which Pydantic adds to the place of an error and which no reader should see."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """A line of a file, or an override as it was typed."""
+
+    source: str
+    line: int | None = None
+
+    def __str__(self) -> str:
+        return self.source if self.line is None else f"{self.source}:{self.line}"
+
+
+class Problem(NamedTuple):
+    """What is wrong with one key. The empty key is the whole recipe."""
+
+    key: Key
+    text: str
+    place: Place | None = None
+
+    def __str__(self) -> str:
+        key = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in self.key).lstrip(".")
+        return ": ".join(str(part) for part in (self.place, key, self.text) if part)
+
+
+class RecipeError(ValueError):
+    """Everything that is wrong with a recipe, one line each: `file:line: key.path: what is wrong`."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+def show(value: object) -> str:
+    """A value as an error message names it."""
+    match value:
+        case None:
+            return "nothing"
+        case bool():
+            return str(value).lower()
+        case Mapping():
+            return "a section"
+        case list() | tuple():
+            return "a list"
+        case str() if len(value) > 60:
+            return repr(value[:57] + "...")
+        case _:
+            return repr(value)
+
+
+def did_you_mean(name: str, known: Sequence[str]) -> str:
+    """` (did you mean 'x'?)`, or nothing where no known name is near."""
+    return "".join(f" (did you mean {near!r}?)" for near in get_close_matches(name.lower(), known, n=1))
+
+
+def explain(error: ErrorDetails, key: Key, spec: type[BaseModel]) -> str:
+    """What Pydantic refused at `key` of a `spec`, in plain words and with the way out."""
+    value, limits = error["input"], error.get("ctx", {})
+    match error["type"]:
+        case "value_error":
+            return str(limits["error"])
+        case "missing":
+            return f"is missing; {_section(spec, key[:-1]).model_fields[str(key[-1])].description}".rstrip(".")
+        case "extra_forbidden":
+            return _unknown(str(key[-1]), key[:-1], spec)
+        case "literal_error":
+            known = re.findall(r"'([^']*)'", limits["expected"]) or [limits["expected"]]
+            near = did_you_mean(value, known) if isinstance(value, str) else ""
+            return f"is {show(value)}, should be {limits['expected']}{near}"
+        case "model_type":
+            how = "write its keys below it, indented, or leave it out" if value is None else "write `key: value` lines"
+            return f"should be a section, not {show(value)}; {how}"
+        case "tuple_type":
+            return f"should be a list such as [a, b], not {show(value)}"
+        case "int_type":
+            return f"should be a whole number, not {show(value)}"
+        case "float_type":
+            return f"should be a number, not {show(value)}"
+        case "finite_number":
+            return f"should be a finite number, not {show(value)}"
+        case "bool_type":
+            return f"should be true or false, not {show(value)}"
+        case "string_type":
+            quotes = "; put it in quotes" if isinstance(value, int | float) else ""
+            return f"should be text, not {show(value)}{quotes}"
+        case "string_too_short":
+            return "is empty; write a name or leave the key out"
+        case _:
+            return f"is {show(value)}, {error['msg'].removeprefix('Input ')}"
+
+
+def _unknown(name: str, parent: Key, spec: type[BaseModel]) -> str:
+    known = list(_section(spec, parent).model_fields)
+    if near := did_you_mean(name, known):
+        return f"unknown key{near}"
+    elsewhere = [path for path in _paths(spec) if path.rpartition(".")[2] == name]
+    if elsewhere:
+        return f"unknown key (did you mean {' or '.join(map(repr, elsewhere))}?)"
+    return f"unknown key; known here are {', '.join(known)}"
+
+
+def _section(spec: type[BaseModel], key: Key) -> type[BaseModel]:
+    for name in key:
+        nested = _nested(spec.model_fields[str(name)].annotation)
+        assert nested is not None
+        spec = nested
+    return spec
+
+
+def _nested(annotation: Any) -> type[BaseModel] | None:
+    for kind in get_args(annotation) or (annotation,):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _paths(spec: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, info in spec.model_fields.items():
+        yield prefix + name
+        nested = _nested(info.annotation)
+        if nested is not None:
+            yield from _paths(nested, f"{prefix}{name}.")

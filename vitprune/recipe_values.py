@@ -1,0 +1,110 @@
+"""Kinds of values in a recipe, and the ways people write them.
+
+Knows percentages, numbers in quotes, a word or a list, and local paths. Leaves what a value is for to `recipe.py`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Discriminator,
+    Field,
+    PositiveInt,
+    StringConstraints,
+    Tag,
+    ValidationInfo,
+    WithJsonSchema,
+)
+
+from vitprune.recipe_errors import LIST, WORD
+
+_FILE_SUFFIXES = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".zip", ".tar", ".safetensors", ".bin", ".pt")
+
+
+def _number(value: object) -> object:
+    """Takes a number in quotes for what it is."""
+    return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?", value) else value
+
+
+def _part(allowed: Callable[[float], bool], words: str) -> BeforeValidator:
+    """65 %, "65%" and 0.65 are one; a bare 65 is not guessed at."""
+
+    def read(value: object) -> object:
+        percent = re.fullmatch(r"([-+]?\d+(?:\.\d+)?) ?%", value) if isinstance(value, str) else None
+        part = float(percent[1]) / 100 if percent else _number(value)
+        if isinstance(part, str):
+            raise ValueError(f"is {part!r}, should be a part such as 65% or 0.65")
+        if isinstance(part, bool) or not isinstance(part, int | float):
+            return part
+        if not percent and 1 < part <= 100:
+            raise ValueError(f"is {part:g}; write {part:g}% or {part / 100:g}")
+        if not allowed(part):
+            raise ValueError(f"is {value}, should be {words}")
+        return part
+
+    return BeforeValidator(read)
+
+
+def _existing(value: str, info: ValidationInfo) -> str:
+    """A local path as an absolute one, a Hub id as it is. Without folders to look in (Python API) both as they are."""
+    folders: Mapping[str, Sequence[Path]] | None = info.context
+    if folders is None or "://" in value:
+        return value
+    places = [os.path.abspath(folder / os.path.expanduser(value)) for folder in folders[str(info.field_name)]]
+    for place in places:
+        if os.path.exists(place):
+            return place
+    if value.startswith((".", "/", "~")) or value.count("/") > 1 or Path(value).suffix in _FILE_SUFFIXES:
+        looked = " or ".join(dict.fromkeys(places))
+        raise ValueError(f"{value!r} is not there; looked for {looked}")
+    return value
+
+
+def _either(word: str, form: str) -> Discriminator:
+    def branch(value: object) -> str | None:
+        return WORD if value == word else LIST if isinstance(value, list | tuple) else None
+
+    message = f"should be {word!r} or a list {form}"
+    return Discriminator(branch, custom_error_type="wrong_form", custom_error_message=message)
+
+
+_PERCENT_OR_PART = {
+    "anyOf": [
+        {"type": "number", "minimum": 0, "maximum": 1},
+        {"type": "string", "pattern": r"^(\d+(\.\d+)? ?%|[01]|[01]?\.\d+)$"},
+    ]
+}
+
+Text = Annotated[str, StringConstraints(min_length=1)]
+HubOrLocal = Annotated[Text, AfterValidator(_existing)]
+Positive = Annotated[float, Field(gt=0), BeforeValidator(_number)]
+NonNegative = Annotated[float, Field(ge=0), BeforeValidator(_number)]
+Fraction = Annotated[
+    float, _part(lambda part: 0 < part <= 1, "above 0% and at most 100%"), WithJsonSchema(_PERCENT_OR_PART)
+]
+"""A part of a whole, not nothing: 65%, "65 %" or 0.65."""
+Part = Annotated[
+    float, _part(lambda part: 0 <= part < 1, "at least 0% and below 100%"), WithJsonSchema(_PERCENT_OR_PART)
+]
+"""A part of a whole, not all of it."""
+
+LISTS_TOO = Field(strict=False)
+"""For tuples: a list will do as well."""
+
+# Typed as sequences, so that type checkers let Python users write lists too. What is stored is always a tuple.
+_Every = Annotated[Literal["every"], Tag(WORD)]
+_Calibrated = Annotated[Literal["calibrated"], Tag(WORD)]
+_Ints = Annotated[Sequence[PositiveInt], AfterValidator(tuple), Tag(LIST)]
+_Numbers = Annotated[Sequence[NonNegative], AfterValidator(tuple), Tag(LIST)]
+_Fractions = Annotated[Sequence[Fraction], AfterValidator(tuple), Tag(LIST)]
+
+Blocks = Annotated[_Ints | _Every, _either("every", "of block numbers such as [4, 7, 10]")]
+Thresholds = Annotated[_Numbers | _Calibrated, _either("calibrated", "with a number for every stage")]
+KeepRatios = Annotated[_Fractions | _Calibrated, _either("calibrated", "with a part such as 65% for every stage")]

@@ -1,0 +1,86 @@
+"""How much an image needs each of its patches: pure functions of what one block's attention computed anyway.
+
+Shapes: B images, M tokens of an image (prefix first), H heads, K head width, A anchors, C candidates.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+
+def class_attention(q_BHK: Tensor, k_BHMK: Tensor, scaling: float, log_sizes_BM: Tensor | None = None) -> Tensor:
+    """The class token's row of the attention matrix, (B, H, M), float32: the one extra row that a score costs."""
+    logits_BHM = (k_BHMK @ q_BHK[..., None]).squeeze(-1).float() * scaling
+    if log_sizes_BM is not None:
+        logits_BHM = logits_BHM + log_sizes_BM[:, None]
+    return logits_BHM.softmax(-1)
+
+
+def head_weighted_class_attention(attention_BHM: Tensor, context_norms_BHM: Tensor) -> Tensor:
+    """AS-ViT's score (arXiv 2209.13802, section 3.2), (B, M).
+
+    S(i) = Σ_h R_h(i)·A_h(cls, i): the class token's attention, each head weighted at each token by its share
+    R_h(i) = ‖o_h(i)‖₂ / (Σ_h ‖o_h(i)‖₂ + 1e-8) of the norm of the token's own context vectors.
+    """
+    shares_BHM = context_norms_BHM / (context_norms_BHM.sum(1, keepdim=True) + 1e-8)
+    return (shares_BHM * attention_BHM).sum(1)
+
+
+def key_metric(k_HTK: Tensor) -> Tensor:
+    """What similarity of tokens is measured on: keys averaged over heads, of length one (ToMe, arXiv 2210.09461).
+
+    (…, H, T, K) to (…, T, K), float32.
+    """
+    return F.normalize(k_HTK.mean(-3).float(), dim=-1)
+
+
+def redundancy(metric_BMK: Tensor, valid_BM: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+    """How little each candidate resembles its most similar anchor: r(i) = 1 − max cosine, and that anchor.
+
+    Patches 0, 2, 4, … of an image are anchors, the others candidates. Returns r (B, M) and the anchors' indices
+    (B, M); what is no candidate has r = +inf (it stays) or, where not valid, −inf.
+    """
+    first = num_prefix_tokens
+    anchors_BAK, candidates_BCK = metric_BMK[:, first::2], metric_BMK[:, first + 1 :: 2]
+    cosines_BCA = candidates_BCK @ anchors_BAK.transpose(1, 2)
+    cosines_BCA = cosines_BCA.masked_fill(~valid_BM[:, None, first::2], -torch.inf)
+    best = cosines_BCA.max(-1)
+    r_BM = metric_BMK.new_full(valid_BM.shape, torch.inf)
+    r_BM[:, first + 1 :: 2] = 1.0 - best.values
+    anchors_BM = torch.zeros_like(valid_BM, dtype=torch.long)
+    anchors_BM[:, first + 1 :: 2] = best.indices * 2 + first
+    return r_BM.masked_fill(~valid_BM, -torch.inf), anchors_BM
+
+
+def weigh_redundancy(r_BM: Tensor, attention_score_BM: Tensor, exponent: float) -> Tensor:
+    """r(i)·S(i)^α, (B, M): of two equally redundant patches the one that matters less goes first."""
+    # infinities are taken out first: their product would have a NaN for a gradient
+    finite_BM = r_BM.isfinite()
+    weighed_BM = torch.where(finite_BM, r_BM, 0.0).clamp(min=0.0) * attention_score_BM.clamp(min=1e-12) ** exponent
+    return torch.where(finite_BM, weighed_BM, r_BM)
+
+
+def most_similar(metric_BMK: Tensor, asks_BM: Tensor, answers_BM: Tensor) -> Tensor:
+    """For each token of `asks` the index of the most similar *other* token among `answers`, (B, M) long.
+
+    Elsewhere the result means nothing. Only asking rows and answering columns are compared.
+    """
+    rows_BC, columns_BA = true_indices(asks_BM), true_indices(answers_BM)
+    rows = _take(metric_BMK, rows_BC)
+    columns = _take(metric_BMK, columns_BA)
+    cosines_BCA = rows @ columns.transpose(1, 2)
+    impossible = ~answers_BM.gather(1, columns_BA)[:, None] | (rows_BC[..., None] == columns_BA[:, None])
+    nearest_BC = cosines_BCA.masked_fill(impossible, -torch.inf).argmax(-1)
+    return torch.zeros_like(asks_BM, dtype=torch.long).scatter(1, rows_BC, columns_BA.gather(1, nearest_BC))
+
+
+def true_indices(mask_BM: Tensor) -> Tensor:
+    """Indices of each row's True entries in order, (B, most of a row); rows with fewer go on with False entries."""
+    most = int(mask_BM.sum(1).max())
+    return (~mask_BM).to(torch.uint8).sort(dim=1, stable=True).indices[:, :most]
+
+
+def _take(x_BMK: Tensor, index_BC: Tensor) -> Tensor:
+    return x_BMK.gather(1, index_BC[..., None].expand(-1, -1, x_BMK.shape[-1]))

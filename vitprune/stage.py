@@ -1,0 +1,148 @@
+"""What a stage decides: which tokens of each image leave and who takes them in. The same for both executions.
+
+Knows the policy of a recipe; leaves removing (`packed`) and masking (`masked`) of tokens to those who carry it out.
+
+Shapes: B images, M tokens that an image has at the stage (padded to the largest image; prefix first), K head width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from typing_extensions import assert_never
+
+from vitprune.attention import Findings
+from vitprune.cost import CostModel
+from vitprune.recipe import PruningSpec
+from vitprune.scoring import most_similar, redundancy, weigh_redundancy
+from vitprune.thresholds import above_threshold, random_scores, top_counts
+
+
+@dataclass(frozen=True)
+class Policy:
+    """Everything that one forward of a pruned model needs to know, fixed while it runs.
+
+    levels: one a stage: thresholds for `select: threshold`, else the part of its patches that an image keeps.
+    temperatures: one a stage, τ of the straight-through gradient.
+    """
+
+    spec: PruningSpec
+    before_blocks: tuple[int, ...]
+    num_prefix_tokens: int
+    cost: CostModel
+    levels: Tensor
+    temperatures: Tensor
+
+    @property
+    def is_redundancy(self) -> bool:
+        return self.spec.select == "tome" or (self.spec.score == "redundancy" and self.spec.select != "random")
+
+    @property
+    def exponent(self) -> float:
+        return 0.0 if self.spec.select == "tome" else self.spec.redundancy_exponent
+
+    @property
+    def needs_class_attention(self) -> bool:
+        return self.spec.select != "random" and (not self.is_redundancy or self.exponent > 0)
+
+    @property
+    def needs_metric(self) -> bool:
+        return self.is_redundancy or self.spec.dropped == "merge"
+
+
+class Observer(Protocol):
+    """Watches the stages of a forward; calibration also sets their levels as it watches."""
+
+    def level(self, stage: int, scores_BM: Tensor, valid_BM: Tensor, current: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Decision:
+    """keep_BM: bool; scores_BM: +inf always stays, −inf isn't there; takers_BM: who takes in what leaves (`merge`)."""
+
+    keep_BM: Tensor
+    scores_BM: Tensor
+    level: Tensor
+    takers_BM: Tensor | None
+
+
+def decide(
+    policy: Policy,
+    stage: int,
+    findings: Findings,
+    valid_BM: Tensor,
+    positions_BM: Tensor,
+    observers: tuple[Observer, ...],
+    *,
+    ask_all: bool = False,
+) -> Decision:
+    """Applies the policy at one stage to what the block before found.
+
+    ask_all: find a taker for tokens that stay, too, as the gradient of a mask asks what would be if they left.
+    """
+    scores_BM, anchors_BM = _scores(policy, stage, findings, valid_BM, positions_BM)
+    level = policy.levels[stage]
+    for observer in observers:
+        level = observer.level(stage, scores_BM.detach(), valid_BM, level)
+    prefix = policy.num_prefix_tokens
+    match policy.spec.select:
+        case "threshold":
+            keep_BM = above_threshold(scores_BM, level, prefix + policy.spec.min_tokens)
+        case "top-k" | "random" | "tome":
+            counts_B = (level * (valid_BM.sum(1) - prefix)).round().long().clamp(min=policy.spec.min_tokens)
+            keep_BM = top_counts(scores_BM, counts_B + prefix) | (scores_BM == torch.inf)
+        case _:
+            assert_never(policy.spec.select)
+    takers_BM = anchors_BM
+    if policy.spec.dropped == "merge" and anchors_BM is None:
+        assert findings.metric_BMK is not None
+        patches_BM = valid_BM.clone()
+        patches_BM[:, :prefix] = False
+        asks_BM = patches_BM if ask_all else patches_BM & ~keep_BM
+        takers_BM = most_similar(findings.metric_BMK.detach(), asks_BM, patches_BM & keep_BM)
+    return Decision(keep_BM, scores_BM, level, takers_BM if policy.spec.dropped == "merge" else None)
+
+
+def _scores(
+    policy: Policy, stage: int, findings: Findings, valid_BM: Tensor, positions_BM: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    prefix = policy.num_prefix_tokens
+    if policy.is_redundancy:
+        assert findings.metric_BMK is not None
+        scores_BM, anchors_BM = redundancy(findings.metric_BMK, valid_BM, prefix)
+        if policy.exponent > 0:
+            assert findings.class_attention_scores_BM is not None
+            scores_BM = weigh_redundancy(scores_BM, findings.class_attention_scores_BM, policy.exponent)
+        return scores_BM, anchors_BM
+    if policy.spec.select == "random":
+        scores_BM = random_scores(positions_BM, stage)
+    else:
+        assert findings.class_attention_scores_BM is not None
+        scores_BM = findings.class_attention_scores_BM
+    is_prefix_M = torch.arange(valid_BM.shape[1], device=valid_BM.device) < prefix
+    scores_BM = torch.where(is_prefix_M, torch.inf, scores_BM)
+    return scores_BM.masked_fill(~valid_BM, -torch.inf), None
+
+
+def fuse_weights(policy: Policy, decision: Decision) -> Tensor:
+    """Weights of the mean that a stage's tokens are fused into, (B, M): their scores; even for a random choice."""
+    if policy.spec.select == "random":
+        return torch.ones_like(decision.scores_BM)
+    return torch.where(decision.scores_BM.isfinite(), decision.scores_BM, 0.0)
+
+
+def stage_macs(policy: Policy, tokens_B: Tensor, kept_B: Tensor) -> Tensor:
+    """MACs of deciding a stage for each image: attention row and similarities, (B,)."""
+    cost, patches_B = policy.cost, tokens_B - policy.num_prefix_tokens
+    macs_B = torch.zeros_like(tokens_B)
+    if policy.needs_class_attention:
+        macs_B = macs_B + cost.class_attention(tokens_B)
+    if policy.is_redundancy:
+        macs_B = macs_B + cost.redundancy(patches_B)
+    elif policy.spec.dropped == "merge":
+        kept_patches_B = kept_B - policy.num_prefix_tokens
+        macs_B = macs_B + cost.merge(patches_B - kept_patches_B, kept_patches_B)
+    return macs_B

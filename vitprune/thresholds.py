@@ -1,0 +1,41 @@
+"""Which tokens stay: scores against a learned threshold, or the rivals' fixed counts.
+
+A score of +inf marks a token that always stays (prefix, anchors), −inf one that isn't there (padding, gone before).
+
+Shapes: B images, M tokens of an image.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def above_threshold(scores_BM: Tensor, threshold: Tensor, at_least: int) -> Tensor:
+    """bool (B, M): tokens with S(i) > θ, and in any case the `at_least` best of each image (prefix included)."""
+    return (scores_BM > threshold) | top_counts(scores_BM, torch.full_like(scores_BM[:, 0], at_least))
+
+
+def top_counts(scores_BM: Tensor, counts_B: Tensor) -> Tensor:
+    """bool (B, M): the `counts` best tokens of each image; equal scores in the order of the tokens."""
+    if scores_BM.numel() == 0:
+        return torch.zeros_like(scores_BM, dtype=torch.bool)
+    most = min(int(counts_B.max()), scores_BM.shape[1])
+    order_BC = scores_BM.sort(dim=1, descending=True, stable=True).indices[:, :most]
+    chosen = torch.arange(most, device=scores_BM.device) < counts_B[:, None]
+    keep_BM = torch.zeros_like(scores_BM, dtype=torch.bool).scatter(1, order_BC, chosen)
+    return keep_BM & (scores_BM > -torch.inf)
+
+
+def straight_through(scores_BM: Tensor, threshold: Tensor, temperature: Tensor, keep_BM: Tensor) -> Tensor:
+    """The 0/1 mask `keep` with the gradient of m = sigmoid((S − θ)/τ) (AS-ViT, section 3.3), float (B, M)."""
+    soft_BM = torch.sigmoid((scores_BM - threshold) / temperature)
+    return keep_BM.to(soft_BM.dtype) - soft_BM.detach() + soft_BM
+
+
+def random_scores(positions_BM: Tensor, stage: int) -> Tensor:
+    """A rival's score: a fixed pseudo-random number per stage and position, so the batch doesn't matter; (B, M)."""
+    generator = torch.Generator().manual_seed(stage)
+    table = torch.rand(int(positions_BM.max()) + 1, generator=generator).to(positions_BM.device)
+    # tokens that a stage added have no position; they stay longest
+    return torch.where(positions_BM < 0, 1.0, table[positions_BM.clamp(min=0)])

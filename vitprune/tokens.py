@@ -1,0 +1,193 @@
+"""Tokens of a batch of images laid end to end, and how some of them leave.
+
+Knows which token belongs to which image, where it came from, for how many patches it stands and who stands for those
+that left. Leaves to others which tokens leave (`thresholds`) and whom they resemble (`merging`).
+
+Shapes: B images, N tokens of one image in the dense sequence (prefix tokens first), T tokens of the whole batch laid
+end to end, M tokens of the longest image, D width. A `_BM` tensor is the padded view of a `_T` one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+NOBODY = -1
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """The layout of a packed batch; the hidden states (T, D) travel beside it.
+
+    lengths: tokens of each image, prefix included. On the host: every ragged operation needs them there.
+    positions_T: index of each token in the dense sequence; `NOBODY` for a token that a stage added (`fuse`).
+    sizes_T: float32, for how many patches a token stands; None when every token stands for itself.
+    carriers_BN: for each token of the dense sequence the packed index of the one that stands for it now, or `NOBODY`.
+    """
+
+    lengths: tuple[int, ...]
+    num_prefix_tokens: int
+    positions_T: Tensor
+    sizes_T: Tensor | None
+    carriers_BN: Tensor
+
+    @classmethod
+    def dense(cls, batch_size: int, num_tokens: int, num_prefix_tokens: int, device: torch.device) -> TokenBatch:
+        """The layout before anything left: every image has all of its tokens."""
+        index = torch.arange(batch_size * num_tokens, device=device)
+        return cls(
+            lengths=(num_tokens,) * batch_size,
+            num_prefix_tokens=num_prefix_tokens,
+            positions_T=index % num_tokens,
+            sizes_T=None,
+            carriers_BN=index.view(batch_size, num_tokens),
+        )
+
+    @cached_property
+    def lengths_B(self) -> Tensor:
+        return torch.tensor(self.lengths, device=self.positions_T.device)
+
+    @cached_property
+    def starts_B(self) -> Tensor:
+        """Packed index of each image's first token."""
+        return self.lengths_B.cumsum(0) - self.lengths_B
+
+    @cached_property
+    def images_T(self) -> Tensor:
+        """Image that each token belongs to."""
+        images = torch.arange(len(self.lengths), device=self.positions_T.device)
+        return images.repeat_interleave(self.lengths_B, output_size=sum(self.lengths))
+
+    @cached_property
+    def valid_BM(self) -> Tensor:
+        """True where the padded view holds a token."""
+        return torch.arange(max(self.lengths), device=self.positions_T.device) < self.lengths_B[:, None]
+
+    @cached_property
+    def index_BM(self) -> Tensor:
+        """Packed index of each place of the padded view; padding repeats the image's last token."""
+        slots = torch.arange(max(self.lengths), device=self.positions_T.device)
+        return self.starts_B[:, None] + torch.minimum(slots, self.lengths_B[:, None] - 1)
+
+    @property
+    def is_even(self) -> bool:
+        """Whether all images have the same number of tokens, so that packed and padded are views of each other."""
+        return len(set(self.lengths)) == 1
+
+    def pad(self, values_T: Tensor) -> Tensor:
+        """(T, …) to (B, M, …); padding holds the image's last token."""
+        if self.is_even:
+            return values_T.unflatten(0, (len(self.lengths), -1))
+        return values_T[self.index_BM]
+
+    def flatten(self, values_BM: Tensor) -> Tensor:
+        """(B, M, …) to (T, …), without the padding."""
+        return values_BM.flatten(0, 1) if self.is_even else values_BM[self.valid_BM]
+
+    def kept_patches(self, num_tokens: int) -> Tensor:
+        """bool (B, N − P): which patches of the dense sequence are still tokens of their own."""
+        keep = torch.zeros(len(self.lengths), num_tokens, dtype=torch.bool, device=self.positions_T.device)
+        own = self.positions_T != NOBODY
+        keep[self.images_T[own], self.positions_T[own]] = True
+        return keep[:, self.num_prefix_tokens :]
+
+    def unpack(self, x_TD: Tensor) -> Tensor:
+        """Hidden states back in the dense sequence, (T, D) to (B, N, D).
+
+        A patch that left holds the state of the token that stands for it (ToMe's unmerge); where nobody does, the
+        mean of the image's remaining patches. So a head that averages the patches averages the kept ones, by size.
+        """
+        y_BND = x_TD[self.carriers_BN.clamp(min=0)]
+        gone_BN = self.carriers_BN == NOBODY
+        if self.sizes_T is not None:  # with sizes every token has a carrier
+            return y_BND
+        patches_T = torch.arange(len(x_TD), device=x_TD.device) - self.starts_B[self.images_T] >= self.num_prefix_tokens
+        sums_BD = x_TD.new_zeros(len(self.lengths), x_TD.shape[-1], dtype=torch.float32)
+        sums_BD.index_add_(0, self.images_T[patches_T], x_TD[patches_T].float())
+        means_BD = (sums_BD / (self.lengths_B - self.num_prefix_tokens)[:, None]).to(x_TD.dtype)
+        return torch.where(gone_BN[..., None], means_BD[:, None], y_BND)
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Who leaves at a stage and who takes over: all indices are into the packed tokens before the stage.
+
+    keep_T: bool, tokens that stay.
+    takers_T: for a token that leaves, the token that stays and takes it in (`merge`); None for `leave` and `fuse`.
+    fuse_weights_T: weights of the mean that becomes the extra token (`fuse`); None otherwise.
+    """
+
+    keep_T: Tensor
+    takers_T: Tensor | None = None
+    fuse_weights_T: Tensor | None = None
+
+
+def depart(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[TokenBatch, Tensor]:
+    """Removes tokens from a packed batch; returns the new layout and hidden states (T', D)."""
+    if departure.fuse_weights_T is not None:
+        return _fuse(batch, x_TD, departure.keep_T, departure.fuse_weights_T)
+    keep_T, takers_T = departure.keep_T, departure.takers_T
+    kept = keep_T.nonzero().squeeze(1)
+    new_index_T = keep_T.cumsum(0) - 1
+    sizes_T = batch.sizes_T
+    if takers_T is None:
+        x, destination_T = x_TD[kept], torch.where(keep_T, new_index_T, NOBODY)
+    else:
+        left = (~keep_T).nonzero().squeeze(1)
+        if sizes_T is None:
+            sizes_T = x_TD.new_ones(len(x_TD), dtype=torch.float32)
+        takers = takers_T[left]
+        sizes_T = sizes_T.index_add(0, takers, sizes_T[left])
+        # the taker's new state is the mean by size; written as a change, so that only what leaves is touched
+        shares = (sizes_T[left] / sizes_T[takers])[:, None].to(x_TD.dtype)
+        x = x_TD[kept].index_add(0, new_index_T[takers], (x_TD[left] - x_TD[takers]) * shares)
+        destination_T = new_index_T.index_copy(0, left, new_index_T[takers])
+        sizes_T = sizes_T[kept]
+    kept_B = torch.zeros_like(batch.lengths_B).index_add_(0, batch.images_T, keep_T.long())
+    return TokenBatch(
+        lengths=tuple(kept_B.tolist()),
+        num_prefix_tokens=batch.num_prefix_tokens,
+        positions_T=batch.positions_T[kept],
+        sizes_T=sizes_T,
+        carriers_BN=_redirect(batch.carriers_BN, destination_T),
+    ), x
+
+
+def _fuse(batch: TokenBatch, x_TD: Tensor, keep_T: Tensor, weights_T: Tensor) -> tuple[TokenBatch, Tensor]:
+    """All that leaves an image becomes one token at its end: the weighted mean (EViT, arXiv 2202.07800)."""
+    images, left_T = len(batch.lengths), ~keep_T
+    sizes_T = batch.sizes_T if batch.sizes_T is not None else x_TD.new_ones(len(x_TD), dtype=torch.float32)
+
+    def total(values_T: Tensor) -> Tensor:
+        zeros = values_T.new_zeros(images, *values_T.shape[1:])
+        return zeros.index_add(0, batch.images_T[left_T], values_T[left_T])
+
+    w_T1 = (weights_T + torch.finfo(torch.float32).tiny)[:, None]
+    fused_BD = (total(w_T1 * x_TD) / total(w_T1).clamp(min=torch.finfo(torch.float32).tiny)).to(x_TD.dtype)
+    fuses_B = total(left_T.long()) > 0
+    # one place more at the end of each image that loses something
+    extra_B = fuses_B.cumsum(0) - fuses_B.long()
+    new_index_T = keep_T.cumsum(0) - 1 + extra_B[batch.images_T]
+    kept_B = torch.zeros_like(batch.lengths_B).index_add_(0, batch.images_T, keep_T.long())
+    lengths_B = kept_B + fuses_B.long()
+    last_B = lengths_B.cumsum(0) - 1
+    # rows of [kept tokens, fused tokens] in their new order
+    order = torch.cat([new_index_T[keep_T], last_B[fuses_B]]).argsort()
+
+    def arrange(kept: Tensor, fused: Tensor) -> Tensor:
+        return torch.cat([kept[keep_T], fused[fuses_B]])[order]
+
+    return TokenBatch(
+        lengths=tuple(lengths_B.tolist()),
+        num_prefix_tokens=batch.num_prefix_tokens,
+        positions_T=arrange(batch.positions_T, torch.full_like(last_B, NOBODY)),
+        sizes_T=arrange(sizes_T, total(sizes_T)),
+        carriers_BN=_redirect(batch.carriers_BN, torch.where(keep_T, new_index_T, last_B[batch.images_T])),
+    ), arrange(x_TD, fused_BD)
+
+
+def _redirect(carriers_BN: Tensor, destination_T: Tensor) -> Tensor:
+    return torch.where(carriers_BN == NOBODY, NOBODY, destination_T[carriers_BN.clamp(min=0)])
