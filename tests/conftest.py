@@ -12,7 +12,9 @@ _left_out: list[str] = []
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "shared: needs the folder `shared` beside the checkout (golden values, a real model)")
+    config.addinivalue_line(
+        "markers", "shared: needs the folder `shared` beside the checkout (golden values, a real model)"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

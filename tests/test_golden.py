@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import pytest
 import torch
 from conftest import SHARED
 from safetensors import safe_open
 from safetensors.torch import load_file
+from tiny import Tolerance
 from torch import Tensor
 from torch.testing import assert_close
 from transformers import ViTConfig, ViTForImageClassification
@@ -21,9 +22,9 @@ from vitprune.pruner import Trace, pruning_of, watching
 
 pytestmark = pytest.mark.shared
 
-VALUES = {"rtol": 1e-4, "atol": 1e-5}
+VALUES = Tolerance(rtol=1e-4, atol=1e-5)
 # gradients of thresholds pass through a temperature of 1e-4
-THRESHOLD_GRADIENTS = {"rtol": 1e-3, "atol": 1e-5}
+THRESHOLD_GRADIENTS = Tolerance(rtol=1e-3, atol=1e-5)
 BUDGET = 0.65
 
 
@@ -54,7 +55,7 @@ def golden(request: pytest.FixtureRequest) -> Golden:
             num_hidden_layers=meta["num_hidden_layers"],
             num_attention_heads=meta["num_attention_heads"],
             layer_norm_eps=meta["layer_norm_eps"],
-            num_labels=10,
+            num_labels=10,  # pyright: ignore[reportCallIssue] — PreTrainedConfig's, not among the fields
         )
         model = ViTForImageClassification(config)
         model.load_state_dict(load_file(path))
@@ -80,17 +81,21 @@ class PublishedCost(CostModel):
         return 0 * tokens
 
 
+@dataclass(eq=False)
 class Scores(Trace):
     """Keeps the scores that stages compare with their thresholds."""
 
+    seen: list[Tensor] = field(default_factory=list)
+
     def level(self, stage: int, scores_BM: Tensor, valid_BM: Tensor, current: Tensor) -> Tensor:
-        self.seen = [*getattr(self, "seen", []), scores_BM[:, 1:]]
+        self.seen.append(scores_BM[:, 1:])
         return current
 
 
 def test_masked_pass_has_the_published_scores_masks_and_logits(golden: Golden) -> None:
     pruning = pruning_of(golden.model)
-    with watching(Scores(pruning, pruning.before_blocks)) as seen:
+    seen = Scores(pruning, pruning.before_blocks)
+    with watching(seen):
         logits = golden.model.train()(golden.images).logits
     assert_close(logits, golden.expected["train.logits"], **VALUES)
     before = torch.ones_like(seen.keep_masks[0])
@@ -121,12 +126,11 @@ def test_losses_and_all_gradients_are_the_published_ones(golden: Golden) -> None
         "kl": distillation_loss(logits, teacher),
         "budget": (gmacs.mean() - BUDGET * teacher_gmacs).abs(),
     }
-    attention = model.vit.layers[0].attention
-    weights = [attention.q_proj.weight, attention.k_proj.weight, attention.v_proj.weight]
+    weights = [model.get_parameter(f"vit.layers.0.attention.{name}_proj.weight") for name in "qkv"]
     for name, loss in losses.items():
         key = "loss.budget_gmacs" if name == "budget" else f"loss.{name}"
         assert_close(loss.detach(), expected[key], **VALUES)
-        thresholds, *qkv = torch.autograd.grad(loss, [pruning_of(model).thresholds, *weights], retain_graph=True)
+        thresholds, *qkv = torch.autograd.grad(loss, (pruning_of(model).levels, *weights), retain_graph=True)
         published = torch.stack([expected[f"grad.{name}.threshold.{s}"] for s in range(len(golden.stages))])
         assert_close(thresholds, published, **THRESHOLD_GRADIENTS)
         assert_close(torch.cat(qkv), expected[f"grad.{name}.block0_qkv_weight"], **VALUES)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor
@@ -20,7 +21,15 @@ from transformers import (
 
 from vitprune.recipe import PruningSpec
 
-SHAPE = {
+
+class Tolerance(TypedDict):
+    """Keyword arguments of `torch.testing.assert_close`."""
+
+    rtol: float
+    atol: float
+
+
+SHAPE: dict[str, Any] = {
     "image_size": 32,
     "patch_size": 4,
     "hidden_size": 48,
@@ -41,7 +50,7 @@ FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
     "dinov2-swiglu": lambda: Dinov2ForImageClassification(Dinov2Config(**SHAPE, mlp_ratio=2, use_swiglu_ffn=True)),
 }
 
-AS_VIT = {"score": "head-weighted-class-attention", "before_blocks": [2, 4]}
+AS_VIT: dict[str, Any] = {"score": "head-weighted-class-attention", "before_blocks": [2, 4]}
 # thresholds that drop about a third a stage on these models
 POLICIES: dict[str, PruningSpec] = {
     "as-vit": PruningSpec(**AS_VIT, thresholds=[0.008, 0.012], dropped="leave"),
@@ -71,4 +80,4 @@ def images(count: int) -> Tensor:
 def answer(output: object) -> Tensor:
     """What a user reads off a forward: logits, or the last hidden state of a bare model."""
     logits = getattr(output, "logits", None)
-    return logits if logits is not None else output.last_hidden_state  # type: ignore[attr-defined]
+    return logits if logits is not None else output.last_hidden_state  # pyright: ignore[reportAttributeAccessIssue]

@@ -9,7 +9,14 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vitprune import registration
+
 if TYPE_CHECKING:
+    from vitprune.calibration import calibrate as calibrate
+    from vitprune.checkpoint import load as load
+    from vitprune.checkpoint import save as save
+    from vitprune.evaluation import compare as compare
+    from vitprune.finetuning import finetune as finetune
     from vitprune.pruner import Trace as Trace
     from vitprune.pruner import prune_ as prune_
     from vitprune.pruner import restore_ as restore_
@@ -21,11 +28,30 @@ __version__ = "0.1.0"
 _HOMES = {
     "PruningSpec": "vitprune.recipe",
     "Trace": "vitprune.pruner",
+    "calibrate": "vitprune.calibration",
+    "compare": "vitprune.evaluation",
+    "finetune": "vitprune.finetuning",
+    "load": "vitprune.checkpoint",
+    "save": "vitprune.checkpoint",
     "prune_": "vitprune.pruner",
     "restore_": "vitprune.pruner",
     "trace": "vitprune.pruner",
 }
-__all__ = ["PruningSpec", "Trace", "prune_", "restore_", "trace"]
+__all__ = [
+    "PruningSpec",
+    "Trace",
+    "calibrate",
+    "compare",
+    "finetune",
+    "load",
+    "prune_",
+    "restore_",
+    "save",
+    "trace",
+]
+
+
+registration.register()
 
 
 def __getattr__(name: str) -> Any:

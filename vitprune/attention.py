@@ -10,6 +10,7 @@ K head width.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -65,32 +66,29 @@ def attention_forward(
     scaling: float | None = None,
     dropout: float = 0.0,
     pruning: AttentionCall | None = None,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query (B, H, N, K) or packed (1, H, T, K), output (B, N, H, K)."""
-    if scaling is None:
-        scaling = query.shape[-1] ** -0.5
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if pruning is None:
-        return sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
-        )
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scale, **kwargs)
     match pruning.tokens:
         case None:
-            output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scaling)
+            output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)
             if pruning.wants_scores:
-                row_BHM = class_attention(query[:, :, 0], key, scaling)
+                row_BHM = class_attention(query[:, :, 0], key, scale)
                 _record_scores(pruning, row_BHM, output)
             metric = key
         case MaskedTokens() as tokens:
-            weights_BHNN = masked_attention_weights(query, key, scaling, tokens)
+            weights_BHNN = masked_attention_weights(query, key, scale, tokens)
             output = F.dropout(weights_BHNN, dropout).to(value.dtype) @ value
             if pruning.wants_scores:
                 _record_scores(pruning, weights_BHNN[:, :, 0], output)
             metric = key
         case TokenBatch() as batch:
-            output = packed_attention(query[0], key[0], value[0], batch, scaling)[None]
+            output = packed_attention(query[0], key[0], value[0], batch, scale)[None]
             if pruning.wants_scores:
-                row_BHM = packed_class_attention(query[0], key[0], batch, scaling)
+                row_BHM = packed_class_attention(query[0], key[0], batch, scale)
                 norms_BMH = batch.pad(output[0].float().norm(dim=-1).T)
                 pruning.findings.class_attention_scores_BM = head_weighted_class_attention(
                     row_BHM, norms_BMH.transpose(1, 2)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from vitprune.cost import CostModel
 from vitprune.pruner import Pruning, Trace, pruning_of, trace, watching
 
 # how near the calibrated ratio of MACs has to come to the budget
@@ -24,7 +25,7 @@ TEMPERATURE_OF_SPREAD = 0.02
 
 @dataclass(frozen=True)
 class Calibration:
-    """levels: one a stage. ratio: MACs of the pruned pass ÷ dense, averaged over the images. passes: over all images."""
+    """levels: one a stage. ratio: MACs of pruned ÷ dense, averaged over the images. passes: over all images."""
 
     levels: tuple[float, ...]
     ratio: float
@@ -32,9 +33,7 @@ class Calibration:
     passes: int
 
 
-def calibrate(
-    model: nn.Module, batches: Sequence[Tensor], budget: float, *, progress: bool = True
-) -> Calibration:
+def calibrate(model: nn.Module, batches: Sequence[Tensor], budget: float, *, progress: bool = True) -> Calibration:
     """Sets the levels of a pruned model so that it meets a budget, in place.
 
     batches: pixel values (B, C, H, W) of a random sample of images, a few hundred in all; processed as the model
@@ -46,8 +45,11 @@ def calibrate(
     pruning = pruning_of(model)
     if not batches:
         raise ValueError("calibration needs at least one image")
+    if pruning.spec.select != "threshold":
+        batches = [batches[0][:1]]  # the counts of one image are those of all
     with tqdm(desc="calibrating", unit="pass", disable=not progress, leave=False) as bar:
         passes = _Passes(model, batches, bar)
+        start = uniform_rate(pruning.cost, pruning.before_blocks, passes.patches(), pruning.num_prefix_tokens, budget)
 
         def ratio_at(rate: float) -> float:
             setter = _LevelSetter(pruning, pruning.before_blocks, rate=rate)
@@ -56,7 +58,7 @@ def calibrate(
             return ratio
 
         # of a stage's patches, `rate` leave; the more, the fewer MACs
-        _search(ratio_at, budget, start=_guess(pruning.before_blocks, len(pruning.cost.linear), budget), top=0.95)
+        _search(ratio_at, budget, start=start, top=0.95)
         if pruning.spec.select == "threshold":
             # each batch had thresholds of its own; now with the averages
             ratio = _scale(pruning, passes, budget)
@@ -98,6 +100,13 @@ class _Passes:
     @property
     def images(self) -> int:
         return sum(len(batch) for batch in self.batches)
+
+    @torch.inference_mode()
+    def patches(self) -> int:
+        """Patches of an image of this size."""
+        with trace(self.model) as watched:
+            self.model(pixel_values=self.batches[0][:1])
+        return watched.keep_masks[0].shape[1]
 
     @torch.inference_mode()
     def run(self, watched: Trace) -> float:
@@ -195,11 +204,21 @@ def _search(ratio_at: Callable[[float], float], budget: float, *, start: float, 
     return seen[best]
 
 
-def _guess(before_blocks: tuple[int, ...], num_blocks: int, budget: float) -> float:
-    """The rate at which the blocks' average number of tokens would be the budget, MACs being roughly linear in it."""
+def uniform_tokens(
+    before_blocks: tuple[int, ...], num_blocks: int, patches: int, prefix: int, rate: float
+) -> list[float]:
+    """Tokens of each block if every stage took the part `rate` of the patches it finds."""
+    return [
+        prefix + patches * (1 - rate) ** sum(stage <= block for stage in before_blocks) for block in range(num_blocks)
+    ]
+
+
+def uniform_rate(cost: CostModel, before_blocks: tuple[int, ...], patches: int, prefix: int, budget: float) -> float:
+    """The `rate` of `uniform_tokens` whose blocks cost the budget: where a search for levels starts."""
     low, high = 0.0, 0.95
     for _ in range(30):
         rate = (low + high) / 2
-        kept = sum((1 - rate) ** sum(stage <= block for stage in before_blocks) for block in range(num_blocks))
-        low, high = (rate, high) if kept / num_blocks > budget else (low, rate)
+        tokens = uniform_tokens(before_blocks, len(cost.linear), patches, prefix, rate)
+        macs = sum(cost.block(block, n) for block, n in enumerate(tokens)) + cost.outside(patches)
+        low, high = (rate, high) if macs > budget * cost.dense(patches, prefix) else (low, rate)
     return low

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from vitprune import attention
 from vitprune.families import Anatomy, examine
@@ -31,6 +31,7 @@ SUBMODULE = "vitprune"
 PUBLISHED_TEMPERATURE = 1e-4
 # a threshold that keeps everything: what a stage has until it is calibrated
 KEEPS_ALL = -torch.inf
+_QUANTIZER_MARKS = ("hf_quantizer", "quantization_method", "is_quantized")
 
 _forward: ContextVar[PackedPass | MaskedPass | None] = ContextVar("vitprune_forward", default=None)
 _traces: ContextVar[tuple[Trace, ...]] = ContextVar("vitprune_traces", default=())
@@ -52,7 +53,7 @@ class Pruning(nn.Module):
         self.before_blocks = spec.stages(len(anatomy.blocks))
         self.num_prefix_tokens = anatomy.num_prefix_tokens
         self.cost = anatomy.cost
-        self.dense_attention = anatomy.backbone.config._attn_implementation
+        self.dense_attention = anatomy.backbone.config._attn_implementation or "sdpa"
         self.handles: list[RemovableHandle] = []
         count = len(self.before_blocks)
         if spec.select == "threshold":
@@ -69,9 +70,7 @@ class Pruning(nn.Module):
         return self.get_parameter("thresholds") if self.spec.select == "threshold" else self.get_buffer("keep_ratios")
 
     def policy(self) -> Policy:
-        return Policy(
-            self.spec, self.before_blocks, self.num_prefix_tokens, self.cost, self.levels, self.temperatures
-        )
+        return Policy(self.spec, self.before_blocks, self.num_prefix_tokens, self.cost, self.levels, self.temperatures)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pruning:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -180,6 +179,8 @@ def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
     model.add_module(SUBMODULE, pruning if device.type == "meta" else pruning.to(device))
     pruning.handles = _attach(pruning, anatomy)
     model.set_attn_implementation(attention.NAME)
+    # what `plugin` reads when the model comes back through from_pretrained
+    model.config.quantization_config = {"quant_method": SUBMODULE, "format": 1, "pruning": spec.model_dump(mode="json")}
     return model
 
 
@@ -194,6 +195,9 @@ def restore_(model: PreTrainedModel) -> PreTrainedModel:
         handle.remove()
     model.set_attn_implementation(pruning.dense_attention)
     delattr(model, SUBMODULE)
+    # also what from_pretrained left on a model that it brought back
+    for owner, name in [(model.config, "quantization_config"), *((model, name) for name in _QUANTIZER_MARKS)]:
+        vars(owner).pop(name, None)
     return model
 
 

@@ -1,0 +1,45 @@
+# vitprune: everything a newcomer needs; `make help` lists it.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+# two test processes of one thread each: more threads than cores make torch crawl
+TESTS  := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test lint format types imports package clean
+
+help:  ## Show this list
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+
+install: $(VENV)/.installed  ## Create .venv with vitprune and what its development needs
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+demo: install  ## Prune, fine-tune, compare and save a small ViT; offline, under five minutes
+	HF_HUB_OFFLINE=1 $(BIN)/vitprune apply recipes/quickstart.yaml
+
+test: install  ## Run all tests
+	$(TESTS)
+
+lint: install  ## Check style
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: install  ## Put the code in form
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: install  ## Check types
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+imports: install  ## Check that imports only go down
+	$(BIN)/lint-imports --no-cache
+
+package: install  ## Build the wheel
+	$(BIN)/python -m build --wheel
+
+clean:  ## Remove what make made
+	rm -rf $(VENV) dist runs .ruff_cache

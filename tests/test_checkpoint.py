@@ -1,0 +1,145 @@
+"""Pruned checkpoints come back through plain transformers, and are written whole or not at all."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from tiny import Tolerance
+from torch.testing import assert_close
+from transformers import (
+    AutoModel,
+    AutoModelForImageClassification,
+    PreTrainedModel,
+    Trainer,
+    TrainingArguments,
+    ViTImageProcessorPil,
+    pipeline,
+)
+
+import vitprune
+from vitprune.pruner import is_pruned, pruning_of
+
+EXACT = Tolerance(rtol=0.0, atol=0.0)
+
+
+def logits(model: PreTrainedModel) -> torch.Tensor:
+    with torch.no_grad():
+        return tiny.answer(model(tiny.images(3)))
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> tuple[PreTrainedModel, Path]:
+    model = vitprune.prune_(tiny.build("vit"), tiny.POLICIES["as-vit-merge"])
+    processor = ViTImageProcessorPil(size={"height": 32, "width": 32})
+    return model, vitprune.save(model, tmp_path / "out", processor=processor, files={"recipe.yaml": "version: 1\n"})
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("policy", tiny.POLICIES)
+def test_it_comes_back_as_it_was(family: str, policy: str, tmp_path: Path) -> None:
+    model = vitprune.prune_(tiny.build(family), tiny.POLICIES[policy])
+    path = vitprune.save(model, tmp_path / "out")
+    back = vitprune.load(path)
+    assert type(back) is type(model)
+    assert_close(logits(back), logits(model), **EXACT)
+    assert pruning_of(back).spec == pruning_of(model).spec
+    vitprune.restore_(back)
+    assert_close(logits(back), logits(tiny.build(family)), **EXACT)
+
+
+def test_plain_from_pretrained_is_enough(saved: tuple[PreTrainedModel, Path]) -> None:
+    model, path = saved
+    back = AutoModelForImageClassification.from_pretrained(path)
+    assert_close(logits(back), logits(model), **EXACT)
+    assert is_pruned(back)
+    bare = AutoModel.from_pretrained(path, add_pooling_layer=False)
+    assert_close(pruning_of(bare).levels, pruning_of(model).levels, **EXACT)
+
+
+def test_a_pipeline_runs_it(saved: tuple[PreTrainedModel, Path]) -> None:
+    from PIL import Image
+
+    _, path = saved
+    classify = pipeline("image-classification", str(path), use_fast=False)
+    assert len(classify(Image.new("RGB", (40, 40), "red"))) == 5
+    assert is_pruned(classify.model)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_thresholds_stay_float32(saved: tuple[PreTrainedModel, Path], dtype: torch.dtype) -> None:
+    model, path = saved
+    back = AutoModelForImageClassification.from_pretrained(path, dtype=dtype)
+    assert back.dtype == dtype
+    assert_close(pruning_of(back).levels, pruning_of(model).levels, **EXACT)
+    assert_close(pruning_of(back).temperatures, pruning_of(model).temperatures, **EXACT)
+    # and through a second round in that dtype
+    again = vitprune.load(vitprune.save(back, path.with_name("again")), dtype=dtype)
+    assert_close(pruning_of(again).levels, pruning_of(model).levels, **EXACT)
+
+
+def test_save_pretrained_is_enough_too(tmp_path: Path) -> None:
+    model = vitprune.prune_(tiny.build("dinov2"), tiny.POLICIES["redundancy-merge"])
+    model.save_pretrained(tmp_path / "plain")
+    assert_close(logits(vitprune.load(tmp_path / "plain")), logits(model), **EXACT)
+
+
+def test_trainer_takes_it(saved: tuple[PreTrainedModel, Path], tmp_path: Path) -> None:
+    _, path = saved
+    model = AutoModelForImageClassification.from_pretrained(path)
+    before = pruning_of(model).levels.detach().clone()
+    data = [{"pixel_values": image, "labels": i % 5} for i, image in enumerate(tiny.images(8))]
+    arguments = TrainingArguments(
+        str(tmp_path / "trainer"),
+        max_steps=2,
+        report_to=[],
+        use_cpu=True,
+        learning_rate=1e-3,
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    trainer = Trainer(model, arguments, train_dataset=data)  # type: ignore[arg-type]
+    trainer.train()
+    trainer.save_model(str(tmp_path / "trained"))
+    back = vitprune.load(tmp_path / "trained")
+    assert_close(logits(back), logits(model.eval().cpu()), **EXACT)
+    assert not torch.equal(pruning_of(back).levels, before)
+
+
+def test_a_failure_while_saving_leaves_nothing(
+    saved: tuple[PreTrainedModel, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, path = saved
+
+    def disk_full(*args: object, **kwargs: object) -> None:
+        raise OSError("No space left on device")
+
+    before = {file.name: file.read_bytes() for file in path.iterdir()}
+    monkeypatch.setattr(Path, "write_text", disk_full)
+    for target in (path, path.with_name("new")):
+        with pytest.raises(OSError, match="No space left"):
+            vitprune.save(model, target, files={"report.json": "{}"}, overwrite=True)
+    assert {file.name: file.read_bytes() for file in path.iterdir()} == before
+    assert [entry.name for entry in path.parent.iterdir()] == ["out"]
+
+
+def test_what_is_there_stays_unless_overwritten(saved: tuple[PreTrainedModel, Path]) -> None:
+    model, path = saved
+    with pytest.raises(ValueError, match=r"output\.path .* exists; choose another path or set output\.overwrite=true"):
+        vitprune.save(model, path)
+    vitprune.save(model, path, overwrite=True)
+    assert not (path / "recipe.yaml").exists()
+    assert [entry.name for entry in path.parent.iterdir()] == ["out"]
+
+
+def test_a_dense_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="isn't pruned"):
+        vitprune.save(tiny.build("vit"), tmp_path / "out")
+
+
+def test_a_foreign_checkpoint_is_refused_with_a_list(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "swin", "architectures": ["SwinForImageClassification"]}')
+    with pytest.raises(ValueError, match=r"SwinForImageClassification .* supported are: ViTForImageClassification"):
+        vitprune.load(tmp_path)

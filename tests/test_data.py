@@ -1,0 +1,369 @@
+"""What comes out of image folders, parquet and arrow files, saved data sets and streams."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from accelerate import Accelerator
+from datasets import (
+    ClassLabel,
+    Dataset,
+    DatasetDict,
+    Features,
+    Image,
+    Value,
+    disable_progress_bars,
+    enable_progress_bars,
+)
+from transformers import ViTImageProcessorPil
+
+from vitprune.data import BrokenImageError, Images, load_images
+from vitprune.recipe import DataSpec, SplitSpec
+
+NAMES = ["bird", "cat", "dog"]
+ID2LABEL = dict(enumerate(NAMES))
+TRAIN = SplitSpec(split="train")
+PROCESSOR = ViTImageProcessorPil(size={"height": 8, "width": 8})
+
+
+def png(value: int, mode: str = "L") -> bytes:
+    """A 10 x 12 image of one grey."""
+    file = io.BytesIO()
+    PIL.Image.fromarray(np.full((10, 12), value, dtype=np.uint8)).convert(mode).save(file, "PNG")
+    return file.getvalue()
+
+
+def rows(count: int, label: Any = None, broken: tuple[int, ...] = ()) -> Dataset:
+    """Row i is an image of grey 10 i with label i % 3; `label` is the feature of that column."""
+    images = [{"bytes": b"no image" if i in broken else png(10 * i), "path": None} for i in range(count)]
+    features = Features({"image": Image(decode=False), "label": ClassLabel(names=NAMES) if label is None else label})
+    data = Dataset.from_dict({"image": images, "label": [i % 3 for i in range(count)]}, features=features)
+    return data.cast_column("image", Image())
+
+
+@pytest.fixture(autouse=True)
+def quiet_and_apart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Own cache, and no progress bars: their thread makes loader processes slow to end."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    disable_progress_bars()
+    yield
+    enable_progress_bars()
+
+
+@pytest.fixture
+def parquet(tmp_path: Path) -> Callable[..., Path]:
+    """Writes rows as the only parquet file of a folder."""
+
+    def write(data: Dataset, name: str = "train.parquet") -> Path:
+        folder = tmp_path / "data"
+        folder.mkdir(exist_ok=True)
+        data.to_parquet(str(folder / name))
+        return folder
+
+    return write
+
+
+def load(path: Path | str, split: SplitSpec = TRAIN, seed: int = 0, id2label: Any = ID2LABEL, **options: Any) -> Images:
+    return load_images(DataSpec(path=str(path), **options), split, PROCESSOR, id2label=id2label, seed=seed)
+
+
+def greys(images: Images, **options: Any) -> list[int]:
+    """The number of each row that comes out of a loader, told by its grey."""
+    pixels = torch.cat([batch["pixel_values"] for batch in images.loader(4, **options)])
+    return ((pixels[:, 0, 4, 4] + 1) * 127.5 / 10).round().int().tolist()
+
+
+def test_batches(parquet: Callable[..., Path]) -> None:
+    images = load(parquet(rows(6)))
+    assert len(images) == 6
+    assert images.labelled
+    assert images.skipped == 0
+    assert not images.streamed
+    first, second = images.loader(4)
+    assert first["pixel_values"].shape == (4, 3, 8, 8)
+    assert first["pixel_values"].dtype == torch.float32
+    assert first["labels"].tolist() == [0, 1, 2, 0]
+    assert first["labels"].dtype == torch.int64
+    assert second["pixel_values"].shape[0] == 2
+    assert len(list(images.loader(4, drop_last=True))) == 1
+
+
+def image_folder(folder: Path) -> Path:
+    for i, name in enumerate(NAMES):
+        (folder / "train" / name).mkdir(parents=True)
+        (folder / "train" / name / "a.png").write_bytes(png(10 * i))
+    return folder
+
+
+def saved(folder: Path) -> Path:
+    DatasetDict({"train": rows(3), "test": rows(2)}).save_to_disk(str(folder))
+    return folder
+
+
+def saved_alone(folder: Path, count: int = 3, broken: tuple[int, ...] = ()) -> Path:
+    rows(count, broken=broken).save_to_disk(str(folder))
+    return folder
+
+
+def parquet_file(folder: Path) -> Path:
+    folder.mkdir()
+    rows(3).to_parquet(str(folder / "some.parquet"))
+    return folder / "some.parquet"
+
+
+def parquet_shards(folder: Path) -> Path:
+    folder.mkdir()
+    for i in range(2):
+        rows(3).select([[0, 1], [2]][i]).to_parquet(str(folder / f"train-0000{i}-of-00002.parquet"))
+    rows(2).to_parquet(str(folder / "test.parquet"))
+    return folder
+
+
+def arrow_file(folder: Path) -> Path:
+    saved_alone(folder)
+    return next(folder.glob("*.arrow"))
+
+
+SOURCES = [image_folder, saved, saved_alone, parquet_file, parquet_shards, arrow_file]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("write", SOURCES)
+def test_sources(write: Callable[[Path], Path], streaming: bool, tmp_path: Path) -> None:
+    images = load(write(tmp_path / "data"), streaming=streaming)
+    assert images.streamed == streaming
+    assert images.labelled
+    assert greys(images) == [0, 1, 2]
+    (batch,) = images.loader(3)
+    assert batch["labels"].tolist() == [0, 1, 2]
+
+
+def test_split_of_one_file_in_parts(parquet: Callable[..., Path]) -> None:
+    folder = parquet(rows(10))
+    assert greys(load(folder, SplitSpec(split="train[80%:]"))) == [8, 9]
+
+
+def test_limit_is_a_seeded_random_sample(parquet: Callable[..., Path]) -> None:
+    folder = parquet(rows(20))
+    chosen = greys(load(folder, SplitSpec(split="train", limit=8)))
+    assert len(set(chosen)) == 8
+    assert chosen != list(range(8))
+    assert greys(load(folder, SplitSpec(split="train", limit=8))) == chosen
+    assert greys(load(folder, SplitSpec(split="train", limit=8), seed=1)) != chosen
+    assert len(load(folder, SplitSpec(split="train", limit=800))) == 20
+
+
+# Streams below come from `save_to_disk`: `datasets` sleeps 5 s after a shuffled or broken pass over parquet.
+@pytest.mark.parametrize("streaming", [False, True])
+def test_holdout_and_sample(tmp_path: Path, streaming: bool) -> None:
+    images = load(saved_alone(tmp_path / "data", 20), streaming=streaming)
+    rest, held_out = images.holdout(6, seed=3)
+    assert len(greys(held_out)) == 6
+    assert sorted(greys(rest, shuffle=True) + greys(held_out, shuffle=True)) == list(range(20))
+    assert greys(images.holdout(6, seed=3)[1]) == greys(held_out)
+    assert greys(images.sample(6, seed=3)) == greys(images.sample(6, seed=3)) != greys(images.sample(6, seed=4))
+    assert sorted(greys(images.sample(50, seed=0))) == list(range(20))
+
+
+def test_holdout_leaves_some(parquet: Callable[..., Path]) -> None:
+    with pytest.raises(ValueError, match="20 images can't be held out of 20; give more"):
+        load(parquet(rows(20))).holdout(20, seed=0)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_each_pass_has_its_order(tmp_path: Path, streaming: bool) -> None:
+    images = load(saved_alone(tmp_path / "data", 20), streaming=streaming)
+    _, held_out = images.holdout(10, seed=0)
+    loader = Accelerator(cpu=True).prepare(held_out.loader(5, shuffle=True, seed=1))
+    first, second = ([float(x) for batch in loader for x in batch["pixel_values"][:, 0, 0, 0]] for _ in range(2))
+    assert first != second
+    assert sorted(first) == sorted(second)
+    again = Accelerator(cpu=True).prepare(held_out.loader(5, shuffle=True, seed=1))
+    assert [float(x) for batch in again for x in batch["pixel_values"][:, 0, 0, 0]] == first
+
+
+def test_a_stream_has_no_length(parquet: Callable[..., Path]) -> None:
+    with pytest.raises(TypeError, match="doesn't know its length"):
+        len(load(parquet(rows(3)), streaming=True))
+
+
+def test_without_labels(parquet: Callable[..., Path]) -> None:
+    images = load(parquet(rows(3).remove_columns("label")))
+    assert not images.labelled
+    assert set(next(iter(images.loader(2)))) == {"pixel_values"}
+
+
+def test_hidden_labels_are_no_labels(parquet: Callable[..., Path]) -> None:
+    data = rows(3).map(lambda _: {"label": -1}, features=rows(3).features)
+    assert not load(parquet(data)).labelled
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "L", "1", "CMYK"])
+def test_all_images_become_rgb(mode: str, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    suffix = "tiff" if mode == "CMYK" else "png"
+    PIL.Image.new(mode, (9, 9)).save(tmp_path / "data" / f"a.{suffix}")
+    assert next(iter(load(tmp_path / "data").loader(1)))["pixel_values"].shape == (1, 3, 8, 8)
+
+
+def test_columns_that_are_named(parquet: Callable[..., Path]) -> None:
+    plain = Dataset.from_dict({"file": [png(0), png(10)], "truth": ["dog", "bird"]})
+    folder = parquet(plain)
+    images = load(folder, image_column="file", label_column="truth")
+    assert next(iter(images.loader(2)))["labels"].tolist() == [2, 0]
+    assert greys(images) == [0, 1]
+    assert not load(folder, image_column="file").labelled
+
+
+def test_plain_integers_named_label_are_labels(parquet: Callable[..., Path]) -> None:
+    assert load(parquet(rows(3, Value("int64")))).labelled
+
+
+def label_error(folder: Path, id2label: dict[int, str], **options: Any) -> str:
+    with pytest.raises(ValueError, match=r"data\.path") as error:
+        list(load(folder, id2label=id2label, **options).loader(4))
+    return str(error.value)
+
+
+def test_label_names_must_agree(parquet: Callable[..., Path]) -> None:
+    folder = parquet(rows(3))
+    message = label_error(folder, {0: "bird", 1: "Cat", 2: "dog"})
+    assert "1   cat   Cat" in message
+    assert "bird" not in message
+    assert "split 'train'" in message
+    assert "another order" in label_error(folder, {0: "cat", 1: "bird", 2: "dog"})
+    assert "3 in the data, 2 in the checkpoint" in label_error(folder, {0: "bird", 1: "cat"})
+    assert "2   dog   (none)" in label_error(folder, {0: "bird", 1: "cat"})
+
+
+def test_default_label_names_only_count(parquet: Callable[..., Path]) -> None:
+    folder = parquet(rows(3))
+    assert load(folder, id2label={i: f"LABEL_{i}" for i in range(3)}).labelled
+    assert load(folder, id2label=None).labelled
+    assert "3 in the data, 4 in the checkpoint" in label_error(folder, {i: f"LABEL_{i}" for i in range(4)})
+
+
+def test_many_differing_labels_are_cut_short(parquet: Callable[..., Path]) -> None:
+    names = [f"a{i}" for i in range(100)]
+    message = label_error(parquet(rows(3, ClassLabel(names=names))), {i: f"b{i}" for i in range(100)})
+    assert "and 80 more" in message
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_labels_out_of_range(tmp_path: Path, streaming: bool) -> None:
+    rows(3, Value("int64")).save_to_disk(str(tmp_path / "data"))
+    message = label_error(tmp_path / "data", {0: "bird", 1: "cat"}, streaming=streaming)
+    assert "2 is not a class id, the checkpoint has labels 0 to 1" in message
+    assert "'label'" in message
+
+
+def test_unknown_label_name(parquet: Callable[..., Path]) -> None:
+    data = Dataset.from_dict({"image": [png(0)], "label": ["fish"]}).cast_column("image", Image())
+    assert "'fish' is not among the checkpoint's labels: bird, cat, dog" in label_error(parquet(data), ID2LABEL)
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_broken_image_is_named(tmp_path: Path, streaming: bool) -> None:
+    folder = saved_alone(tmp_path / "data", 6, broken=(4,))
+    with pytest.raises(BrokenImageError, match=r"split 'train', row 4: cannot be decoded: .*on_error: skip"):
+        list(load(folder, streaming=streaming).loader(2))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_broken_images_are_skipped_and_counted(parquet: Callable[..., Path], streaming: bool) -> None:
+    images = load(parquet(rows(8, broken=(1, 6))), on_error="skip", streaming=streaming)
+    assert greys(images) == [0, 2, 3, 4, 5, 7]
+    assert images.skipped == 2
+
+
+def test_a_broken_row_counts_once(parquet: Callable[..., Path]) -> None:
+    images = load(parquet(rows(8, broken=(1, 6))), on_error="skip")
+    for _ in range(2):
+        greys(images, shuffle=True)
+    assert images.skipped == 2
+
+
+def test_truncated_file_is_named(tmp_path: Path) -> None:
+    folder = image_folder(tmp_path / "data")
+    file = folder / "train" / "cat" / "a.png"
+    file.write_bytes(file.read_bytes()[:45])
+    with pytest.raises(BrokenImageError, match=r"row 1 \(.*a.png\): cannot be decoded"):
+        list(load(folder).loader(2))
+
+
+def test_a_whole_batch_of_broken_images(parquet: Callable[..., Path]) -> None:
+    images = load(parquet(rows(4, broken=(2, 3))), on_error="skip")
+    with pytest.raises(ValueError, match="a whole batch of 2 images is broken"):
+        list(images.loader(2))
+
+
+# Python 3.12 warns of every fork of a process with threads, which torch has.
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+@pytest.mark.parametrize("streaming", [False, True])
+def test_loader_processes(tmp_path: Path, streaming: bool) -> None:
+    folder = saved_alone(tmp_path / "data", 6, broken=(4,))
+    images = load(folder, on_error="skip", streaming=streaming, workers=1)
+    assert greys(images) == [0, 1, 2, 3, 5]
+    assert images.skipped == 1
+
+
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_a_broken_image_is_named_by_loader_processes(parquet: Callable[..., Path]) -> None:
+    batches = iter(load(parquet(rows(8, broken=(0,))), workers=1).loader(2))
+    with pytest.raises(BrokenImageError, match=r"^data\.path .*row 0: cannot be decoded"):
+        next(batches)
+    list(batches)  # lets the process come to its end
+
+
+def test_images_of_different_sizes(parquet: Callable[..., Path]) -> None:
+    data = Dataset.from_dict({"image": [PIL.Image.new("L", (8, 8)), PIL.Image.new("L", (9, 9))]}).cast_column(
+        "image", Image()
+    )
+    spec = DataSpec(path=str(parquet(data)))
+    images = load_images(spec, TRAIN, ViTImageProcessorPil(do_resize=False), id2label=None)
+    with pytest.raises(ValueError, match="images of different sizes"):
+        list(images.loader(2))
+
+
+def test_what_is_not_there(parquet: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    folder = parquet(rows(3))
+    (tmp_path / "readme.txt").write_text("no images")
+
+    def error(path: Path | str, split: str = "train", **options: Any) -> str:
+        with pytest.raises(ValueError, match=r"data\.path") as raised:
+            load(path, SplitSpec(split=split), **options)
+        return str(raised.value)
+
+    assert "data.path no/where" in error("no/where")
+    assert "check the spelling" in error("no/where")
+    assert "Should be one of ['train']" in error(folder, "test")
+    assert "the splits are train, test" in error(saved(tmp_path / "saved"), "validation")
+    assert ".parquet, .arrow" in error(tmp_path / "readme.txt")
+    assert "image_column names 'photo'" in error(folder, image_column="photo")
+    assert "holds no images but ClassLabel" in error(folder, image_column="label")
+    assert "holds no labels but Image" in error(folder, label_column="image")
+
+
+def test_which_column(parquet: Callable[..., Path]) -> None:
+    two = Dataset.from_dict({"a": [png(0)], "b": [png(0)]}).cast_column("a", Image()).cast_column("b", Image())
+    with pytest.raises(ValueError, match=r"several columns hold images \(a, b\)"):
+        load(parquet(two))
+    with pytest.raises(ValueError, match=r"no column is declared as images.*Columns: a \(binary\)"):
+        load(parquet(Dataset.from_dict({"a": [png(0)]})))
+
+
+def test_augmentation_changes_pixels_but_no_labels(parquet: Callable[..., Path]) -> None:
+    images = load(parquet(rows(6)))
+    torch.manual_seed(0)
+    (changed,) = images.loader(6, augmentation="strong")
+    (plain,) = images.loader(6)
+    assert not torch.equal(changed["pixel_values"], plain["pixel_values"])
+    assert torch.equal(changed["labels"], plain["labels"])

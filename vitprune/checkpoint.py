@@ -1,0 +1,121 @@
+"""Checkpoints: a dense one comes in, a pruned one goes out, whole or not at all.
+
+Knows files; leaves what a pruned model is to `pruner`, and its way back through `from_pretrained` to `plugin`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from vitprune.families import FAMILIES, supported
+from vitprune.pruner import is_pruned
+
+
+def load_config(checkpoint: str, revision: str | None = None) -> PreTrainedConfig:
+    """The config of a checkpoint on the Hub or in a folder. Raises ValueError naming the checkpoint and the way out."""
+    try:
+        return AutoConfig.from_pretrained(checkpoint, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.checkpoint {checkpoint}: {_first_line(error)}") from error
+
+
+def model_class(checkpoint: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that a checkpoint was saved from, if it is one of ours. Raises ValueError listing those that work."""
+    names = config.architectures or []
+    known = [name for family in FAMILIES.values() for name in family.classes]
+    name = next((name for name in names if name in known), None)
+    if name is None:
+        raise ValueError(
+            f"model.checkpoint {checkpoint}: {', '.join(names) or 'a model'} (model type '{config.model_type}') is not "
+            f"a ViT that vitprune can prune; supported are: {supported()}"
+        )
+    return getattr(transformers, name)
+
+
+def load(checkpoint: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None) -> PreTrainedModel:
+    """A dense or pruned model in eval mode, from a folder or the Hub; safetensors only, nothing is unpickled.
+
+    A pruned checkpoint comes back pruned, as it does through `AutoModelForImageClassification.from_pretrained`.
+
+    Raises:
+        ValueError: no such checkpoint, no safetensors, or no plain ViT.
+    """
+    checkpoint = str(checkpoint)
+    config = load_config(checkpoint, revision)
+    cls = model_class(checkpoint, config)
+    try:
+        model = cls.from_pretrained(checkpoint, revision=revision or "main", dtype=dtype, use_safetensors=True)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.checkpoint {checkpoint}: {_first_line(error)}") from error
+    return model.eval()
+
+
+def load_processor(checkpoint: str, revision: str | None = None) -> BaseImageProcessor:
+    """The image processor of a checkpoint; the PIL one, which needs no torchvision. Raises ValueError if none."""
+    try:
+        return AutoImageProcessor.from_pretrained(checkpoint, revision=revision or "main", backend="pil")
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model.checkpoint {checkpoint}: no image processor: {_first_line(error)}; add a preprocessor_config.json"
+        ) from error
+
+
+def require_free(path: Path, *, overwrite: bool) -> None:
+    """Raises ValueError if something is at an output path that may not be overwritten."""
+    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
+        raise ValueError(f"output.path {path} exists; choose another path or set output.overwrite=true")
+
+
+def save(
+    model: PreTrainedModel,
+    path: str | Path,
+    *,
+    processor: BaseImageProcessor | None = None,
+    files: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a pruned model, its image processor and further text files to a folder, whole or not at all.
+
+    Everything is written beside the path and renamed at the end.
+
+    Raises:
+        ValueError: the model isn't pruned, or the path is taken and `overwrite` is false.
+    """
+    path = Path(path)
+    if not is_pruned(model):
+        raise ValueError(f"{type(model).__name__} isn't pruned; save it with its own save_pretrained")
+    require_free(path, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    try:
+        model.save_pretrained(unfinished)
+        if processor is not None:
+            processor.save_pretrained(unfinished)
+        for name, text in (files or {}).items():
+            (unfinished / name).write_text(text, encoding="utf-8")
+        _replace(unfinished, path)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return path
+
+
+def _replace(new: Path, path: Path) -> None:
+    if not path.exists():
+        new.rename(path)
+        return
+    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    path.rename(old)
+    new.rename(path)
+    shutil.rmtree(old) if old.is_dir() else old.unlink()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

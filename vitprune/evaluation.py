@@ -1,0 +1,235 @@
+"""Pruned against dense: how good, how much work, how fast.
+
+Knows how to measure two models on the same images in the same run. Leaves what the numbers are called to `results`, and
+showing them to `report`.
+
+Tensor suffixes: B images, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import transformers
+from rich.console import Console
+from rich.progress import track
+from torch import Tensor, nn
+
+from vitprune.data import Images
+from vitprune.metrics import RANKED, RankedMetric, load_metric
+from vitprune.pruner import Trace, trace
+from vitprune.recipe import EvaluateSpec
+from vitprune.results import Comparison, Distribution, Environment, KeptPatches, Macs, MetricPair, Throughput, Timing
+
+QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+WARM_UP = 2  # forwards of each model before any that counts
+SHORTEST = 0.1  # seconds: what takes less is repeated within one measurement
+
+
+def compare(
+    dense: nn.Module, pruned: nn.Module, images: Images, spec: EvaluateSpec, *, progress: bool = True
+) -> Comparison:
+    """Both models on the same images: metrics (where there are labels), agreement, MACs, kept patches.
+
+    The models give `.logits` and stay on their device, in their dtype and in the mode they are in.
+
+    Raises ValueError where there is no image, or `pruned` isn't pruned.
+    """
+    tally = _Tally(spec.metrics if images.labelled else ())
+    batches = images.loader(spec.batch_size)
+    total = None if images.streamed else len(batches)
+    with _evaluating(dense, pruned):
+        for batch in track(
+            batches, "Comparing", total=total, console=Console(stderr=True), transient=True, disable=not progress
+        ):
+            x_BCHW = batch["pixel_values"]
+            before = dense(pixel_values=_placed(x_BCHW, dense)).logits
+            with trace(pruned) as seen:
+                after = pruned(pixel_values=_placed(x_BCHW, pruned)).logits
+            tally.add(before, after, seen, batch.get("labels"))
+    return tally.comparison(images.skipped)
+
+
+class _Tally:
+    """What has been seen so far. Keeps numbers a few per image, not logits: those of ImageNet would fill the memory."""
+
+    def __init__(self, metrics: Sequence[str]) -> None:
+        self.dense_metrics = {name: load_metric(name) for name in metrics}
+        self.pruned_metrics = {name: load_metric(name) for name in metrics}
+        self.images, self.agreeing = 0, 0
+        self.macs: list[Tensor] = []
+        self.dense_macs: list[Tensor] = []
+        self.stages: list[_StageTally] = []
+
+    def add(self, dense_logits: Tensor, pruned_logits: Tensor, seen: Trace, labels: Tensor | None) -> None:
+        before, after = _ranked(dense_logits), _ranked(pruned_logits)
+        self.images += len(before)
+        self.agreeing += int((before[:, 0] == after[:, 0]).sum())
+        self.macs.append(seen.macs.cpu())
+        self.dense_macs.append(seen.dense_macs.cpu())
+        self.stages = self.stages or [_StageTally(block) for block in seen.before_blocks]
+        for stage, keep_mask in zip(self.stages, seen.keep_masks, strict=True):
+            stage.patches = keep_mask.shape[1]
+            stage.kept.append(keep_mask.sum(dim=1).cpu())
+        if labels is not None:
+            for metrics, ranked in ((self.dense_metrics, before), (self.pruned_metrics, after)):
+                for metric in metrics.values():
+                    metric.add_batch(predictions=ranked.tolist(), references=labels.tolist())
+
+    def comparison(self, skipped: int) -> Comparison:
+        if self.images == 0:
+            raise ValueError("data.eval: there is no image to compare the models on")
+        dense, pruned = (
+            {name: _value(metric, name) for name, metric in metrics.items()}
+            for metrics in (self.dense_metrics, self.pruned_metrics)
+        )
+        return Comparison(
+            images=self.images,
+            skipped=skipped,
+            metrics={name: MetricPair(dense=dense[name], pruned=pruned[name]) for name in dense},
+            agreement=self.agreeing / self.images,
+            macs=Macs(dense=float(torch.cat(self.dense_macs).mean()), pruned=_distribution(torch.cat(self.macs))),
+            kept=tuple(stage.result() for stage in self.stages),
+        )
+
+
+def _value(metric: RankedMetric, name: str) -> float:
+    result = metric.compute()
+    assert result is not None  # as it is in the other processes of a distributed metric
+    return result[name]
+
+
+@dataclass
+class _StageTally:
+    before_block: int
+    patches: int = 0
+    kept: list[Tensor] = field(default_factory=list)
+
+    def result(self) -> KeptPatches:
+        kept = _distribution(torch.cat(self.kept))
+        return KeptPatches(before_block=self.before_block, patches=self.patches, kept=kept)
+
+
+def measure_throughput(
+    dense: nn.Module,
+    pruned: nn.Module,
+    batch: Tensor,
+    batch_sizes: Sequence[int],
+    repeats: int,
+    *,
+    progress: bool = True,
+) -> list[Throughput]:
+    """Times both models on the same images, in turn, warmed up; the median of `repeats` counts.
+
+    `batch`: pixel values (B, C, H, W) of real images by chance, since how many tokens an image keeps decides how fast
+    it is; repeated where a batch size is larger than B.
+
+    Raises ValueError where `pruned` isn't pruned.
+    """
+    console = Console(stderr=True)
+    with _evaluating(dense, pruned):
+        return [
+            _throughput(dense, pruned, batch[torch.arange(size) % len(batch)], repeats)
+            for size in track(batch_sizes, "Timing", console=console, transient=True, disable=not progress)
+        ]
+
+
+def _throughput(dense: nn.Module, pruned: nn.Module, x_BCHW: Tensor, repeats: int) -> Throughput:
+    contestants = [(model, _placed(x_BCHW, model)) for model in (dense, pruned)]
+    calls: list[int] = []
+    for model, x in contestants:
+        warm = min(_seconds(model, x, 1) for _ in range(WARM_UP))
+        calls.append(max(1, math.ceil(SHORTEST / warm)))
+    seconds: tuple[list[float], list[float]] = ([], [])
+    for repeat in range(repeats):
+        # Who goes first takes turns, so that a machine that slows down or speeds up treats both alike.
+        for which in (0, 1) if repeat % 2 == 0 else (1, 0):
+            seconds[which].append(_seconds(*contestants[which], calls[which]))
+    with trace(pruned) as seen:
+        pruned(pixel_values=contestants[1][1])
+    return Throughput(
+        batch_size=len(x_BCHW),
+        dense=_timing(seconds[0]),
+        pruned=_timing(seconds[1]),
+        ideal_speedup=float(seen.dense_macs.sum() / seen.macs.sum()),
+    )
+
+
+def _seconds(model: nn.Module, x_BCHW: Tensor, calls: int) -> float:
+    """Wall-clock seconds of one forward, averaged over `calls`."""
+    _wait_for(x_BCHW.device)
+    start = time.perf_counter()
+    for _ in range(calls):
+        model(pixel_values=x_BCHW)
+    _wait_for(x_BCHW.device)
+    return (time.perf_counter() - start) / calls
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
+def _timing(seconds: list[float]) -> Timing:
+    return Timing(median=statistics.median(seconds), fastest=min(seconds), slowest=max(seconds))
+
+
+def describe_environment(model: nn.Module) -> Environment:
+    """Versions and machine, with the device and dtype that `model` has now."""
+    first = next(model.parameters())
+    on_cuda = first.device.type == "cuda"
+    return Environment(
+        vitprune=version("vitprune"),
+        torch=torch.__version__,
+        transformers=transformers.__version__,
+        python=platform.python_version(),
+        cpu=_cpu_name(),
+        threads=torch.get_num_threads(),
+        device=torch.cuda.get_device_name(first.device) if on_cuda else first.device.type,
+        dtype=str(first.dtype).removeprefix("torch."),
+    )
+
+
+def _cpu_name() -> str:
+    """As Linux calls it; elsewhere what Python knows."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@contextmanager
+def _evaluating(*models: nn.Module) -> Iterator[None]:
+    """Eval mode without gradients; afterwards the models are in the mode they were in."""
+    with ExitStack() as afterwards, torch.inference_mode():
+        for model in models:
+            afterwards.callback(model.train, model.training)
+            model.eval()
+        yield
+
+
+def _placed(x_BCHW: Tensor, model: nn.Module) -> Tensor:
+    """The pixels where and as the model computes."""
+    first = next(model.parameters())
+    return x_BCHW.to(device=first.device, dtype=first.dtype)
+
+
+def _ranked(logits: Tensor) -> Tensor:
+    """(B, 5) ids of the likeliest classes, likeliest first; all where there are fewer."""
+    return logits.topk(min(RANKED, logits.shape[-1]), dim=-1).indices.cpu()
+
+
+def _distribution(values: Tensor) -> Distribution:
+    values = values.double()
+    quantiles = torch.quantile(values, torch.tensor(QUANTILES, dtype=torch.float64)).tolist()
+    names = ("q05", "q25", "q50", "q75", "q95")
+    return Distribution(mean=float(values.mean()), **dict(zip(names, quantiles, strict=True)))

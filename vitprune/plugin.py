@@ -1,0 +1,67 @@
+"""The quantizer plug-in: how plain `from_pretrained` brings a pruned model back.
+
+transformers lets a quantizer change a model before its weights are loaded; ours prunes it, so that thresholds find
+their place like any other weight. Imported while transformers itself is being imported: only from modules that are
+ready by then, everything else when it is needed.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from vitprune.recipe import PruningSpec
+
+METHOD = "vitprune"
+FORMAT = 1
+
+
+@register_quantization_config(METHOD)
+class PruningConfig(QuantizationConfigMixin):
+    """The entry `quantization_config` of a pruned checkpoint's config.json: a `PruningSpec` and a format number."""
+
+    def __init__(self, pruning: dict[str, Any], format: int = FORMAT, quant_method: str = METHOD) -> None:
+        if format != FORMAT:
+            raise ValueError(
+                f"config.json: quantization_config.format is {format}, this vitprune reads {FORMAT}; "
+                "install the version of vitprune that the checkpoint's model card names"
+            )
+        self.quant_method = quant_method  # pyright: ignore[reportAttributeAccessIssue] — an enum of their own methods
+        self.format = format
+        self.pruning = pruning
+
+
+@register_quantizer(METHOD)
+class PruningQuantizer(HfQuantizer):
+    """Prunes the empty model before its weights come in."""
+
+    def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
+        from vitprune.pruner import SUBMODULE, prune_
+
+        if self.pre_quantized:
+            entry = vars(self.quantization_config)["pruning"]
+            prune_(model, PruningSpec.model_validate(entry, strict=False))
+            # thresholds live near 1/N: half precision would move them
+            model._keep_in_fp32_modules_strict.add(SUBMODULE)
+
+    def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] — declared without a type
+        """A pruned model saves like any other."""
+        return True
+
+    @property
+    def is_trainable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride, reportIncompatibleVariableOverride]
+        """Trainer may train it."""
+        return True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """All of it, not only adapters."""
+        return True
+
+    @property
+    def is_compileable(self) -> bool:
+        """Nothing here forbids it."""
+        return True

@@ -1,0 +1,186 @@
+"""What is found out about a pruned model, as values: `report.json` is a `Report`. Also what a run would do: `Plan`.
+
+Knows names, units and the file. Leaves measuring to `evaluation` and showing to `report`. Imports no torch.
+`docs/report.md` explains each field.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, computed_field
+
+
+class _Result(BaseModel):
+    # What follows from other fields is in the file for those who read it with other software, and ignored on loading.
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+
+class Distribution(_Result):
+    """How a quantity is spread over images: mean and 5, 25, 50, 75, 95 % quantiles."""
+
+    mean: float
+    q05: float
+    q25: float
+    q50: float
+    q75: float
+    q95: float
+
+
+class MetricPair(_Result):
+    """One metric of both models on the same images, fractions from 0 to 1."""
+
+    dense: float
+    pruned: float
+
+    @computed_field
+    @property
+    def difference(self) -> float:
+        """Pruned less dense: negative where pruning costs quality."""
+        return self.pruned - self.dense
+
+
+class Macs(_Result):
+    """Multiply-accumulates of one image, patch embedding and head included."""
+
+    dense: float
+    pruned: Distribution
+
+    @computed_field
+    @property
+    def ratio(self) -> float:
+        """Pruned, on average, by dense: what a budget bounds."""
+        return self.pruned.mean / self.dense
+
+
+class KeptPatches(_Result):
+    """How many of an image's `patches` are still tokens of their own after the stage before `before_block`."""
+
+    before_block: int
+    patches: int
+    kept: Distribution
+
+
+class Comparison(_Result):
+    """Dense and pruned model on the same `images`; `skipped` broken ones were left out.
+
+    `agreement`: part of the images with the same top-1 answer. `metrics` is empty for images without labels.
+    """
+
+    images: int
+    skipped: int
+    metrics: dict[str, MetricPair]
+    agreement: float
+    macs: Macs
+    kept: tuple[KeptPatches, ...]
+
+
+class Timing(_Result):
+    """Seconds for one batch, over the repeats."""
+
+    median: float
+    fastest: float
+    slowest: float
+
+
+class Throughput(_Result):
+    """Both models on the same batch, in turn. `ideal_speedup`: dense by pruned MACs of that batch."""
+
+    batch_size: int
+    dense: Timing
+    pruned: Timing
+    ideal_speedup: float
+
+    @computed_field
+    @property
+    def dense_images_per_second(self) -> float:
+        return self.batch_size / self.dense.median
+
+    @computed_field
+    @property
+    def pruned_images_per_second(self) -> float:
+        return self.batch_size / self.pruned.median
+
+    @computed_field
+    @property
+    def speedup(self) -> float:
+        """Median of dense by median of pruned."""
+        return self.dense.median / self.pruned.median
+
+    @computed_field
+    @property
+    def efficiency(self) -> float:
+        """How much of the ideal speed-up is real."""
+        return self.speedup / self.ideal_speedup
+
+
+class Environment(_Result):
+    """What was measured with, and on what."""
+
+    vitprune: str
+    torch: str
+    transformers: str
+    python: str
+    cpu: str
+    threads: int
+    device: str
+    dtype: str
+
+
+class Report(_Result):
+    """Everything that a run found out. `calibrated`: the comparison before fine-tuning, where there was one."""
+
+    schema_version: Literal[1] = Field(
+        default=1, validation_alias=AliasChoices("schema", "schema_version"), serialization_alias="schema"
+    )
+    created: datetime | None = None
+    environment: Environment
+    recipe: dict[str, Any]
+    budget: float | None
+    comparison: Comparison
+    calibrated: Comparison | None = None
+    throughput: tuple[Throughput, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON: beside `path` first, so that there is never half a report."""
+        partial = Path(f"{path}.partial")
+        partial.write_text(self.model_dump_json(indent=2, by_alias=True) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Report:
+        """Raises ValueError for a file that is no report of this schema, OSError for one that can't be read."""
+        try:
+            return cls.model_validate_json(Path(path).read_bytes())
+        except ValidationError as error:
+            raise ValueError(f"{path} is no report that this version of vitprune reads: {error}") from error
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One block. Tokens count prefix tokens too; MACs are of one image; both at the budget are expected values."""
+
+    block: int
+    tokens_dense: int
+    tokens_budget: float
+    macs_dense: float
+    macs_budget: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `apply` would do. `steps` says it in plain words."""
+
+    checkpoint: str
+    family: str
+    model_class: str
+    num_blocks: int
+    num_prefix_tokens: int
+    stages: tuple[int, ...]
+    budget: float
+    rows: tuple[PlanRow, ...]
+    steps: tuple[str, ...]

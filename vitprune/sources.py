@@ -1,0 +1,232 @@
+"""Opens image data sets: where rows come from, which column is the image, what the labels mean.
+
+Knows `datasets` and the checkpoint's label names. Leaves decoding, batches and randomness to `data`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value
+from datasets.exceptions import DatasetsError
+
+from vitprune.recipe import DataSpec
+
+FILE_KINDS: Mapping[str, str] = {".parquet": "parquet", ".arrow": "arrow"}
+LABEL_NAMES = ("label", "labels")
+SHOWN = 20  # differing labels that an error shows
+
+
+@dataclass(frozen=True)
+class Labels:
+    """What a label column holds: class ids, or names that `ids` maps to them."""
+
+    column: str
+    ids: Mapping[str, int] | None
+    count: int | None
+
+    def id_of(self, value: Any) -> int:
+        """The class id of a row's value. Raises ValueError where the checkpoint has no such class."""
+        if self.ids is not None:
+            if value not in self.ids:
+                raise ValueError(f"{value!r} is not among the checkpoint's labels: {_some(list(self.ids))}")
+            return self.ids[value]
+        if not isinstance(value, int) or value < 0 or (self.count is not None and value >= self.count):
+            bound = "" if self.count is None else f", the checkpoint has labels 0 to {self.count - 1}"
+            raise ValueError(f"{value!r} is not a class id{bound}")
+        return value
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of one split, with two columns at most: images, undecoded as `{"bytes", "path"}`, and labels."""
+
+    rows: Dataset | IterableDataset
+    place: str
+    image_column: str
+    labels: Labels | None
+
+
+def open_source(data: DataSpec, split: str, id2label: Mapping[int, str] | None) -> Source:
+    """Opens a split and finds its columns; labels are checked against `id2label` as far as can be told up front.
+
+    Raises ValueError, which names the place and the way out.
+    """
+    place = f"data.path {data.path}, split {split!r}"
+    try:
+        rows = _open(data, split)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise ValueError(f"{place}: {_reason(data, error)}") from error
+    if rows.features is None:
+        raise ValueError(f"{place}: what the columns hold can't be told while streaming; set `data.streaming: false`")
+    image = _image_column(rows.features, data.image_column, place)
+    labels = _labels(rows.features, data.label_column, id2label, place)
+    rows = rows.select_columns([image] if labels is None else [image, labels.column])
+    if labels is not None and isinstance(rows, Dataset):
+        labels = _checked(labels, rows, place)
+    return Source(rows.cast_column(image, Image(decode=False)), place, image, labels)
+
+
+def _open(data: DataSpec, split: str) -> Dataset | IterableDataset:
+    path = Path(data.path).expanduser()
+    if not path.exists():
+        return _load(data.path, name=data.name, split=split, streaming=data.streaming)
+    with _quiet():
+        if path.is_file():
+            if path.suffix not in FILE_KINDS:
+                raise ValueError(f"a file must be one of {', '.join(FILE_KINDS)}; for images give their folder")
+            return _load(FILE_KINDS[path.suffix], data_files=str(path), split=split, streaming=data.streaming)
+        if any((path / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
+            saved = _open_saved(path, split)
+            return saved.to_iterable_dataset() if data.streaming else saved
+        return _load(str(path), name=data.name, split=split, streaming=data.streaming)
+
+
+def _load(path: str, **options: Any) -> Dataset | IterableDataset:
+    rows = datasets.load_dataset(path, **options)
+    assert isinstance(rows, Dataset | IterableDataset)
+    return rows
+
+
+def _open_saved(path: Path, split: str) -> Dataset:
+    """A split of what `save_to_disk` wrote. A data set that was saved without splits has the name it remembers."""
+    saved = datasets.load_from_disk(str(path))
+    splits = saved if isinstance(saved, DatasetDict) else {str(saved.split or split): saved}
+    if split not in splits:
+        raise ValueError(f"there is no such split; the splits are {', '.join(map(str, splits))}")
+    return splits[split]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of `datasets`: what is read from disk is there in no time."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _reason(data: DataSpec, error: Exception) -> str:
+    if Path(data.path).expanduser().exists() or isinstance(error, ValueError):
+        return str(error)
+    return (
+        f"there is no such file or folder (seen from {Path.cwd()}), and the Hub doesn't give it: {error}; check the "
+        "spelling, the network, and for a gated data set that `hf auth login` was done"
+    )
+
+
+def _image_column(features: Features, named: str | None, place: str) -> str:
+    found = [name for name, feature in features.items() if isinstance(feature, Image)]
+    if named is not None:
+        _require(features, named, "data.image_column", place)
+        if named not in found and not _could_be_image(features[named]):
+            raise ValueError(f"{place}: data.image_column {named!r} holds no images but {_kind(features[named])}")
+        return named
+    if len(found) != 1:
+        trouble = f"several columns hold images ({', '.join(found)})" if found else "no column is declared as images"
+        raise ValueError(f"{place}: {trouble}; name one in `data.image_column`. Columns: {_columns(features)}")
+    return found[0]
+
+
+def _could_be_image(feature: Any) -> bool:
+    """Whether the values can be read as images: encoded bytes, file paths, or both."""
+    if isinstance(feature, dict):
+        return {"bytes", "path"} >= feature.keys()
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "binary", "large_binary")
+
+
+def _labels(features: Features, named: str | None, id2label: Mapping[int, str] | None, place: str) -> Labels | None:
+    if named is not None:
+        _require(features, named, "data.label_column", place)
+        column = named
+    else:
+        found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+        found = found or [name for name in LABEL_NAMES if _is_label_value(features.get(name))]
+        if len(found) > 1:
+            raise ValueError(
+                f"{place}: several columns hold labels; name one in `data.label_column`. Columns: {_columns(features)}"
+            )
+        if not found:
+            return None
+        column = found[0]
+    feature, count = features[column], None if id2label is None else len(id2label)
+    if isinstance(feature, ClassLabel):
+        if id2label is not None:
+            check_label_names(feature.names, id2label, place)
+        return Labels(column, None, len(feature.names))
+    if not _is_label_value(feature):
+        raise ValueError(f"{place}: data.label_column {column!r} holds no labels but {_kind(feature)}")
+    if "string" not in feature.dtype:
+        return Labels(column, None, count)
+    if id2label is None:
+        raise ValueError(f"{place}: column {column!r} holds names, and the model has no `id2label` to look them up in")
+    return Labels(column, {name: index for index, name in id2label.items()}, count)
+
+
+def _is_label_value(feature: Any) -> bool:
+    return isinstance(feature, Value) and ("int" in feature.dtype or "string" in feature.dtype)
+
+
+def _checked(labels: Labels, rows: Dataset, place: str) -> Labels | None:
+    """The labels, every value seen to be in range; None where the split hides them all (-1, as test splits do)."""
+    values = rows.unique(labels.column)
+    if values == [-1]:
+        return None
+    for value in values:
+        try:
+            labels.id_of(value)
+        except ValueError as error:
+            raise ValueError(f"{place}, column {labels.column!r}: {error}") from error
+    return labels
+
+
+def check_label_names(names: Sequence[str], id2label: Mapping[int, str], place: str) -> None:
+    """Raises ValueError unless the data's class names are the checkpoint's, in order and spelling.
+
+    A checkpoint that was never given names (LABEL_0, LABEL_1, ...) only has to have as many.
+    """
+    theirs = [id2label[index] for index in sorted(id2label)]
+    unnamed = all(name == f"LABEL_{index}" for index, name in enumerate(theirs))
+    if len(names) == len(theirs) and (unnamed or list(names) == theirs):
+        return
+    pairs = enumerate(zip_longest(names, theirs, fillvalue="(none)"))
+    differ = [(str(index), *pair) for index, pair in pairs if pair[0] != pair[1]]
+    shown = [("id", "data", "checkpoint"), *differ[:SHOWN]]
+    widths = [max(len(row[column]) for row in shown) for column in range(3)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
+    if len(differ) > SHOWN:
+        lines.append(f"... and {len(differ) - SHOWN} more")
+    counts = f"{len(names)} in the data, {len(theirs)} in the checkpoint"
+    trouble = "the same names in another order" if sorted(names) == sorted(theirs) else counts
+    table = "\n  ".join(lines)
+    raise ValueError(
+        f"{place}: its labels aren't the checkpoint's ({trouble}):\n  {table}\n"
+        "Make them equal: correct `id2label` in the checkpoint's config.json if only the spelling differs, cast the "
+        "data's column to ClassLabel(names=[...]) in the checkpoint's order, or take a checkpoint made for this data."
+    )
+
+
+def _require(features: Features, column: str, key: str, place: str) -> None:
+    if column not in features:
+        raise ValueError(f"{place}: {key} names {column!r}, but the columns are {_columns(features)}")
+
+
+def _columns(features: Features) -> str:
+    return ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
+
+
+def _kind(feature: Any) -> str:
+    return feature.dtype if isinstance(feature, Value) else type(feature).__name__
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:SHOWN]) + (f", ... ({len(names)} in all)" if len(names) > SHOWN else "")
