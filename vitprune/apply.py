@@ -29,6 +29,9 @@ from vitprune.recipe import Recipe
 from vitprune.report import model_card
 from vitprune.results import Comparison, Plan, PlanRow, Report
 
+# different batches of the largest size that throughput is measured on
+TIMED_BATCHES = 3
+
 
 def apply(recipe: Recipe) -> Report:
     """Prunes, calibrates, fine-tunes, compares and saves, as the recipe says; returns what was measured.
@@ -176,10 +179,10 @@ class _Run:
         spec = self.recipe.evaluate
         throughput = []
         if spec.batch_sizes:
-            chosen = self.eval.sample(max(spec.batch_sizes), self.recipe.seed)
-            batch = next(iter(chosen.loader(max(spec.batch_sizes), workers=0)))["pixel_values"]
+            chosen = self.eval.sample(TIMED_BATCHES * max(spec.batch_sizes), self.recipe.seed)
+            images = torch.cat([batch["pixel_values"] for batch in chosen.loader(spec.batch_size)])
             throughput = measure_throughput(
-                self.dense, self.pruned, batch, spec.batch_sizes, spec.repeats, progress=self.is_main
+                self.dense, self.pruned, images, spec.batch_sizes, spec.repeats, progress=self.is_main
             )
         return Report(
             created=datetime.now(timezone.utc),

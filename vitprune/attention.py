@@ -9,6 +9,7 @@ K head width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -78,32 +79,35 @@ def attention_forward(
             if pruning.wants_scores:
                 row_BHM = class_attention(query[:, :, 0], key, scale)
                 _record_scores(pruning, row_BHM, output)
-            metric = key
         case MaskedTokens() as tokens:
             weights_BHNN = masked_attention_weights(query, key, scale, tokens)
             output = F.dropout(weights_BHNN, dropout).to(value.dtype) @ value
             if pruning.wants_scores:
                 _record_scores(pruning, weights_BHNN[:, :, 0], output)
-            metric = key
         case TokenBatch() as batch:
-            output = packed_attention(query[0], key[0], value[0], batch, scale)[None]
+            query, key, value = (x[:, :, : x.shape[2] - batch.padding] for x in (query, key, value))
+            output_1THK = packed_attention(query, key, value, batch, scale)
             if pruning.wants_scores:
-                row_BHM = packed_class_attention(query[0], key[0], batch, scale)
-                norms_BMH = batch.pad(output[0].float().norm(dim=-1).T)
+                row_BHM = packed_class_attention(query, key, batch, scale)
+                norms_BMH = batch.pad(_norms(output_1THK[0]))
                 pruning.findings.class_attention_scores_BM = head_weighted_class_attention(
                     row_BHM, norms_BMH.transpose(1, 2)
                 )
-            metric = None
             if pruning.wants_metric:
                 pruning.findings.metric_BMK = batch.pad(key_metric(key[0]))
-    if pruning.wants_metric and metric is not None:
-        pruning.findings.metric_BMK = key_metric(metric)
+            return F.pad(output_1THK, (0, 0, 0, 0, 0, batch.padding)) if batch.padding else output_1THK, None
+    if pruning.wants_metric:
+        pruning.findings.metric_BMK = key_metric(key)
     return output.transpose(1, 2).contiguous(), None
 
 
 def _record_scores(pruning: AttentionCall, row_BHM: Tensor, output_BHNK: Tensor) -> None:
-    norms_BHM = output_BHNK.float().norm(dim=-1)
-    pruning.findings.class_attention_scores_BM = head_weighted_class_attention(row_BHM, norms_BHM)
+    pruning.findings.class_attention_scores_BM = head_weighted_class_attention(row_BHM, _norms(output_BHNK))
+
+
+def _norms(context: Tensor) -> Tensor:
+    """Lengths of context vectors, (…, K) to (…), float32."""
+    return torch.linalg.vector_norm(context, dim=-1, dtype=torch.float32)
 
 
 def masked_attention_weights(q_BHNK: Tensor, k_BHNK: Tensor, scaling: float, tokens: MaskedTokens) -> Tensor:
@@ -123,50 +127,62 @@ def masked_attention_weights(q_BHNK: Tensor, k_BHNK: Tensor, scaling: float, tok
     return (weights + eps / num_tokens) / (weights.sum(-1, keepdim=True) + eps)
 
 
-def packed_attention(q_HTK: Tensor, k_HTK: Tensor, v_HTK: Tensor, batch: TokenBatch, scaling: float) -> Tensor:
-    """Every image attends to its own tokens only, (H, T, K).
+def packed_attention(q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, batch: TokenBatch, scaling: float) -> Tensor:
+    """Every image attends to its own tokens only, (1, T, H, K).
 
     On a CPU one fused call an image: the calls are small beside the GEMMs and nothing is padded. Elsewhere, where
-    launches are dear, one fused call on the padded batch.
+    launches are dear, and where all images have equally many tokens, one fused call on the padded batch.
     """
-    if q_HTK.device.type == "cpu":
-        return _attend_one_by_one(q_HTK, k_HTK, v_HTK, batch, scaling)
-    return _attend_padded(q_HTK, k_HTK, v_HTK, batch, scaling)
+    if q_1HTK.device.type == "cpu" and not batch.is_even:
+        return _attend_one_by_one(q_1HTK, k_1HTK, v_1HTK, batch, scaling)
+    return _attend_padded(q_1HTK, k_1HTK, v_1HTK, batch, scaling)
 
 
-def _attend_one_by_one(q_HTK: Tensor, k_HTK: Tensor, v_HTK: Tensor, batch: TokenBatch, scaling: float) -> Tensor:
-    lengths = list(batch.lengths)
-    log_sizes = [None] * len(lengths)
+def _attend_one_by_one(q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, batch: TokenBatch, scaling: float) -> Tensor:
+    lengths = batch.lengths
+    biases: Sequence[Tensor | None] = [None] * len(lengths)
     if batch.sizes_T is not None:
-        log_sizes = batch.sizes_T.log().to(q_HTK.dtype).split(lengths)
-    pieces = []
-    for q, k, v, bias in zip(
-        q_HTK.split(lengths, 1), k_HTK.split(lengths, 1), v_HTK.split(lengths, 1), log_sizes, strict=True
-    ):
-        mask = None if bias is None else bias.expand(1, 1, q.shape[1], -1)
-        pieces.append(F.scaled_dot_product_attention(q[None], k[None], v[None], attn_mask=mask, scale=scaling)[0])
-    return torch.cat(pieces, 1)
+        log_sizes = batch.sizes_T.log().to(q_1HTK.dtype).split(lengths)
+        biases = [bias.expand(1, 1, len(bias), -1) for bias in log_sizes]
+    images = zip(q_1HTK.split(lengths, 2), k_1HTK.split(lengths, 2), v_1HTK.split(lengths, 2), biases, strict=True)
+    # tokens before heads is how the kernel lays its output out
+    return torch.cat(
+        [
+            F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling).transpose(1, 2)
+            for q, k, v, bias in images
+        ],
+        dim=1,
+    )
 
 
-def _attend_padded(q_HTK: Tensor, k_HTK: Tensor, v_HTK: Tensor, batch: TokenBatch, scaling: float) -> Tensor:
-    q, k, v = (batch.pad(x_HTK.transpose(0, 1)).transpose(1, 2) for x_HTK in (q_HTK, k_HTK, v_HTK))
-    bias_BM = q.new_zeros(batch.valid_BM.shape)
-    if batch.sizes_T is not None:
-        bias_BM = batch.pad(batch.sizes_T.log().to(q.dtype))
-    bias_BM = bias_BM.masked_fill(~batch.valid_BM, -torch.inf)
-    mask = bias_BM[:, None, None].expand(-1, 1, q.shape[2], -1)
+def _attend_padded(q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, batch: TokenBatch, scaling: float) -> Tensor:
+    q, k, v = (batch.pad(x_1HTK[0].transpose(0, 1)).transpose(1, 2) for x_1HTK in (q_1HTK, k_1HTK, v_1HTK))
+    mask = None
+    if batch.sizes_T is not None or not batch.is_even:
+        mask = _key_bias(batch).to(q.dtype)[:, None, None].expand(-1, 1, q.shape[2], -1)
     output_BHMK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-    return batch.flatten(output_BHMK.transpose(1, 2)).transpose(0, 1)
+    return batch.flatten(output_BHMK.transpose(1, 2))[None]
 
 
-def packed_class_attention(q_HTK: Tensor, k_HTK: Tensor, batch: TokenBatch, scaling: float) -> Tensor:
-    """Each image's class token's attention row, (B, H, M) float32, zero in the padding."""
-    q_BHK = q_HTK[:, batch.starts_B].transpose(0, 1)
-    k_BHMK = batch.pad(k_HTK.transpose(0, 1)).transpose(1, 2)
-    bias_BM = q_BHK.new_zeros(batch.valid_BM.shape, dtype=torch.float32)
-    if batch.sizes_T is not None:
+def _key_bias(batch: TokenBatch) -> Tensor:
+    """What is added to a key's logits: the log of its size, −inf in the padding, (B, M) float32."""
+    if batch.sizes_T is None:
+        bias_BM = torch.zeros(batch.valid_BM.shape, device=batch.valid_BM.device)
+    else:
         bias_BM = batch.pad(batch.sizes_T.log())
-    return class_attention(q_BHK, k_BHMK, scaling, bias_BM.masked_fill(~batch.valid_BM, -torch.inf))
+    return bias_BM.masked_fill(~batch.valid_BM, -torch.inf)
+
+
+def packed_class_attention(q_1HTK: Tensor, k_1HTK: Tensor, batch: TokenBatch, scaling: float) -> Tensor:
+    """Each image's class token's attention row, (B, H, M) float32, zero in the padding."""
+    if q_1HTK.device.type == "cpu" and not batch.is_even:
+        images = zip(q_1HTK.split(batch.lengths, 2), k_1HTK.split(batch.lengths, 2), strict=True)
+        logits_1H1T = torch.cat([q[:, :, :1] @ k.transpose(2, 3) for q, k in images], dim=3)
+        logits_BHM = batch.pad(logits_1H1T[0, :, 0].T).transpose(1, 2)
+        return (logits_BHM.float() * scaling + _key_bias(batch)[:, None]).softmax(-1)
+    q_BHK = q_1HTK[0, :, batch.starts_B].transpose(0, 1)
+    k_BHMK = batch.pad(k_1HTK[0].transpose(0, 1)).transpose(1, 2)
+    return class_attention(q_BHK, k_BHMK, scaling, _key_bias(batch))
 
 
 AttentionInterface.register(NAME, attention_forward)

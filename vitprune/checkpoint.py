@@ -5,7 +5,6 @@ Knows files; leaves what a pruned model is to `pruner`, and its way back through
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -94,7 +93,8 @@ def save(
         raise ValueError(f"{type(model).__name__} isn't pruned; save it with its own save_pretrained")
     require_free(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.unfinished")
+    unfinished = path.with_name(f".{path.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     try:
         model.save_pretrained(unfinished)
         if processor is not None:
@@ -111,7 +111,8 @@ def _replace(new: Path, path: Path) -> None:
     if not path.exists():
         new.rename(path)
         return
-    old = path.with_name(f".{path.name}.{os.getpid()}.old")
+    old = path.with_name(f".{path.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
     path.rename(old)
     new.rename(path)
     shutil.rmtree(old) if old.is_dir() else old.unlink()

@@ -122,7 +122,7 @@ class _StageTally:
 def measure_throughput(
     dense: nn.Module,
     pruned: nn.Module,
-    batch: Tensor,
+    images: Tensor,
     batch_sizes: Sequence[int],
     repeats: int,
     *,
@@ -138,39 +138,44 @@ def measure_throughput(
     console = Console(stderr=True)
     with _evaluating(dense, pruned):
         return [
-            _throughput(dense, pruned, batch[torch.arange(size) % len(batch)], repeats)
+            _throughput(dense, pruned, _batches(images, size), repeats)
             for size in track(batch_sizes, "Timing", console=console, transient=True, disable=not progress)
         ]
 
 
-def _throughput(dense: nn.Module, pruned: nn.Module, x_BCHW: Tensor, repeats: int) -> Throughput:
-    contestants = [(model, _placed(x_BCHW, model)) for model in (dense, pruned)]
-    calls: list[int] = []
-    for model, x in contestants:
-        warm = min(_seconds(model, x, 1) for _ in range(WARM_UP))
-        calls.append(max(1, math.ceil(SHORTEST / warm)))
+def _batches(images: Tensor, size: int) -> list[Tensor]:
+    """All whole batches of a size; one with repeated images where there are too few."""
+    whole = len(images) // size
+    return list(images[: whole * size].split(size)) if whole else [images[torch.arange(size) % len(images)]]
+
+
+def _throughput(dense: nn.Module, pruned: nn.Module, batches: Sequence[Tensor], repeats: int) -> Throughput:
+    warm = min(_seconds(model, batches, 0, 1) for model in (dense, pruned) for _ in range(WARM_UP))
+    calls = max(1, math.ceil(SHORTEST / warm))
     seconds: tuple[list[float], list[float]] = ([], [])
     for repeat in range(repeats):
         # Who goes first takes turns, so that a machine that slows down or speeds up treats both alike.
         for which in (0, 1) if repeat % 2 == 0 else (1, 0):
-            seconds[which].append(_seconds(*contestants[which], calls[which]))
+            seconds[which].append(_seconds((dense, pruned)[which], batches, repeat * calls, calls))
     with trace(pruned) as seen:
-        pruned(pixel_values=contestants[1][1])
+        for call in range(min(len(batches), repeats * calls)):
+            pruned(pixel_values=_placed(batches[call], pruned))
     return Throughput(
-        batch_size=len(x_BCHW),
+        batch_size=len(batches[0]),
         dense=_timing(seconds[0]),
         pruned=_timing(seconds[1]),
         ideal_speedup=float(seen.dense_macs.sum() / seen.macs.sum()),
     )
 
 
-def _seconds(model: nn.Module, x_BCHW: Tensor, calls: int) -> float:
-    """Wall-clock seconds of one forward, averaged over `calls`."""
-    _wait_for(x_BCHW.device)
+def _seconds(model: nn.Module, batches: Sequence[Tensor], first: int, calls: int) -> float:
+    """Wall-clock seconds of one forward, averaged over `calls` on one batch after the other."""
+    placed = [_placed(batches[(first + call) % len(batches)], model) for call in range(min(calls, len(batches)))]
+    _wait_for(placed[0].device)
     start = time.perf_counter()
-    for _ in range(calls):
-        model(pixel_values=x_BCHW)
-    _wait_for(x_BCHW.device)
+    for call in range(calls):
+        model(pixel_values=placed[call % len(placed)])
+    _wait_for(placed[0].device)
     return (time.perf_counter() - start) / calls
 
 

@@ -39,7 +39,8 @@ class MaskedPass:
         self.keep_masks: list[Tensor] = []
         self.macs_B: Tensor | None = None
         self.num_tokens = 0
-        self._mask_BN: Tensor | None = None
+        self._mask_BN: Tensor | None = None  # with gradient
+        self._seen_BN: Tensor | None = None  # the same as bool, well-defined also where a score is NaN
         self._sizes_BN: Tensor | None = None
         self._gifts: list[_Gift] = []
         self._call = AttentionCall()
@@ -95,8 +96,10 @@ class MaskedPass:
         policy, before_B = self.policy, self._seen_B()
         if self._mask_BN is None:
             self._mask_BN = x_BND.new_ones(x_BND.shape[:2], dtype=torch.float32)
+            self._seen_BN = torch.ones_like(self._mask_BN, dtype=torch.bool)
         # decide among the tokens that are seen, in the order in which the packed pass has them
-        seen_BN = self._mask_BN.detach() > 0.5
+        assert self._seen_BN is not None
+        seen_BN = self._seen_BN
         index_BM = true_indices(seen_BN)
         valid_BM = seen_BN.gather(1, index_BM)
         positions_BM = torch.where(index_BM < self.num_tokens, index_BM, NOBODY)
@@ -115,6 +118,7 @@ class MaskedPass:
         m_BN = torch.zeros_like(self._mask_BN).scatter(1, index_BM, m_BM * valid_BM)
         # as published, not multiplied with the mask before: gradients reach earlier thresholds through the scores
         self._mask_BN = m_BN
+        self._seen_BN = torch.zeros_like(seen_BN).scatter(1, index_BM, decision.keep_BM & valid_BM)
         kept_B = self._seen_B()
         # ghosts have nothing to give, not even a gradient: nobody knows who would take them in
         amounts_BN = torch.where(seen_BN, 1 - m_BN, 0.0)
@@ -122,8 +126,7 @@ class MaskedPass:
         if self.traced:
             assert self.macs_B is not None
             self.macs_B = self.macs_B + stage_macs(policy, before_B, kept_B)
-            own_BN = self._mask_BN[:, policy.num_prefix_tokens : self.num_tokens]
-            self.keep_masks.append(own_BN.detach() > 0.5)
+            self.keep_masks.append(self._seen_BN[:, policy.num_prefix_tokens : self.num_tokens])
         return x_BND
 
     def _give(self, decision: Decision, amounts_BN: Tensor, index_BM: Tensor, x_BND: Tensor) -> Tensor:
@@ -151,6 +154,7 @@ class MaskedPass:
     def _fuse(self, decision: Decision, amounts_BN: Tensor, index_BM: Tensor, x_BND: Tensor) -> Tensor:
         tiny = torch.finfo(torch.float32).tiny
         assert self._mask_BN is not None
+        assert self._seen_BN is not None
         sizes_BN = torch.ones_like(amounts_BN) if self._sizes_BN is None else self._sizes_BN
         weights_BM = fuse_weights(self.policy, decision)
         weights_BN = amounts_BN * (torch.zeros_like(amounts_BN).scatter(1, index_BM, weights_BM) + tiny)
@@ -160,6 +164,7 @@ class MaskedPass:
         size_B1 = torch.where(fuses_B1, (amounts_BN * sizes_BN).sum(1, keepdim=True), 1.0)
         self._sizes_BN = torch.cat([sizes_BN, size_B1], 1)
         self._mask_BN = torch.cat([self._mask_BN, fuses_B1.float()], 1)
+        self._seen_BN = torch.cat([self._seen_BN, fuses_B1], 1)
         self._gifts.append(_Gift(amounts_BN, torch.full_like(amounts_BN, x_BND.shape[1], dtype=torch.long)))
         return torch.cat([x_BND, fused_BD[:, None].to(x_BND.dtype)], 1)
 

@@ -10,7 +10,10 @@ from torch import Tensor
 
 from vitprune.attention import AttentionCall
 from vitprune.stage import Observer, Policy, decide, fuse_weights, stage_macs
-from vitprune.tokens import Departure, TokenBatch, depart
+from vitprune.tokens import Departure, TokenBatch, depart, pad_rows
+
+# half-precision matrix products on a CPU are compiled for their shape: keep to few
+HALF_PRECISION_ROWS = 64
 
 
 class PackedPass:
@@ -53,12 +56,12 @@ class PackedPass:
 
     def unpack(self, hidden_states: Tensor) -> Tensor:
         """Hidden states behind the last block in the dense sequence, (B, N, D)."""
-        return hidden_states if self._batch is None else self._batch.unpack(hidden_states[0])
+        return hidden_states if self._batch is None else self._batch.unpack(_rows(self._batch, hidden_states))
 
     def unpack_block_output(self, block: int, hidden_states: Tensor) -> Tensor:
         """What block `block` gave out, in the dense sequence, (B, N, D)."""
         layout = self._layouts[block]
-        return hidden_states if layout is None else layout.unpack(hidden_states[0])
+        return hidden_states if layout is None else layout.unpack(_rows(layout, hidden_states))
 
     def _lengths_B(self) -> Tensor:
         assert self.macs_B is not None
@@ -82,10 +85,19 @@ class PackedPass:
         elif policy.spec.dropped == "fuse":
             weights_T = batch.flatten(fuse_weights(policy, decision))
             departure = Departure(departure.keep_T, fuse_weights_T=weights_T)
-        self._batch, x_TD = depart(batch, hidden_states.reshape(-1, hidden_states.shape[-1]), departure)
+        batch, x_TD = depart(batch, _rows(batch, hidden_states), departure)
+        if x_TD.device.type == "cpu" and x_TD.dtype != torch.float32:
+            batch, x_TD = pad_rows(batch, x_TD, HALF_PRECISION_ROWS)
+        self._batch = batch
         if self.traced:
             assert self.macs_B is not None
-            kept_B = (decision.keep_BM & batch.valid_BM).sum(1).double()
+            kept_B = decision.keep_BM.sum(1).double()
             self.macs_B = self.macs_B + stage_macs(policy, before_B, kept_B)
-            self.keep_masks.append(self._batch.kept_patches(self.num_tokens))
+            self.keep_masks.append(batch.kept_patches(self.num_tokens))
         return x_TD[None]
+
+
+def _rows(batch: TokenBatch, hidden_states: Tensor) -> Tensor:
+    """(B, N, D) or (1, T + padding, D) as (T, D)."""
+    x_TD = hidden_states.flatten(0, 1)
+    return x_TD[: len(x_TD) - batch.padding]

@@ -13,7 +13,9 @@ from torch import Tensor
 
 def above_threshold(scores_BM: Tensor, threshold: Tensor, at_least: int) -> Tensor:
     """bool (B, M): tokens with S(i) > θ, and in any case the `at_least` best of each image (prefix included)."""
-    return (scores_BM > threshold) | top_counts(scores_BM, torch.full_like(scores_BM[:, 0], at_least))
+    best_BC = scores_BM.topk(min(at_least, scores_BM.shape[1]), dim=1, sorted=False).indices
+    keep_BM = (scores_BM > threshold).scatter(1, best_BC, True)
+    return keep_BM & (scores_BM != -torch.inf)
 
 
 def top_counts(scores_BM: Tensor, counts_B: Tensor) -> Tensor:
@@ -24,7 +26,7 @@ def top_counts(scores_BM: Tensor, counts_B: Tensor) -> Tensor:
     order_BC = scores_BM.sort(dim=1, descending=True, stable=True).indices[:, :most]
     chosen = torch.arange(most, device=scores_BM.device) < counts_B[:, None]
     keep_BM = torch.zeros_like(scores_BM, dtype=torch.bool).scatter(1, order_BC, chosen)
-    return keep_BM & (scores_BM > -torch.inf)
+    return keep_BM & (scores_BM != -torch.inf)
 
 
 def straight_through(scores_BM: Tensor, threshold: Tensor, temperature: Tensor, keep_BM: Tensor) -> Tensor:

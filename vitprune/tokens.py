@@ -9,11 +9,12 @@ end to end, M tokens of the longest image, D width. A `_BM` tensor is the padded
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 NOBODY = -1
 
@@ -26,6 +27,7 @@ class TokenBatch:
     positions_T: index of each token in the dense sequence; `NOBODY` for a token that a stage added (`fuse`).
     sizes_T: float32, for how many patches a token stands; None when every token stands for itself.
     carriers_BN: for each token of the dense sequence the packed index of the one that stands for it now, or `NOBODY`.
+    padding: rows behind the last token that belong to nobody (see `pad_rows`).
     """
 
     lengths: tuple[int, ...]
@@ -33,6 +35,7 @@ class TokenBatch:
     positions_T: Tensor
     sizes_T: Tensor | None
     carriers_BN: Tensor
+    padding: int = 0
 
     @classmethod
     def dense(cls, batch_size: int, num_tokens: int, num_prefix_tokens: int, device: torch.device) -> TokenBatch:
@@ -100,15 +103,16 @@ class TokenBatch:
         A patch that left holds the state of the token that stands for it (ToMe's unmerge); where nobody does, the
         mean of the image's remaining patches. So a head that averages the patches averages the kept ones, by size.
         """
-        y_BND = x_TD[self.carriers_BN.clamp(min=0)]
-        gone_BN = self.carriers_BN == NOBODY
         if self.sizes_T is not None:  # with sizes every token has a carrier
-            return y_BND
-        patches_T = torch.arange(len(x_TD), device=x_TD.device) - self.starts_B[self.images_T] >= self.num_prefix_tokens
-        sums_BD = x_TD.new_zeros(len(self.lengths), x_TD.shape[-1], dtype=torch.float32)
-        sums_BD.index_add_(0, self.images_T[patches_T], x_TD[patches_T].float())
-        means_BD = (sums_BD / (self.lengths_B - self.num_prefix_tokens)[:, None]).to(x_TD.dtype)
-        return torch.where(gone_BN[..., None], means_BD[:, None], y_BND)
+            return x_TD[self.carriers_BN]
+        images, prefix = len(self.lengths), self.num_prefix_tokens
+        sums_BD = x_TD.new_zeros(images, x_TD.shape[-1], dtype=torch.float32).index_add_(0, self.images_T, x_TD.float())
+        for token in range(prefix):
+            sums_BD = sums_BD - x_TD[self.starts_B + token]
+        means_BD = (sums_BD / (self.lengths_B - prefix)[:, None]).to(x_TD.dtype)
+        y_BND = means_BD[:, None].repeat(1, self.carriers_BN.shape[1], 1)
+        y_BND[self.images_T, self.positions_T] = x_TD
+        return y_BND
 
 
 @dataclass(frozen=True)
@@ -154,6 +158,15 @@ def depart(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[Token
         sizes_T=sizes_T,
         carriers_BN=_redirect(batch.carriers_BN, destination_T),
     ), x
+
+
+def pad_rows(batch: TokenBatch, x_TD: Tensor, multiple: int) -> tuple[TokenBatch, Tensor]:
+    """Appends empty rows up to a multiple of some number, so that matrix products come in few shapes.
+
+    Kernels that are compiled for a shape (oneDNN in bfloat16: milliseconds each) would else be compiled for each batch.
+    """
+    padding = -len(x_TD) % multiple
+    return replace(batch, padding=padding), F.pad(x_TD, (0, 0, 0, padding))
 
 
 def _fuse(batch: TokenBatch, x_TD: Tensor, keep_T: Tensor, weights_T: Tensor) -> tuple[TokenBatch, Tensor]:

@@ -1,0 +1,150 @@
+"""A recipe from beginning to end, on a tiny model; what is left when it fails or is killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import samples
+import torch
+from torch.testing import assert_close
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+import vitprune
+from vitprune.apply import apply, evaluate, plan
+from vitprune.finetuning import NonFiniteLoss
+from vitprune.pruner import is_pruned
+from vitprune.recipe import Recipe, load_recipe
+from vitprune.results import Report
+
+FINETUNE = "finetune: {epochs: 1, batch_size: 8, holdout: 24, learning_rate: 1e-3}\n"
+RECIPE = """\
+version: 1
+model: {checkpoint: checkpoint}
+data: {path: data}
+pruning: {before_blocks: [2, 4], score: head-weighted-class-attention}
+budget: {macs: 60%}
+calibration: {images: 24, batch_size: 8}
+evaluate: {batch_sizes: [1, 4], repeats: 3, metrics: [accuracy, f1, top-5-accuracy]}
+"""
+
+
+def write(folder: Path, text: str = RECIPE, family: str = "vit") -> Path:
+    samples.write_checkpoint(folder / "checkpoint", family)
+    samples.write_data(folder / "data")
+    path = folder / "recipe.yaml"
+    path.write_text(text + f"output: {{path: {folder / 'out'}}}\n")
+    return path
+
+
+def recipe(folder: Path, text: str = RECIPE, family: str = "vit", *overrides: str) -> Recipe:
+    return load_recipe(write(folder, text, family), overrides)
+
+
+@pytest.mark.parametrize("family", ["vit", "deit", "deit-teacher", "dinov2"])
+@pytest.mark.parametrize("finetune", ["", FINETUNE])
+def test_a_recipe_becomes_a_checkpoint(tmp_path: Path, family: str, finetune: str) -> None:
+    asked = recipe(tmp_path, RECIPE + finetune, family)
+    report = apply(asked)
+    out = tmp_path / "out"
+    names = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "report.json"}
+    assert {file.name for file in out.iterdir()} == names
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
+    assert Report.load(out / "report.json") == report
+    assert set(report.comparison.metrics) == {"accuracy", "f1", "top-5-accuracy"}
+    assert report.comparison.macs.ratio == pytest.approx(0.6, abs=0.05)  # 24 images it was not calibrated on
+    assert (report.calibrated is not None) == bool(finetune)
+    assert [row.batch_size for row in report.throughput] == [1, 4]
+    back = vitprune.load(out)
+    assert is_pruned(back)
+    assert AutoImageProcessor.from_pretrained(out, backend="pil").size["height"] == 32
+    # the resolved recipe is a recipe, and the checkpoint answers as reported
+    again = evaluate(str(out), load_recipe(out / "recipe.yaml"))
+    assert again.comparison.metrics == report.comparison.metrics
+    assert again.comparison.macs == report.comparison.macs
+
+
+def test_calibration_only_leaves_the_weights_alone(tmp_path: Path) -> None:
+    apply(recipe(tmp_path))
+    before = AutoModelForImageClassification.from_pretrained(tmp_path / "checkpoint").state_dict()
+    after = vitprune.load(tmp_path / "out").state_dict()
+    assert set(after) - set(before) == {"vitprune.thresholds", "vitprune.temperatures"}
+    assert_close({name: after[name] for name in before}, dict(before), rtol=0.0, atol=0.0)
+
+
+def test_half_precision_is_what_the_recipe_says(tmp_path: Path) -> None:
+    apply(recipe(tmp_path, RECIPE, "vit", "model.dtype=bfloat16"))
+    back = vitprune.load(tmp_path / "out", dtype=torch.bfloat16)
+    assert back.config.dtype == torch.bfloat16
+    assert back.get_parameter("vitprune.thresholds").dtype == torch.float32
+
+
+def test_an_output_that_is_taken_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    asked = recipe(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+    with pytest.raises(ValueError, match=r"output\.path .* exists"):
+        apply(asked)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_training_that_breaks_off_leaves_the_last_good_model(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, RECIPE + FINETUNE, "vit", "finetune.learning_rate=1e30", "finetune.epochs=5")
+    with pytest.raises(NonFiniteLoss, match=r"step \d+.*the model from before that step is in .*out\.last-good"):
+        apply(asked)
+    assert not (tmp_path / "out").exists()
+    rescued = vitprune.load(tmp_path / "out.last-good")
+    assert all(parameter.isfinite().all() for parameter in rescued.parameters())
+
+
+def test_a_stage_outside_the_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"stage 99 is outside the model's 6 blocks"):
+        apply(recipe(tmp_path, RECIPE, "vit", "pruning.before_blocks=[2, 99]"))
+
+
+def test_a_pruned_checkpoint_is_not_pruned_again(tmp_path: Path) -> None:
+    asked = recipe(tmp_path)
+    apply(asked)
+    with pytest.raises(ValueError, match="is pruned already; name the dense model"):
+        apply(load_recipe(tmp_path / "recipe.yaml", [f"model.checkpoint={tmp_path / 'out'}", "output.overwrite=true"]))
+
+
+def test_a_plan_loads_neither_weights_nor_data(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, RECIPE + FINETUNE)
+    (tmp_path / "checkpoint" / "model.safetensors").unlink()
+    for file in (tmp_path / "data").iterdir():
+        file.unlink()
+    planned = plan(asked)
+    assert (planned.family, planned.num_blocks, planned.stages) == ("vit", 6, (2, 4))
+    assert [row.tokens_dense for row in planned.rows] == [65] * 6
+    dense, budget = (sum(getattr(row, name) for row in planned.rows) for name in ("macs_dense", "macs_budget"))
+    assert budget / dense == pytest.approx(0.6, abs=0.01)
+    assert len(planned.steps) == 6
+
+
+def test_a_killed_run_leaves_a_whole_checkpoint_or_none(tmp_path: Path) -> None:
+    """SIGKILL at moments between the start of training and after the end of saving."""
+    path = write(tmp_path, RECIPE + FINETUNE)
+    command = [sys.executable, "-m", "vitprune", "apply", str(path), "--set", "evaluate.batch_sizes=[]"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    started = time.monotonic()
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    whole = {file.name for file in (tmp_path / "out").iterdir()}
+    duration = time.monotonic() - started
+    chance = random.Random(0)
+    for _ in range(3):
+        # replacing what is there has the most ways to go wrong
+        process = subprocess.Popen(
+            [*command, "--set", "output.overwrite=true"], env=environment, stdout=-3, stderr=-3, start_new_session=True
+        )
+        time.sleep(duration * chance.uniform(0.5, 1.0))
+        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+        process.wait()
+        assert {file.name for file in (tmp_path / "out").iterdir()} == whole
+        assert is_pruned(vitprune.load(tmp_path / "out"))

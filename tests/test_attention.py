@@ -1,0 +1,220 @@
+"""Masked and packed attention against sums written out image by image, and against sdpa."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from tiny import Tolerance
+from torch import Tensor, nn
+from torch.testing import assert_close
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+from vitprune import attention
+from vitprune.attention import AttentionCall, MaskedTokens, attention_forward, masked_attention_weights
+from vitprune.tokens import TokenBatch
+
+EXACT = Tolerance(rtol=0.0, atol=0.0)
+# float32 sums in another order
+FLOAT32 = Tolerance(rtol=1e-5, atol=1e-6)
+# the published masked softmax adds 1e-6
+PUBLISHED_EPS = Tolerance(rtol=1e-5, atol=1e-5)
+
+H, K, SCALING = 3, 8, 0.3
+LENGTHS = (6, 2, 9)
+
+packed_kernels = pytest.mark.parametrize("kernel", [attention._attend_one_by_one, attention._attend_padded])
+# uneven batches and even ones go different ways
+every_layout = pytest.mark.parametrize("lengths", [LENGTHS, (5, 5, 5)], ids=["uneven", "even"])
+with_or_without_sizes = pytest.mark.parametrize("sized", [False, True], ids=["plain", "sized"])
+
+
+class Layer(nn.Module):
+    """What transformers hands over as the module."""
+
+    is_causal = False
+    num_key_value_groups = 1
+
+
+def attend(qkv: list[Tensor], attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+    query, key, value = qkv
+    output, weights = attention_forward(Layer(), query, key, value, attention_mask, **options)
+    assert weights is None
+    return output
+
+
+def dense_attention(q_HNK: Tensor, k_HNK: Tensor, v_HNK: Tensor, sizes_N: Tensor) -> tuple[Tensor, Tensor]:
+    """One image alone: weights s_j·exp(a_ij) / Σ_j (H, N, N) and context (H, N, K)."""
+    exps = sizes_N.double() * (SCALING * q_HNK.double() @ k_HNK.double().transpose(1, 2)).exp()
+    weights = exps / exps.sum(-1, keepdim=True)
+    return weights.float(), (weights @ v_HNK.double()).float()
+
+
+def score(weights_HNN: Tensor, context_HNK: Tensor) -> Tensor:
+    """S(i) = Σ_h ‖o_h(i)‖ / Σ_h ‖o_h(i)‖ · A_h(cls, i) of one image, (N,)."""
+    result = []
+    for i in range(weights_HNN.shape[1]):
+        norms = [context_HNK[h, i].square().sum().sqrt().item() for h in range(H)]
+        result.append(sum(norms[h] / sum(norms) * weights_HNN[h, 0, i].item() for h in range(H)))
+    return torch.tensor(result)
+
+
+def packed(sized: bool, lengths: tuple[int, ...] = LENGTHS) -> tuple[TokenBatch, list[Tensor], Tensor]:
+    total = sum(lengths)
+    sizes = torch.randint(1, 6, (total,)).float()
+    batch = TokenBatch(lengths, 1, torch.arange(total), sizes if sized else None, torch.zeros(len(lengths), 9))
+    return batch, [torch.randn(1, H, total, K) for _ in range(3)], sizes if sized else torch.ones(total)
+
+
+def images_of(batch: TokenBatch, qkv: list[Tensor], sizes_T: Tensor):
+    """Each image's own q, k, v and sizes."""
+    return zip(*(x[0].split(batch.lengths, 1) for x in qkv), sizes_T.split(batch.lengths), strict=True)
+
+
+@packed_kernels
+@every_layout
+@with_or_without_sizes
+def test_packed_attention_is_each_image_alone(
+    kernel: Callable[..., Tensor], sized: bool, lengths: tuple[int, ...]
+) -> None:
+    batch, qkv, sizes = packed(sized, lengths)
+    alone = [dense_attention(*image)[1] for image in images_of(batch, qkv, sizes)]
+    ours = kernel(*qkv, batch, SCALING)
+    assert_close(ours, torch.cat(alone, 1).transpose(0, 1)[None], **FLOAT32)
+
+
+@every_layout
+@with_or_without_sizes
+def test_a_packed_call_finds_scores_and_metric_of_each_image(sized: bool, lengths: tuple[int, ...]) -> None:
+    batch, qkv, sizes = packed(sized, lengths)
+    call = AttentionCall(batch, wants_scores=True, wants_metric=True)
+    output = attend(qkv, scaling=SCALING, pruning=call)
+    scores, metric = call.findings.class_attention_scores_BM, call.findings.metric_BMK
+    assert scores is not None
+    assert metric is not None
+    start = 0
+    for image, (q, k, v, s) in enumerate(images_of(batch, qkv, sizes)):
+        weights, context = dense_attention(q, k, v, s)
+        length = len(s)
+        assert_close(output[0, start : start + length], context.transpose(0, 1), **FLOAT32)
+        assert_close(scores[image, :length], score(weights, context), **FLOAT32)
+        mean_key = k.mean(0)
+        assert_close(metric[image, :length], mean_key / mean_key.norm(dim=-1, keepdim=True), **FLOAT32)
+        start += length
+
+
+@with_or_without_sizes
+def test_rows_behind_the_last_token_change_nothing(sized: bool) -> None:
+    batch, qkv, _ = packed(sized)
+    expected = AttentionCall(batch, wants_scores=True, wants_metric=True)
+    output = attend(qkv, scaling=SCALING, pruning=expected)
+    padded = AttentionCall(replace(batch, padding=5), wants_scores=True, wants_metric=True)
+    filler = torch.full((1, H, 5, K), torch.nan)
+    ours = attend([torch.cat([x, filler], 2) for x in qkv], scaling=SCALING, pruning=padded)
+    assert_close(ours[:, :-5], output, **EXACT)
+    assert (ours[:, -5:] == 0).all()
+    assert_close(vars(padded.findings), vars(expected.findings), **EXACT)
+
+
+@every_layout
+@with_or_without_sizes
+def test_the_packed_class_row_is_each_images_own(sized: bool, lengths: tuple[int, ...]) -> None:
+    batch, qkv, sizes = packed(sized, lengths)
+    rows = attention.packed_class_attention(qkv[0], qkv[1], batch, SCALING)
+    for row, image in zip(rows, images_of(batch, qkv, sizes), strict=True):
+        weights, _ = dense_attention(*image)
+        assert_close(row[:, : weights.shape[1]], weights[:, 0], **FLOAT32)
+        assert (row[:, weights.shape[1] :] == 0).all()
+
+
+@with_or_without_sizes
+def test_masked_tokens_are_seen_by_themselves_only(sized: bool) -> None:
+    q, k = torch.randn(2, H, 5, K), torch.randn(2, H, 5, K)
+    mask = torch.tensor([[1.0, 1, 0, 1, 0], [1.0, 0, 0, 0, 1]])
+    sizes = torch.randint(1, 6, (2, 5)).float()
+    ours = masked_attention_weights(q, k, SCALING, MaskedTokens(mask, sizes if sized else None))
+    eps = 1e-6
+    for b in range(2):
+        for h in range(H):
+            for i in range(5):
+                logits = [SCALING * (q[b, h, i].double() @ k[b, h, j].double()).item() for j in range(5)]
+                if sized:
+                    logits = [a + math.log(sizes[b, j]) for j, a in enumerate(logits)]
+                seen = [1.0 if i == j else mask[b, j].item() for j in range(5)]
+                exps = [math.exp(a - max(logits)) * g for a, g in zip(logits, seen, strict=True)]
+                expected = [(e + eps / 5) / (sum(exps) + eps) for e in exps]
+                assert_close(ours[b, h, i], torch.tensor(expected), **FLOAT32)
+
+
+def test_masked_attention_rows_sum_to_one() -> None:
+    mask = (torch.rand(2, 7) > 0.5).float()
+    weights = masked_attention_weights(torch.randn(2, H, 7, K), torch.randn(2, H, 7, K), SCALING, MaskedTokens(mask))
+    assert_close(weights.sum(-1), torch.ones(2, H, 7), **FLOAT32)
+
+
+def test_a_mask_has_a_gradient_where_it_is_zero() -> None:
+    mask = torch.tensor([[1.0, 1.0, 0.0]], requires_grad=True)
+    weights = masked_attention_weights(torch.randn(1, H, 3, K), torch.randn(1, H, 3, K), SCALING, MaskedTokens(mask))
+    weights[:, :, 0, 2].sum().backward()
+    assert mask.grad is not None
+    # more of the dropped token would be seen if there were more of it
+    assert mask.grad[0, 2] > 0
+
+
+def test_a_token_of_size_two_counts_like_the_token_twice() -> None:
+    q, k, v = (torch.randn(1, H, 6, K) for _ in range(3))
+    twice = torch.tensor([0, 1, 2, 3, 3, 4, 5])
+    doubled = TokenBatch((7,), 1, torch.arange(7), None, torch.zeros(1, 7))
+    sizes = torch.tensor([1.0, 1, 1, 2, 1, 1])
+    merged = TokenBatch((6,), 1, torch.arange(6), sizes, torch.zeros(1, 6))
+    expected = attention.packed_attention(q[:, :, twice], k[:, :, twice], v[:, :, twice], doubled, SCALING)
+    ours = attention.packed_attention(q, k, v, merged, SCALING)
+    assert_close(ours, expected[:, torch.tensor([0, 1, 2, 3, 5, 6])], **FLOAT32)
+
+    masked = masked_attention_weights(q, k, SCALING, MaskedTokens(torch.ones(1, 6), sizes[None]))
+    assert_close((masked @ v).transpose(1, 2), ours, **PUBLISHED_EPS)
+
+
+@pytest.mark.parametrize("scaling", [None, SCALING])
+def test_without_pruning_attention_is_sdpa(scaling: float | None) -> None:
+    qkv = [torch.randn(2, H, 5, K) for _ in range(3)]
+    mask = torch.rand(2, 1, 5, 5) > 0.3
+    for attention_mask in (None, mask | torch.eye(5, dtype=torch.bool)):
+        query, key, value = qkv
+        expected, _ = sdpa_attention_forward(Layer(), query, key, value, attention_mask, scaling=scaling)
+        assert_close(attend(qkv, attention_mask, scaling=scaling), expected, **EXACT)
+
+
+def test_while_all_tokens_are_there_attention_is_dense_and_finds_what_is_asked() -> None:
+    qkv = [torch.randn(2, H, 5, K) for _ in range(3)]
+    call = AttentionCall(wants_scores=True, wants_metric=True)
+    output = attend(qkv, scaling=SCALING, pruning=call)
+    scores, metric = call.findings.class_attention_scores_BM, call.findings.metric_BMK
+    assert scores is not None
+    assert metric is not None
+    for b in range(2):
+        q, k, v = (x[b] for x in qkv)
+        weights, context = dense_attention(q, k, v, torch.ones(5))
+        assert_close(output[b], context.transpose(0, 1), **FLOAT32)
+        assert_close(scores[b], score(weights, context), **FLOAT32)
+        mean_key = k.mean(0)
+        assert_close(metric[b], mean_key / mean_key.norm(dim=-1, keepdim=True), **FLOAT32)
+
+
+@pytest.mark.parametrize("tokens", [None, MaskedTokens(torch.ones(2, 5))], ids=["dense", "masked"])
+def test_nothing_is_found_unasked(tokens: MaskedTokens | None) -> None:
+    qkv = [torch.randn(2, H, 5, K) for _ in range(3)]
+    call = AttentionCall(tokens)
+    attend(qkv, scaling=SCALING, pruning=call)
+    assert call.findings.class_attention_scores_BM is None
+    assert call.findings.metric_BMK is None
+
+
+def test_the_default_scaling_is_one_over_the_root_of_the_head_width() -> None:
+    qkv = [torch.randn(2, H, 5, K) for _ in range(3)]
+    expected = attend(qkv, scaling=K**-0.5, pruning=AttentionCall())
+    assert_close(attend(qkv, pruning=AttentionCall()), expected, **EXACT)
