@@ -177,7 +177,7 @@ def test_copies_have_a_life_of_their_own(family: str) -> None:
 def test_bfloat16_runs_and_thresholds_stay_float32(family: str, policy: str, mode: str) -> None:
     model, x = pruned(family, policy), tiny.images(3)
     before = pruning_of(model).levels.clone()
-    model = model.to(torch.bfloat16).train(mode == "train")
+    model = model.bfloat16().train(mode == "train")
     result, _ = run(model, x.bfloat16())
     assert result.dtype == torch.bfloat16
     assert result.isfinite().all()

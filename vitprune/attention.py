@@ -1,6 +1,7 @@
 """Dense, masked and packed attention behind the one function that transformers' layers call.
 
-Knows how a block attends and what its attention says about the tokens; leaves to `execution` what follows from that.
+Knows how a block attends and what its attention says about the tokens; leaves what follows from that to `packed` and
+`masked`.
 `AttentionCall` travels to a layer's attention as the keyword `pruning`; without it the layer attends as under sdpa.
 
 Shapes: B images, N tokens of an image, T tokens of the batch laid end to end, M tokens of the longest image, H heads,
@@ -111,7 +112,7 @@ def _norms(context: Tensor) -> Tensor:
 
 
 def masked_attention_weights(q_BHNK: Tensor, k_BHNK: Tensor, scaling: float, tokens: MaskedTokens) -> Tensor:
-    """Attention in which masked tokens are seen by themselves only (AS-ViT, section 3.3), (B, H, N, N) float32.
+    """Attention in which masked tokens are seen by themselves only (AS-ViT), (B, H, N, N) float32.
 
     exp(a_ij)·G_ij / Σ_j, G_ij = M_j for j ≠ i and 1 for j = i; eps as published, spread as eps/N. With sizes s the
     logits are a_ij + log s_j (ToMe's proportional attention).

@@ -6,7 +6,8 @@ calibrates on the same images gets the same levels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
@@ -43,8 +44,7 @@ def calibrate(model: nn.Module, batches: Sequence[Tensor], budget: float, *, pro
         ValueError: the model isn't pruned, there are no images, or no levels reach the budget.
     """
     pruning = pruning_of(model)
-    if not batches:
-        raise ValueError("calibration needs at least one image")
+    _check(batches, budget)
     if pruning.spec.select != "threshold":
         batches = [batches[0][:1]]  # the counts of one image are those of all
     with tqdm(desc="calibrating", unit="pass", disable=not progress, leave=False) as bar:
@@ -75,8 +75,16 @@ def calibrate(model: nn.Module, batches: Sequence[Tensor], budget: float, *, pro
 def scale_to_budget(model: nn.Module, batches: Sequence[Tensor], budget: float, *, progress: bool = True) -> float:
     """Scales all thresholds by one common factor so that a trained model meets its budget; returns the ratio got."""
     pruning = pruning_of(model)
+    _check(batches, budget)
     with tqdm(desc="meeting the budget", unit="pass", disable=not progress, leave=False) as bar:
         return _scale(pruning, _Passes(model, batches, bar), budget)
+
+
+def _check(batches: Sequence[Tensor], budget: float) -> None:
+    if not batches:
+        raise ValueError("calibration needs at least one image")
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget is {budget}, should be a part of the dense MACs above 0 and at most 1, such as 0.65")
 
 
 @torch.inference_mode()
@@ -86,6 +94,18 @@ def mean_ratio(model: nn.Module, batches: Sequence[Tensor]) -> float:
         for pixel_values in batches:
             model(pixel_values=pixel_values)
     return (watched.macs / watched.dense_macs).mean().item()
+
+
+@contextmanager
+def _eval_mode(model: nn.Module) -> Iterator[None]:
+    """Each part gets back its own mode, also when a forward fails."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 @dataclass
@@ -104,18 +124,15 @@ class _Passes:
     @torch.inference_mode()
     def patches(self) -> int:
         """Patches of an image of this size."""
-        with trace(self.model) as watched:
+        with trace(self.model) as watched, _eval_mode(self.model):
             self.model(pixel_values=self.batches[0][:1])
         return watched.keep_masks[0].shape[1]
 
     @torch.inference_mode()
     def run(self, watched: Trace) -> float:
-        was_training = self.model.training
-        self.model.eval()
-        with watching(watched):
+        with watching(watched), _eval_mode(self.model):
             for pixel_values in self.batches:
                 self.model(pixel_values=pixel_values)
-        self.model.train(was_training)
         self.count += 1
         ratio = (watched.macs / watched.dense_macs).mean().item()
         self.bar.update()
@@ -134,8 +151,11 @@ class _LevelSetter(Trace):
     def level(self, stage: int, scores_BM: Tensor, valid_BM: Tensor, current: Tensor) -> Tensor:
         rate = torch.tensor(self.rate, device=scores_BM.device)
         scores = scores_BM[scores_BM.isfinite()]
-        self.spreads.setdefault(stage, []).append(scores.std())
+        if len(scores) > 1:
+            self.spreads.setdefault(stage, []).append(scores.std())
         if self.pruning.spec.select == "threshold":
+            if not len(scores):  # anchors only: nothing can leave, whatever the level
+                return current
             patches = valid_BM.sum() - len(valid_BM) * self.pruning.num_prefix_tokens
             level = scores.quantile((rate * patches / len(scores)).clamp(0, 1).float())
         else:
@@ -148,7 +168,7 @@ class _LevelSetter(Trace):
         with torch.no_grad():
             for stage, levels in self.found.items():
                 self.pruning.levels[stage] = torch.stack(levels).mean()
-                if self.pruning.spec.temperature is None:
+                if self.pruning.spec.temperature is None and stage in self.spreads:
                     spread = torch.stack(self.spreads[stage]).mean()
                     self.pruning.temperatures[stage] = TEMPERATURE_OF_SPREAD * spread
 
@@ -169,7 +189,7 @@ def _scale(pruning: Pruning, passes: _Passes, budget: float) -> float:
 def _search(ratio_at: Callable[[float], float], budget: float, *, start: float, top: float) -> float:
     """Finds x in [0, top] with ratio_at(x) = budget ± TOLERANCE for a falling function; leaves it at the best x seen.
 
-    False position between the two nearest points on either side, (Illinois' variant halves a stale side's weight).
+    False position between the nearest points on either side; the older side's weight is halved (Illinois).
     """
     seen: dict[float, float] = {}
 
@@ -194,8 +214,10 @@ def _search(ratio_at: Callable[[float], float], budget: float, *, start: float, 
             if low >= top:
                 break
             # no upper end yet: go where a straight line from (0, 1) would reach the budget, at least 2 % further
-            slope = (1.0 - budget - error) / x
-            x = min(top, max(1.02 * x, x + 1.2 * error / slope if slope > 0 else 2 * x))
+            slope = (1.0 - budget - error) / x if x > 0 else 0.0
+            x = min(top, max(1e-3, 1.02 * x, x + 1.2 * error / slope if slope > 0 else 2 * x))
+        elif high <= low:  # even at 0 too much leaves
+            break
         else:
             x = low + (high - low) * error_low / (error_low - error_high)
     best = min(seen, key=lambda x: abs(seen[x] - budget))

@@ -53,7 +53,8 @@ class CostModel:
 
     def redundancy(self, patches: Count) -> Count:
         """Candidates against anchors: every second patch against the others."""
-        return self.head_width * (patches * patches - patches % 2) / 4
+        odd = patches.detach().round() % 2 if isinstance(patches, Tensor) else patches % 2
+        return self.head_width * (patches * patches - odd) / 4
 
     def merge(self, left: Count, kept: Count) -> Count:
         """Patches that leave against patches that stay."""

@@ -7,7 +7,7 @@ from torch.nn import functional as F
 
 
 def budget_loss(macs_B: Tensor, dense_macs_B: Tensor, budget: float) -> Tensor:
-    """|ratio − budget|, the ratio of MACs averaged over the images (AS-ViT, section 3.4); dimensionless."""
+    """|ratio − budget|, the ratio of MACs averaged over the images (AS-ViT); dimensionless."""
     return ((macs_B / dense_macs_B).mean() - budget).abs()
 
 

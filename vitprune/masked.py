@@ -1,6 +1,6 @@
 """One training forward of a pruned model: nothing is removed, a 0/1 mask with gradient says who is seen.
 
-Dropped tokens go on as ghosts that see the others but that nobody else sees (AS-ViT, section 3.3), so that gradients
+Dropped tokens go on as ghosts that see the others but that nobody else sees (AS-ViT), so that gradients
 can bring them back. What the packed pass does with tokens that leave is done here in the same numbers, with 1 − m for
 what is given away.
 

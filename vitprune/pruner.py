@@ -174,6 +174,10 @@ def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
     if is_pruned(model):
         raise ValueError(f"{type(model).__name__} is pruned already; call vitprune.restore_(model) first")
     anatomy = examine(model)
+    if any(isinstance(hook, _Begin) for hook in anatomy.backbone._forward_pre_hooks.values()):
+        raise ValueError(
+            f"{type(model).__name__} is part of a model that is pruned already; call vitprune.restore_ on it"
+        )
     pruning = Pruning(spec, anatomy)
     device = next(model.parameters()).device
     model.add_module(SUBMODULE, pruning if device.type == "meta" else pruning.to(device))
@@ -217,11 +221,16 @@ def _attach(pruning: Pruning, anatomy: Anatomy) -> list[RemovableHandle]:
 class _Begin:
     pruning: Pruning
 
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+    def __call__(self, module: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
         if kwargs.get("attention_mask") is not None or kwargs.get("output_attentions"):
             raise ValueError(
                 "a pruned model takes no attention_mask and gives out no attention maps: its images have different "
                 "tokens in every block; call vitprune.restore_(model) for the dense model"
+            )
+        if module.config._attn_implementation != attention.NAME:
+            raise ValueError(
+                f"the pruned model's attention implementation was changed to '{module.config._attn_implementation}'; "
+                f"call model.set_attn_implementation('{attention.NAME}')"
             )
         observers = tuple(t for t in _traces.get() if t.pruning is self.pruning)
         kind = MaskedPass if module.training else PackedPass
@@ -241,9 +250,15 @@ class _End:
             assert isinstance(watched, Trace)
             watched.record(state)
         if isinstance(output, ModelOutput) and output.get("hidden_states") is not None:
-            first, *rest = output["hidden_states"]
-            output["hidden_states"] = (first, *(state.unpack_block_output(b, x) for b, x in enumerate(rest)))
+            output["hidden_states"] = _unpacked(state, output["hidden_states"])
+        elif isinstance(output, tuple):  # return_dict=False: hidden states are the only tuple in it
+            output = tuple(_unpacked(state, item) if isinstance(item, tuple) else item for item in output)
         return output
+
+
+def _unpacked(state: PackedPass | MaskedPass, hidden_states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    first, *rest = hidden_states
+    return (first, *(state.unpack_block_output(block, x) for block, x in enumerate(rest)))
 
 
 @dataclass(frozen=True, eq=False)

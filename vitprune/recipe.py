@@ -203,7 +203,7 @@ class FinetuneSpec(_Spec):
     learning_rate: Positive = 2e-5
     """Highest learning rate of the weights."""
     threshold_learning_rate: Positive = 0.01
-    """Highest learning rate of the thresholds, as a part of the scores' spread a step."""
+    """Highest learning rate of the thresholds, as a part of their own mean, so that it fits any number of tokens."""
     weight_decay: NonNegative = 0.05
     """AdamW's."""
     warmup: Part = 0.05

@@ -19,7 +19,7 @@ def class_attention(q_BHK: Tensor, k_BHMK: Tensor, scaling: float, log_sizes_BM:
 
 
 def head_weighted_class_attention(attention_BHM: Tensor, context_norms_BHM: Tensor) -> Tensor:
-    """AS-ViT's score (arXiv 2209.13802, section 3.2), (B, M).
+    """AS-ViT's score (arXiv 2209.13802), (B, M).
 
     S(i) = Σ_h R_h(i)·A_h(cls, i): the class token's attention, each head weighted at each token by its share
     R_h(i) = ‖o_h(i)‖₂ / (Σ_h ‖o_h(i)‖₂ + 1e-8) of the norm of the token's own context vectors.
@@ -48,7 +48,7 @@ def redundancy(metric_BMK: Tensor, valid_BM: Tensor, num_prefix_tokens: int) -> 
     cosines_BCA = cosines_BCA.masked_fill(~valid_BM[:, None, first::2], -torch.inf)
     best = cosines_BCA.max(-1)
     r_BM = metric_BMK.new_full(valid_BM.shape, torch.inf)
-    r_BM[:, first + 1 :: 2] = 1.0 - best.values
+    r_BM[:, first + 1 :: 2] = (1.0 - best.values).clamp(min=0.0)
     anchors_BM = torch.zeros_like(valid_BM, dtype=torch.long)
     anchors_BM[:, first + 1 :: 2] = best.indices * 2 + first
     return r_BM.masked_fill(~valid_BM, -torch.inf), anchors_BM
@@ -58,7 +58,7 @@ def weigh_redundancy(r_BM: Tensor, attention_score_BM: Tensor, exponent: float) 
     """r(i)·S(i)^α, (B, M): of two equally redundant patches the one that matters less goes first."""
     # infinities are taken out first: their product would have a NaN for a gradient
     finite_BM = r_BM.isfinite()
-    weighed_BM = torch.where(finite_BM, r_BM, 0.0).clamp(min=0.0) * attention_score_BM.clamp(min=1e-12) ** exponent
+    weighed_BM = torch.where(finite_BM, r_BM, 0.0) * attention_score_BM.clamp(min=1e-12) ** exponent
     return torch.where(finite_BM, weighed_BM, r_BM)
 
 

@@ -13,9 +13,12 @@ from torch import Tensor
 
 def above_threshold(scores_BM: Tensor, threshold: Tensor, at_least: int) -> Tensor:
     """bool (B, M): tokens with S(i) > θ, and in any case the `at_least` best of each image (prefix included)."""
-    best_BC = scores_BM.topk(min(at_least, scores_BM.shape[1]), dim=1, sorted=False).indices
-    keep_BM = (scores_BM > threshold).scatter(1, best_BC, True)
-    return keep_BM & (scores_BM != -torch.inf)
+    least_B1 = scores_BM.topk(min(at_least, scores_BM.shape[1]), dim=1).values[:, -1:]
+    better_BM, equal_BM = scores_BM > least_B1, scores_BM == least_B1
+    # of equal scores the first tokens: topk's own choice depends on the padding, and so on the batch
+    room_B1 = at_least - better_BM.sum(1, keepdim=True)
+    best_BM = better_BM | (equal_BM & (equal_BM.cumsum(1) <= room_B1)) | scores_BM.isnan()
+    return ((scores_BM > threshold) | best_BM) & (scores_BM != -torch.inf)
 
 
 def top_counts(scores_BM: Tensor, counts_B: Tensor) -> Tensor:
@@ -30,8 +33,9 @@ def top_counts(scores_BM: Tensor, counts_B: Tensor) -> Tensor:
 
 
 def straight_through(scores_BM: Tensor, threshold: Tensor, temperature: Tensor, keep_BM: Tensor) -> Tensor:
-    """The 0/1 mask `keep` with the gradient of m = sigmoid((S − θ)/τ) (AS-ViT, section 3.3), float (B, M)."""
-    soft_BM = torch.sigmoid((scores_BM - threshold) / temperature)
+    """The 0/1 mask `keep` with the gradient of m = sigmoid((S − θ)/τ) (AS-ViT), float (B, M)."""
+    gone_BM = scores_BM == -torch.inf  # against a threshold of −inf the difference would be NaN
+    soft_BM = torch.sigmoid((scores_BM - threshold).masked_fill(gone_BM, -torch.inf) / temperature)
     return keep_BM.to(soft_BM.dtype) - soft_BM.detach() + soft_BM
 
 

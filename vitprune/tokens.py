@@ -1,7 +1,7 @@
 """Tokens of a batch of images laid end to end, and how some of them leave.
 
 Knows which token belongs to which image, where it came from, for how many patches it stands and who stands for those
-that left. Leaves to others which tokens leave (`thresholds`) and whom they resemble (`merging`).
+that left. Leaves to others which tokens leave (`thresholds`) and whom they resemble (`scoring`).
 
 Shapes: B images, N tokens of one image in the dense sequence (prefix tokens first), T tokens of the whole batch laid
 end to end, M tokens of the longest image, D width. A `_BM` tensor is the padded view of a `_T` one.

@@ -1,0 +1,246 @@
+"""Calibration: the budget asked for is the budget got, measured again with a trace."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from tiny import Tolerance
+from torch import Tensor
+from torch.testing import assert_close
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+
+import vitprune
+from vitprune.calibration import calibrate, mean_ratio, scale_to_budget
+from vitprune.pruner import Trace, pruning_of, watching
+from vitprune.recipe import PruningSpec
+
+# what the design asks for: ratio of MACs against the budget
+BUDGET = 0.01
+EXACT = Tolerance(rtol=0.0, atol=0.0)
+FLOAT32 = Tolerance(rtol=1e-5, atol=1e-9)
+
+SPECS: dict[str, dict[str, Any]] = {
+    **{f"as-vit {dropped}": {**tiny.AS_VIT, "dropped": dropped} for dropped in ("leave", "fuse", "merge")},
+    **{f"redundancy {dropped}": {"dropped": dropped} for dropped in ("leave", "fuse", "merge")},
+    **{
+        f"{select} {dropped}": {**tiny.AS_VIT, "select": select, "dropped": dropped}
+        for select in ("top-k", "random")
+        for dropped in ("leave", "fuse", "merge")
+    },
+    "tome": {"select": "tome"},
+}
+
+
+def batches() -> list[Tensor]:
+    order = torch.randperm(32, generator=torch.Generator().manual_seed(2))
+    return list(tiny.images(32)[order].split([12, 12, 8]))
+
+
+def pruned(family: str = "vit", **spec: Any) -> PreTrainedModel:
+    return vitprune.prune_(tiny.build(family), PruningSpec(**spec))
+
+
+@torch.no_grad()
+def measured(model: PreTrainedModel) -> float:
+    with vitprune.trace(model.eval()) as trace:
+        model(torch.cat(batches()))
+    return (trace.macs / trace.dense_macs).mean().item()
+
+
+def rounding(model: PreTrainedModel) -> float:
+    """How far whole counts may leave the ratio from a budget: half of one patch more or less at every stage."""
+    pruning = pruning_of(model)
+    cost, tokens = pruning.cost, tiny.PATCHES + pruning.num_prefix_tokens
+    a_token = cost.block(0, tokens) - cost.block(0, tokens - 1)
+    blocks = sum(len(cost.linear) - stage for stage in pruning.before_blocks)
+    return a_token * blocks / cost.dense(tiny.PATCHES, pruning.num_prefix_tokens) / 2
+
+
+@pytest.mark.parametrize("budget", [0.8, 0.6])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_the_budget_asked_for_is_the_budget_got(spec: dict[str, Any], budget: float) -> None:
+    model = pruned(**spec)
+    result = calibrate(model, batches(), budget, progress=False)
+    # counts are whole numbers of 64 patches; what calibration accepts is the limit for them, too
+    tolerance = BUDGET if spec.get("select", "threshold") == "threshold" else min(BUDGET, rounding(model))
+    assert abs(measured(model) - budget) <= tolerance
+    assert_close(result.ratio, measured(model), **FLOAT32)
+    assert_close(torch.tensor(result.levels), pruning_of(model).levels.detach(), **EXACT)
+
+
+@pytest.mark.parametrize("family", ["deit-teacher", "dinov2-swiglu"])
+def test_other_families_meet_their_budget_too(family: str) -> None:
+    model = pruned(family)
+    calibrate(model, batches(), 0.7, progress=False)
+    assert abs(measured(model) - 0.7) <= BUDGET
+
+
+def test_images_keep_different_numbers_of_tokens() -> None:
+    model = pruned(**tiny.AS_VIT)
+    result = calibrate(model, batches(), 0.7, progress=False)
+    with torch.no_grad(), vitprune.trace(model) as trace:
+        model(torch.cat(batches()))
+    assert result.images == 32
+    assert len(trace.keep_masks[-1].sum(1).unique()) > 3
+
+
+def test_calibrating_twice_gives_the_same() -> None:
+    model = pruned(**tiny.AS_VIT)
+    first = calibrate(model, batches(), 0.7, progress=False)
+    assert calibrate(model, batches(), 0.7, progress=False) == first
+
+
+def test_the_mean_ratio_is_the_mean_over_images_not_batches() -> None:
+    model = pruned(**tiny.AS_VIT, thresholds=[0.008, 0.012])
+    assert_close(mean_ratio(model, batches()), measured(model), **FLOAT32)
+
+
+@dataclass(eq=False)
+class Spread(Trace):
+    """Spread of the scores of each batch at the first stage, where nothing has left yet."""
+
+    spreads: list[float] = field(default_factory=list)
+
+    def level(self, stage: int, scores_BM: Tensor, valid_BM: Tensor, current: Tensor) -> Tensor:
+        if stage == 0:
+            scores = [score for row in scores_BM.tolist() for score in row if abs(score) != float("inf")]
+            mean = sum(scores) / len(scores)
+            variance = sum((score - mean) ** 2 for score in scores) / (len(scores) - 1)
+            self.spreads.append(variance**0.5)
+        return current
+
+
+@pytest.mark.parametrize("spec", [tiny.AS_VIT, {}], ids=["as-vit", "redundancy"])
+def test_temperatures_follow_the_spread_of_the_scores(spec: dict[str, Any]) -> None:
+    model = pruned(**spec)
+    pruning = pruning_of(model)
+    seen = Spread(pruning, pruning.before_blocks)
+    with torch.no_grad(), watching(seen):
+        for batch in batches():
+            model(batch)
+    calibrate(model, batches(), 0.7, progress=False)
+    # 2 % of it: 1e-4, the paper's, where scores live near 1/196
+    assert_close(pruning.temperatures[0].item(), 0.02 * sum(seen.spreads) / len(seen.spreads), **FLOAT32)
+    assert (pruning.temperatures > 0).all()
+    assert pruning.temperatures.isfinite().all()
+
+
+def test_a_temperature_that_the_spec_fixes_stays() -> None:
+    model = pruned(**tiny.AS_VIT, temperature=3e-3)
+    calibrate(model, batches(), 0.7, progress=False)
+    assert_close(pruning_of(model).temperatures, torch.tensor([3e-3, 3e-3]), **EXACT)
+
+
+@pytest.mark.parametrize("drift", [(1.4, 1.1), (0.7, 0.9)], ids=["too few tokens", "too many"])
+def test_scaling_brings_thresholds_that_drifted_back_to_the_budget(drift: tuple[float, float]) -> None:
+    model = pruned(**tiny.AS_VIT)
+    calibrate(model, batches(), 0.7, progress=False)
+    pruning = pruning_of(model)
+    with torch.no_grad():
+        pruning.levels.mul_(torch.tensor(drift))
+    drifted = pruning.levels.detach().clone()
+    assert abs(measured(model) - 0.7) > BUDGET, "nothing to bring back: this test would see nothing"
+    ratio = scale_to_budget(model, batches(), 0.7, progress=False)
+    assert abs(measured(model) - 0.7) <= BUDGET
+    assert_close(ratio, measured(model), **FLOAT32)
+    factors = pruning.levels.detach() / drifted
+    assert_close(factors[0], factors[1], **FLOAT32)
+
+
+def test_counts_cannot_be_scaled() -> None:
+    with pytest.raises(ValueError, match="only thresholds can be scaled to a budget, not select: top-k"):
+        scale_to_budget(pruned(select="top-k"), batches(), 0.7, progress=False)
+
+
+@pytest.mark.parametrize("spec", [tiny.AS_VIT, {}, {"select": "tome"}], ids=["as-vit", "redundancy", "tome"])
+def test_an_impossible_budget_is_refused_with_what_would_be_possible(spec: dict[str, Any]) -> None:
+    expected = r"budget.macs: 10.0% can't be met by pruning before blocks \[.*\]: the nearest is 3\d\.\d%; allow more"
+    with pytest.raises(ValueError, match=expected):
+        calibrate(pruned(**spec), batches(), 0.1, progress=False)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_calibrating_leaves_the_mode_as_it_was(training: bool) -> None:
+    model = pruned(**tiny.AS_VIT).train(training)
+    calibrate(model, batches(), 0.7, progress=False)
+    assert all(module.training == training for module in model.modules())
+
+
+def test_calibration_needs_images_and_a_pruned_model() -> None:
+    with pytest.raises(ValueError, match="at least one image"):
+        calibrate(pruned(), [], 0.7, progress=False)
+    with pytest.raises(ValueError, match="isn't pruned"):
+        calibrate(tiny.build("vit"), batches(), 0.7, progress=False)
+
+
+def test_scaling_needs_images() -> None:
+    with pytest.raises(ValueError, match="at least one image"):
+        scale_to_budget(pruned(thresholds=[0.01] * 5), [], 0.7, progress=False)
+
+
+def test_weights_are_left_alone_and_have_no_gradient() -> None:
+    model = pruned(**tiny.AS_VIT)
+    calibrate(model, batches(), 0.7, progress=False)
+    dense = dict(tiny.build("vit").named_parameters())
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is None
+        assert name == "vitprune.thresholds" or torch.equal(parameter, dense[name])
+    assert pruning_of(model).levels.requires_grad
+    model.train()(tiny.images(2)).logits.sum().backward()  # inference mode has left nothing behind
+
+
+def test_parts_in_eval_mode_stay_so() -> None:
+    model = pruned(**tiny.AS_VIT).train()
+    model.get_submodule("classifier").eval()
+    calibrate(model, batches(), 0.7, progress=False)
+    assert not model.get_submodule("classifier").training
+
+
+def test_a_failure_leaves_the_mode_as_it_was() -> None:
+    model = pruned(**tiny.AS_VIT).train()
+    with pytest.raises(ValueError, match="doesn't match model"):
+        calibrate(model, [*batches(), torch.zeros(1, 3, 8, 8)], 0.7, progress=False)
+    assert model.training
+
+
+def deep_model() -> PreTrainedModel:
+    """Eleven stages on 49 patches: a search for a small budget comes by images with one patch, all of them anchors."""
+    config = ViTConfig(**{**tiny.SHAPE, "image_size": 28, "num_hidden_layers": 12}, intermediate_size=96)
+    return vitprune.prune_(ViTForImageClassification(config).eval(), PruningSpec())
+
+
+@pytest.mark.parametrize("batch_size", [1, 8])
+def test_a_budget_that_leaves_no_candidates_is_refused_or_met(batch_size: int) -> None:
+    model, images = deep_model(), tiny.images(8)[..., :28, :28]
+    with pytest.raises(ValueError, match="can't be met"):
+        calibrate(model, images.split(batch_size), 0.05, progress=False)
+    calibrate(model, images.split(batch_size), 0.25, progress=False)
+    assert pruning_of(model).temperatures.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("spec", "batch_size"),
+    [
+        pytest.param(
+            {"select": "tome"},
+            8,
+        ),
+        (tiny.AS_VIT, 8),
+        pytest.param(tiny.AS_VIT, 1),
+    ],
+    ids=["tome", "as-vit", "as-vit image by image"],
+)
+def test_the_whole_budget_keeps_everything(spec: dict[str, Any], batch_size: int) -> None:
+    model = pruned(**spec)
+    calibrate(model, torch.cat(batches()).split(batch_size), 1.0, progress=False)
+    assert abs(measured(model) - 1.0) <= BUDGET
+
+
+@pytest.mark.parametrize("budget", [-0.1, 0.0, 1.5, float("nan")])
+def test_a_budget_is_a_part_of_the_dense_macs(budget: float) -> None:
+    with pytest.raises(ValueError, match="budget"):
+        calibrate(pruned(), batches(), budget, progress=False)

@@ -1,0 +1,164 @@
+"""Scores and similarities against loops over images, heads and tokens."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tiny import Tolerance
+from torch import Tensor
+from torch.testing import assert_close
+
+from vitprune.scoring import (
+    class_attention,
+    head_weighted_class_attention,
+    key_metric,
+    most_similar,
+    redundancy,
+    true_indices,
+    weigh_redundancy,
+)
+
+EXACT = Tolerance(rtol=0.0, atol=0.0)
+# float32 against Python's double precision
+FLOAT32 = Tolerance(rtol=1e-5, atol=1e-6)
+
+B, H, M, K = 3, 2, 9, 4
+# images of different lengths: the rest of a row is padding
+LENGTHS = (9, 4, 6)
+
+
+def valid() -> Tensor:
+    return torch.arange(M) < torch.tensor(LENGTHS)[:, None]
+
+
+def unit(*shape: int) -> Tensor:
+    return torch.nn.functional.normalize(torch.randn(*shape), dim=-1)
+
+
+def dot(first: Tensor, second: Tensor) -> float:
+    return sum(a * b for a, b in zip(first.tolist(), second.tolist(), strict=True))
+
+
+@pytest.mark.parametrize("sized", [False, True])
+def test_class_attention_is_a_softmax_over_the_class_tokens_row(sized: bool) -> None:
+    q, k, sizes = torch.randn(B, H, K), torch.randn(B, H, M, K), torch.randint(1, 5, (B, M)).float()
+    ours = class_attention(q, k, 0.5, sizes.log() if sized else None)
+    for b in range(B):
+        for h in range(H):
+            # a token of size s counts like s tokens: s·exp(a)
+            weights = [
+                (sizes[b, i].item() if sized else 1.0) * math.exp(0.5 * dot(q[b, h], k[b, h, i])) for i in range(M)
+            ]
+            assert_close(ours[b, h], torch.tensor([w / sum(weights) for w in weights]), **FLOAT32)
+
+
+def test_the_score_weighs_each_head_by_its_share_of_the_tokens_norm() -> None:
+    attention, norms = torch.rand(B, H, M), torch.rand(B, H, M)
+    norms[0, :, 2] = 0.0  # no head says anything there
+    ours = head_weighted_class_attention(attention, norms)
+    for b in range(B):
+        for i in range(M):
+            total = sum(norms[b, h, i].item() for h in range(H)) + 1e-8
+            expected = sum(norms[b, h, i].item() / total * attention[b, h, i].item() for h in range(H))
+            assert_close(ours[b, i].item(), expected, **FLOAT32)
+    assert ours[0, 2] == 0.0
+
+
+def test_the_metric_is_the_mean_key_of_length_one() -> None:
+    keys_HTK = torch.randn(H, M, K)
+    ours = key_metric(keys_HTK.bfloat16())
+    assert ours.dtype == torch.float32
+    ours = key_metric(keys_HTK)
+    for t in range(M):
+        mean = [sum(keys_HTK[h, t, c].item() for h in range(H)) / H for c in range(K)]
+        length = math.sqrt(sum(c * c for c in mean))
+        assert_close(ours[t], torch.tensor([c / length for c in mean]), **FLOAT32)
+
+
+@pytest.mark.parametrize("prefix", [1, 2])
+def test_redundancy_is_the_distance_to_the_most_similar_anchor(prefix: int) -> None:
+    metric = unit(B, M, K)
+    r, anchors = redundancy(metric, valid(), prefix)
+    for b, length in enumerate(LENGTHS):
+        patches = list(range(prefix, length))
+        anchor_patches, candidates = patches[::2], patches[1::2]
+        for i in range(M):
+            if i >= length:
+                assert r[b, i] == -math.inf
+            elif i not in candidates:
+                assert r[b, i] == math.inf
+            else:
+                cosines = {a: dot(metric[b, i], metric[b, a]) for a in anchor_patches}
+                nearest = max(cosines, key=lambda a: cosines[a])
+                assert anchors[b, i] == nearest
+                assert_close(r[b, i].item(), 1 - cosines[nearest], **FLOAT32)
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
+def test_weighed_redundancy_is_a_product_that_leaves_marks_alone(exponent: float) -> None:
+    r, score = torch.rand(2, 5), torch.rand(2, 5)
+    r[0, 1], r[1, 3] = math.inf, -math.inf
+    ours = weigh_redundancy(r, score, exponent)
+    for b in range(2):
+        for i in range(5):
+            r_i = r[b, i].item()
+            expected = r_i if math.isinf(r_i) else r_i * score[b, i].item() ** exponent
+            assert_close(ours[b, i].item(), expected, **FLOAT32)
+
+
+def test_weighed_redundancy_has_finite_gradients_beside_infinite_marks_and_zero_scores() -> None:
+    r = torch.tensor([[math.inf, 0.3, -math.inf, 0.0]], requires_grad=True)
+    score = torch.tensor([[0.2, 0.0, 0.1, 0.4]], requires_grad=True)
+    weighed = weigh_redundancy(r, score, 0.5)
+    weighed[weighed.isfinite()].sum().backward()
+    for leaf in (r, score):
+        assert leaf.grad is not None
+        assert leaf.grad.isfinite().all()
+
+
+def test_identical_patches_never_score_below_nothing() -> None:
+    metric = unit(1, 1, K).expand(1, 7, K)
+    r, _ = redundancy(metric, torch.ones(1, 7, dtype=torch.bool), 1)
+    assert (weigh_redundancy(r, torch.ones(1, 7), 0.5) >= 0).all()
+
+
+@pytest.mark.parametrize("everybody_asks", [False, True])
+def test_most_similar_is_never_oneself_and_always_one_who_answers(everybody_asks: bool) -> None:
+    metric = unit(B, M, K)
+    answers = valid() & (torch.arange(M) % 3 != 0)
+    asks = valid() if everybody_asks else valid() & ~answers
+    ours = most_similar(metric, asks, answers)
+    for b in range(B):
+        for i in asks[b].nonzero().flatten().tolist():
+            cosines = {j: dot(metric[b, i], metric[b, j]) for j in answers[b].nonzero().flatten().tolist() if j != i}
+            assert ours[b, i] == max(cosines, key=lambda j: cosines[j])
+
+
+def test_most_similar_where_an_image_asks_nothing() -> None:
+    metric = unit(2, M, K)
+    answers = torch.ones(2, M, dtype=torch.bool)
+    answers[1, 4:] = False
+    ours = most_similar(metric, ~answers, answers)
+    assert ours.shape == (2, M)
+    assert (ours[1, 4:] < 4).all()
+
+
+def test_true_indices_lists_the_true_entries_first_and_in_order() -> None:
+    mask = torch.rand(6, 11) > 0.5
+    mask[2] = False
+    ours = true_indices(mask)
+    assert ours.shape == (6, max(sum(row) for row in mask.tolist()))
+    for row, indices in zip(mask.tolist(), ours.tolist(), strict=True):
+        expected = [i for i, is_true in enumerate(row) if is_true]
+        assert indices[: len(expected)] == expected
+        assert not any(row[i] for i in indices[len(expected) :])
+        assert len(set(indices)) == len(indices)
+
+
+def test_scores_are_float32_in_bfloat16_models() -> None:
+    assert class_attention(torch.randn(B, H, K).bfloat16(), torch.randn(B, H, M, K).bfloat16(), 0.5).dtype == (
+        torch.float32
+    )
+    assert_close(true_indices(torch.zeros(2, 3, dtype=torch.bool)), torch.zeros(2, 0, dtype=torch.long), **EXACT)
