@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 TESTS  := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types imports package clean
+.PHONY: help install demo test lint format types imports docs package clean
 
 help:  ## Show this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
@@ -37,6 +37,10 @@ types: install  ## Check types
 
 imports: install  ## Check that imports only go down
 	$(BIN)/lint-imports --no-cache
+
+docs: install  ## Build the documentation site
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	$(BIN)/mkdocs build
 
 package: install  ## Build the wheel
 	$(BIN)/python -m build --wheel

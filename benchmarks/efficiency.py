@@ -65,7 +65,7 @@ def main() -> None:
                     f"{row.efficiency:.2f} |",
                     flush=True,
                 )
-    environment = describe_environment(dense)
+    environment = describe_environment(load(args.checkpoint))
     print(f"\n{environment.cpu}, {environment.threads} threads, torch {environment.torch}")
 
 
