@@ -19,7 +19,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	touch $@
 
 demo: install  ## Prune, fine-tune, compare and save a small ViT; offline, under five minutes
-	HF_HUB_OFFLINE=1 $(BIN)/vitprune apply recipes/quickstart.yaml
+	HF_HUB_OFFLINE=1 $(BIN)/vitprune apply recipes/quickstart.yaml --set output.overwrite=true
 
 test: install  ## Run all tests
 	$(TESTS)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import Tolerance
 from torch.testing import assert_close
 from transformers import (
@@ -132,6 +133,36 @@ def test_what_is_there_stays_unless_overwritten(saved: tuple[PreTrainedModel, Pa
     vitprune.save(model, path, overwrite=True)
     assert not (path / "recipe.yaml").exists()
     assert [entry.name for entry in path.parent.iterdir()] == ["out"]
+
+
+def test_broken_weights_are_named(saved: tuple[PreTrainedModel, Path]) -> None:
+    _, path = saved
+    (path / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ValueError, match=r"its weights can't be read: .*Git LFS"):
+        vitprune.load(path)
+
+
+def test_missing_weights_are_named(saved: tuple[PreTrainedModel, Path]) -> None:
+    _, path = saved
+    weights = {n: w for n, w in load_file(path / "model.safetensors").items() if not n.startswith("vitprune.")}
+    save_file(weights, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks weights of ViTForImageClassification \(vitprune\.temperatures"):
+        vitprune.load(path)
+
+
+def test_it_changes_dtype_like_any_model(saved: tuple[PreTrainedModel, Path]) -> None:
+    _, path = saved
+    back = AutoModelForImageClassification.from_pretrained(path)
+    assert back.half().float().dtype == torch.float32
+
+
+def test_a_folder_of_something_else_is_never_overwritten(saved: tuple[PreTrainedModel, Path]) -> None:
+    model, path = saved
+    with pytest.raises(ValueError, match="is no pruned checkpoint, so it isn't overwritten"):
+        vitprune.save(model, path.parent, overwrite=True)
+    tiny.build("vit").save_pretrained(path.with_name("dense"))
+    with pytest.raises(ValueError, match="is no pruned checkpoint, so it isn't overwritten"):
+        vitprune.save(model, path.with_name("dense"), overwrite=True)
 
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:

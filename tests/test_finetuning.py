@@ -123,7 +123,23 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_spares_the_weights(tm
     spec = SPEC.model_copy(update={"learning_rate": 1e30, "epochs": 4.0})
     with pytest.raises(NonFiniteLoss, match=r"isn't finite at step \d+.*lower finetune\.learning_rate"):
         finetune(pruned, dense, data, spec, BUDGET, progress=False)
-    assert all(parameter.isfinite().all() for parameter in pruned.parameters())
+    assert pruned(tiny.images(2)).logits.abs().max() < 100
+
+
+def test_mixed_precision_ends_with_training(tmp_path: Path) -> None:
+    data = images(tmp_path)
+    dense, pruned = models(data)
+    spec = SPEC.model_copy(update={"mixed_precision": "bf16", "epochs": 0.5})
+    finetune(pruned, dense, data, spec, BUDGET, progress=False)
+    again = copy.deepcopy(pruned)
+    assert "forward" not in vars(pruned)
+    assert_close(pruned(tiny.images(2)).logits, again(tiny.images(2)).logits, **EXACT)
+
+
+def test_thresholds_need_a_start(tmp_path: Path) -> None:
+    pruned = vitprune.prune_(tiny.build("vit"), PruningSpec(**tiny.AS_VIT))
+    with pytest.raises(ValueError, match="call calibrate first"):
+        finetune(pruned, tiny.build("vit"), images(tmp_path), SPEC, BUDGET, progress=False)
 
 
 @pytest.mark.parametrize("scale", [1.0, 0.04])

@@ -13,19 +13,33 @@ from vitprune import registration
 
 if TYPE_CHECKING:
     from vitprune.calibration import calibrate as calibrate
+    from vitprune.calibration import scale_to_budget as scale_to_budget
     from vitprune.checkpoint import load as load
+    from vitprune.checkpoint import load_processor as load_processor
     from vitprune.checkpoint import save as save
+    from vitprune.data import load_images as load_images
     from vitprune.evaluation import compare as compare
     from vitprune.finetuning import finetune as finetune
     from vitprune.pruner import Trace as Trace
     from vitprune.pruner import prune_ as prune_
     from vitprune.pruner import restore_ as restore_
     from vitprune.pruner import trace as trace
+    from vitprune.recipe import DataSpec as DataSpec
+    from vitprune.recipe import EvaluateSpec as EvaluateSpec
+    from vitprune.recipe import FinetuneSpec as FinetuneSpec
     from vitprune.recipe import PruningSpec as PruningSpec
+    from vitprune.recipe import SplitSpec as SplitSpec
 
 __version__ = "0.1.0"
 
 _HOMES = {
+    "scale_to_budget": "vitprune.calibration",
+    "load_processor": "vitprune.checkpoint",
+    "load_images": "vitprune.data",
+    "SplitSpec": "vitprune.recipe",
+    "FinetuneSpec": "vitprune.recipe",
+    "EvaluateSpec": "vitprune.recipe",
+    "DataSpec": "vitprune.recipe",
     "PruningSpec": "vitprune.recipe",
     "Trace": "vitprune.pruner",
     "calibrate": "vitprune.calibration",
@@ -38,15 +52,22 @@ _HOMES = {
     "trace": "vitprune.pruner",
 }
 __all__ = [
+    "DataSpec",
+    "EvaluateSpec",
+    "FinetuneSpec",
     "PruningSpec",
+    "SplitSpec",
     "Trace",
     "calibrate",
     "compare",
     "finetune",
     "load",
+    "load_images",
+    "load_processor",
     "prune_",
     "restore_",
     "save",
+    "scale_to_budget",
     "trace",
 ]
 

@@ -19,11 +19,11 @@ from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from vitprune.calibration import calibrate, scale_to_budget, uniform_rate, uniform_tokens
-from vitprune.checkpoint import load, load_config, load_processor, model_class, require_free, save
+from vitprune.checkpoint import load, load_config, load_processor, model_class, require_classifier, require_free, save
 from vitprune.data import Images, load_images
 from vitprune.evaluation import compare, describe_environment, measure_throughput
 from vitprune.families import examine
-from vitprune.finetuning import NonFiniteLoss, finetune
+from vitprune.finetuning import NonFiniteLoss, finetune, require_trainable
 from vitprune.pruner import is_pruned, prune_, pruning_of
 from vitprune.recipe import Recipe
 from vitprune.report import model_card
@@ -40,7 +40,7 @@ def apply(recipe: Recipe) -> Report:
         ValueError: something in the recipe, its data or its checkpoint doesn't fit; names the place and the way out.
         NonFiniteLoss: fine-tuning broke off; the model from before is saved beside the output path.
     """
-    output = Path(recipe.output.path)
+    output = Path(recipe.output.path).resolve()
     require_free(output, overwrite=recipe.output.overwrite)
     run = _Run.start(recipe)
     calibrated = None
@@ -72,6 +72,7 @@ def plan(recipe: Recipe) -> Plan:
     spec = recipe.model
     config = load_config(spec.checkpoint, spec.revision)
     cls = model_class(spec.checkpoint, config)
+    require_classifier(spec.checkpoint, cls)
     with torch.device("meta"):
         model = cls(config)
     anatomy = examine(model)
@@ -111,8 +112,8 @@ class _Run:
     dense: PreTrainedModel
     pruned: PreTrainedModel
     processor: BaseImageProcessor
-    train: Images
-    holdout: Images
+    train: Images | None
+    holdout: Images | None
     eval: Images
     is_main: bool
 
@@ -122,20 +123,24 @@ class _Run:
         state = PartialState()
         # weights are trained in float32, whatever the model computes in afterwards
         dtype = torch.float32 if recipe.finetune is not None and pruned is None else _dtype(recipe)
-        dense = _moved(load(recipe.model.checkpoint, dtype=dtype, revision=recipe.model.revision), state.device)
+        spec = recipe.model
+        dense = _moved(load(spec.checkpoint, dtype=dtype, revision=spec.revision), state.device)
+        require_classifier(spec.checkpoint, type(dense))
         if is_pruned(dense):
-            raise ValueError(f"model.checkpoint {recipe.model.checkpoint} is pruned already; name the dense model")
+            raise ValueError(f"model.checkpoint {spec.checkpoint} is pruned already; name the dense model")
         if pruned is None:
             model = prune_(copy.deepcopy(dense), recipe.pruning)
         else:
             model = _moved(load(pruned, dtype=dtype), state.device)
             pruning_of(model)
-        processor = load_processor(recipe.model.checkpoint, recipe.model.revision)
+        processor = load_processor(spec.checkpoint, spec.revision)
         labels = {int(index): name for index, name in (dense.config.id2label or {}).items()}
-        train = load_images(recipe.data, recipe.data.train, processor, id2label=labels, seed=recipe.seed)
-        holdout = train
-        if recipe.finetune is not None and pruned is None:
-            train, holdout = train.holdout(recipe.finetune.holdout, recipe.seed)
+        train = holdout = None
+        if pruned is None and (recipe.finetune is not None or _is_calibrated(recipe)):
+            train = load_images(recipe.data, recipe.data.train, processor, id2label=labels, seed=recipe.seed)
+            if recipe.finetune is not None:
+                require_trainable(train, recipe.finetune)
+                train, holdout = train.holdout(recipe.finetune.holdout, recipe.seed)
         return cls(
             recipe=recipe,
             dense=dense,
@@ -149,12 +154,15 @@ class _Run:
 
     def calibration_batches(self) -> list[Tensor]:
         spec = self.recipe.calibration
+        assert self.train is not None
         return self._batches(self.train.sample(spec.images, self.recipe.seed), spec.batch_size)
 
     def finetune(self, output: Path) -> None:
         """Fine-tunes and scales the thresholds to the budget on images held out."""
         recipe = self.recipe
         assert recipe.finetune is not None
+        assert self.train is not None
+        assert self.holdout is not None
         budget = recipe.budget.macs
         try:
             finetune(
@@ -164,7 +172,7 @@ class _Run:
             rescued = output.with_name(f"{output.name}.last-good")
             if self.is_main:
                 save(self.pruned, rescued, processor=self.processor, overwrite=True)
-            raise NonFiniteLoss(f"{error}; the model from before that step is in {rescued}") from error
+            raise NonFiniteLoss(f"{error}; the last good model is in {rescued}") from error
         _moved(self.pruned, _dtype(recipe))
         _moved(self.dense, _dtype(recipe))
         if recipe.pruning.select == "threshold":

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
 from vitprune.families import FAMILIES, supported
-from vitprune.pruner import is_pruned
+from vitprune.pruner import SUBMODULE, is_pruned
 
 
 def load_config(checkpoint: str, revision: str | None = None) -> PreTrainedConfig:
@@ -39,6 +40,12 @@ def model_class(checkpoint: str, config: PreTrainedConfig) -> type[PreTrainedMod
     return getattr(transformers, name)
 
 
+def require_classifier(checkpoint: str, cls: type[PreTrainedModel]) -> None:
+    """Raises ValueError for a bare model, which has no answers to compare."""
+    if "ForImageClassification" not in cls.__name__:
+        raise ValueError(f"model.checkpoint {checkpoint}: {cls.__name__} has no classification head; name a classifier")
+
+
 def load(checkpoint: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None) -> PreTrainedModel:
     """A dense or pruned model in eval mode, from a folder or the Hub; safetensors only, nothing is unpickled.
 
@@ -51,9 +58,16 @@ def load(checkpoint: str | Path, *, dtype: torch.dtype = torch.float32, revision
     config = load_config(checkpoint, revision)
     cls = model_class(checkpoint, config)
     try:
-        model = cls.from_pretrained(checkpoint, revision=revision or "main", dtype=dtype, use_safetensors=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"model.checkpoint {checkpoint}: {_first_line(error)}") from error
+        model, info = cls.from_pretrained(
+            checkpoint, revision=revision or "main", dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        hint = "; is it a Git LFS pointer? run `git lfs pull`" if isinstance(error, SafetensorError) else ""
+        raise ValueError(f"{checkpoint}: its weights can't be read: {_first_line(error)}{hint}") from error
+    missing = sorted(info["missing_keys"])
+    if missing:
+        shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        raise ValueError(f"{checkpoint}: lacks weights of {cls.__name__} ({shown}); name a checkpoint that has them")
     return model.eval()
 
 
@@ -68,9 +82,26 @@ def load_processor(checkpoint: str, revision: str | None = None) -> BaseImagePro
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:
-    """Raises ValueError if something is at an output path that may not be overwritten."""
-    if path.exists() and not overwrite and not (path.is_dir() and not any(path.iterdir())):
+    """Raises ValueError if something is at an output path that may not be overwritten.
+
+    Only a folder that holds nothing but a pruned checkpoint is ever overwritten.
+    """
+    old = _old(path)
+    if old.exists() and not path.exists():  # of a run that was killed between two renames
+        old.rename(path)
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+        return
+    if not overwrite:
         raise ValueError(f"output.path {path} exists; choose another path or set output.overwrite=true")
+    if not _is_pruned_checkpoint(path):
+        raise ValueError(f"output.path {path} is no pruned checkpoint, so it isn't overwritten; choose another path")
+
+
+def _is_pruned_checkpoint(path: Path) -> bool:
+    config = path / "config.json"
+    if not config.is_file() or any(entry.is_dir() for entry in path.iterdir()):
+        return False
+    return f'"quant_method": "{SUBMODULE}"' in config.read_text(encoding="utf-8")
 
 
 def save(
@@ -88,7 +119,7 @@ def save(
     Raises:
         ValueError: the model isn't pruned, or the path is taken and `overwrite` is false.
     """
-    path = Path(path)
+    path = Path(path).resolve()
     if not is_pruned(model):
         raise ValueError(f"{type(model).__name__} isn't pruned; save it with its own save_pretrained")
     require_free(path, overwrite=overwrite)
@@ -111,11 +142,19 @@ def _replace(new: Path, path: Path) -> None:
     if not path.exists():
         new.rename(path)
         return
-    old = path.with_name(f".{path.name}.old")
+    old = _old(path)
     shutil.rmtree(old, ignore_errors=True)
     path.rename(old)
-    new.rename(path)
-    shutil.rmtree(old) if old.is_dir() else old.unlink()
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)
+
+
+def _old(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
 
 
 def _first_line(error: Exception) -> str:

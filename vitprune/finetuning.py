@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
@@ -23,9 +24,11 @@ from vitprune.losses import budget_loss, distillation_loss
 from vitprune.pruner import Trace, pruning_of, trace
 from vitprune.recipe import FinetuneSpec
 
+SNAPSHOT_STEPS = 100
+
 
 class NonFiniteLoss(RuntimeError):
-    """The loss or its gradient became infinite or NaN; the model still has the weights from before that step."""
+    """The loss or its gradient became infinite or NaN; the model has the last weights that were known to be good."""
 
 
 @dataclass
@@ -52,15 +55,21 @@ def finetune(
         out). budget: MACs of the pruned pass ÷ dense, in (0, 1].
 
     Raises:
-        ValueError: no images for a single batch, or no loss that could teach the task.
-        NonFiniteLoss: names the step; the model is as it was before it.
+        ValueError: no images for a single batch, no loss that could teach the task, or thresholds without a start.
+        NonFiniteLoss: names the step; the model has its weights from up to `SNAPSHOT_STEPS` steps before.
     """
-    if not images.labelled and not spec.losses.distillation:
-        raise ValueError("finetune.losses: images without labels need losses.distillation > 0")
-    torch.manual_seed(seed)
+    require_trainable(images, spec)
+    if not pruning_of(model).levels.isfinite().all():
+        raise ValueError("thresholds have no start to learn from; call calibrate first, or give them in the spec")
     accelerator = Accelerator(
-        mixed_precision=spec.mixed_precision, gradient_accumulation_steps=spec.gradient_accumulation_steps
+        mixed_precision=spec.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=spec.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+        # some checkpoints have weights that classification doesn't use, such as mask tokens
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    torch.manual_seed(seed + accelerator.process_index)
     teacher.to(accelerator.device).eval().requires_grad_(False)
     model.to(accelerator.device).train()
     if spec.gradient_checkpointing:
@@ -73,23 +82,38 @@ def finetune(
     history = History()
     loop = _Loop(accelerator, prepared, teacher, optimizer, spec, budget)
     shown = progress and accelerator.is_main_process
-    with tqdm(total=steps, desc="fine-tuning", unit="step", disable=not shown) as bar:
-        for batch in _endless(loader):
-            record = loop.micro_step(batch, history.steps)
-            if not accelerator.sync_gradients:
-                continue
-            record["lr"] = float(scheduler.get_last_lr()[0])
-            scheduler.step()
-            history.steps += 1
-            history.records.append(record)
-            bar.update()
-            bar.set_postfix_str(_summary(record))
-            if history.steps == steps:
-                break
-    if spec.gradient_checkpointing:
-        model.activation_checkpointing_disable()
-    model.eval()
+    try:
+        with tqdm(total=steps, desc="fine-tuning", unit="step", disable=not shown) as bar:
+            for batch in _endless(loader):
+                record = loop.micro_step(batch, history.steps)
+                if not accelerator.sync_gradients:
+                    continue
+                record["lr"] = float(scheduler.get_last_lr()[0])
+                scheduler.step()
+                history.steps += 1
+                history.records.append(record)
+                bar.update()
+                bar.set_postfix_str(_summary(record))
+                if history.steps == steps:
+                    break
+    except NonFiniteLoss:
+        model.load_state_dict(loop.good_weights)
+        raise
+    finally:
+        # also takes off the autocast that prepare() puts around forward
+        accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        if spec.gradient_checkpointing:
+            model.activation_checkpointing_disable()
+        model.eval()
     return history
+
+
+def require_trainable(images: Images, spec: FinetuneSpec) -> None:
+    """Raises ValueError where images and losses don't go together; to be asked before anything is run."""
+    if images.streamed:
+        raise ValueError("data.streaming: fine-tuning needs to know how long an epoch is; set data.streaming: false")
+    if not images.labelled and not spec.losses.distillation:
+        raise ValueError("finetune.losses: images without labels need losses.distillation > 0")
 
 
 def build_optimizer(model: PreTrainedModel, spec: FinetuneSpec) -> AdamW:
@@ -122,6 +146,7 @@ class _Loop:
     optimizer: Optimizer
     spec: FinetuneSpec
     budget: float
+    good_weights: dict[str, Tensor] = field(default_factory=dict)
 
     def micro_step(self, batch: dict[str, Tensor], step: int) -> dict[str, float]:
         with self.accelerator.accumulate(self.model):
@@ -138,6 +163,10 @@ class _Loop:
                 # under fp16 the scaler skips such a step by itself and goes on with a smaller scale
                 if self.accelerator.scaler is None and norm is not None and not torch.as_tensor(norm).isfinite():
                     raise NonFiniteLoss(f"fine-tuning: the gradient isn't finite at step {step + 1}; {_WAY_OUT}")
+                if step % SNAPSHOT_STEPS == 0:
+                    # these weights have just given a finite loss and gradient
+                    weights = self.accelerator.unwrap_model(self.model).state_dict()
+                    self.good_weights = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
             self.optimizer.step()
             self.optimizer.zero_grad()
         ratio = (watched.macs.detach() / watched.dense_macs).mean().item()
@@ -162,8 +191,6 @@ _WAY_OUT = "lower finetune.learning_rate, or set finetune.mixed_precision to bf1
 
 def _steps(spec: FinetuneSpec, images: Images, accelerator: Accelerator) -> int:
     """Optimizer steps in all."""
-    if images.streamed:
-        raise ValueError("data.streaming: fine-tuning needs to know how long an epoch is; set data.streaming: false")
     batches = len(images) / (spec.batch_size * accelerator.num_processes)
     steps = math.ceil(spec.epochs * batches / spec.gradient_accumulation_steps)
     if steps < 1:

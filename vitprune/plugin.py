@@ -47,6 +47,11 @@ class PruningQuantizer(HfQuantizer):
             # thresholds live near 1/N: half precision would move them
             model._keep_in_fp32_modules_strict.add(SUBMODULE)
 
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        # nothing is quantized: .half() and .float() are as free as on a model fresh from prune_
+        model.is_quantized = False
+        return model
+
     def is_serializable(self) -> bool:  # pyright: ignore[reportIncompatibleMethodOverride] — declared without a type
         """A pruned model saves like any other."""
         return True
