@@ -6,8 +6,7 @@ calibrates on the same images gets the same levels.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from vitprune.cost import CostModel
-from vitprune.pruner import Pruning, Trace, pruning_of, trace, watching
+from vitprune.pruner import Pruning, Trace, eval_mode, pruning_of, trace, watching
 
 # how near the calibrated ratio of MACs has to come to the budget
 TOLERANCE = 0.002
@@ -96,18 +95,6 @@ def mean_ratio(model: nn.Module, batches: Sequence[Tensor]) -> float:
     return (watched.macs / watched.dense_macs).mean().item()
 
 
-@contextmanager
-def _eval_mode(model: nn.Module) -> Iterator[None]:
-    """Each part gets back its own mode, also when a forward fails."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
 @dataclass
 class _Passes:
     """Runs the model over all images and counts how often."""
@@ -124,13 +111,13 @@ class _Passes:
     @torch.inference_mode()
     def patches(self) -> int:
         """Patches of an image of this size."""
-        with trace(self.model) as watched, _eval_mode(self.model):
+        with trace(self.model) as watched, eval_mode(self.model):
             self.model(pixel_values=self.batches[0][:1])
         return watched.keep_masks[0].shape[1]
 
     @torch.inference_mode()
     def run(self, watched: Trace) -> float:
-        with watching(watched), _eval_mode(self.model):
+        with watching(watched), eval_mode(self.model):
             for pixel_values in self.batches:
                 self.model(pixel_values=pixel_values)
         self.count += 1

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -58,12 +59,13 @@ def load(checkpoint: str | Path, *, dtype: torch.dtype = torch.float32, revision
     config = load_config(checkpoint, revision)
     cls = model_class(checkpoint, config)
     try:
-        model, info = cls.from_pretrained(
+        loaded: Any = cls.from_pretrained(
             checkpoint, revision=revision or "main", dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         hint = "; is it a Git LFS pointer? run `git lfs pull`" if isinstance(error, SafetensorError) else ""
         raise ValueError(f"{checkpoint}: its weights can't be read: {_first_line(error)}{hint}") from error
+    model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")

@@ -12,8 +12,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +25,7 @@ from torch import Tensor, nn
 
 from vitprune.data import Images
 from vitprune.metrics import RANKED, RankedMetric, load_metric
-from vitprune.pruner import Trace, trace
+from vitprune.pruner import Trace, eval_mode, trace
 from vitprune.recipe import EvaluateSpec
 from vitprune.results import Comparison, Distribution, Environment, KeptPatches, Macs, MetricPair, Throughput, Timing
 
@@ -47,7 +46,7 @@ def compare(
     tally = _Tally(spec.metrics if images.labelled else ())
     batches = images.loader(spec.batch_size)
     total = None if images.streamed else len(batches)
-    with _evaluating(dense, pruned):
+    with eval_mode(dense, pruned), torch.inference_mode():
         for batch in track(
             batches, "Comparing", total=total, console=Console(stderr=True), transient=True, disable=not progress
         ):
@@ -136,7 +135,7 @@ def measure_throughput(
     Raises ValueError where `pruned` isn't pruned.
     """
     console = Console(stderr=True)
-    with _evaluating(dense, pruned):
+    with eval_mode(dense, pruned), torch.inference_mode():
         return [
             _throughput(dense, pruned, _batches(images, size), repeats)
             for size in track(batch_sizes, "Timing", console=console, transient=True, disable=not progress)
@@ -210,16 +209,6 @@ def _cpu_name() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-@contextmanager
-def _evaluating(*models: nn.Module) -> Iterator[None]:
-    """Eval mode without gradients; afterwards the models are in the mode they were in."""
-    with ExitStack() as afterwards, torch.inference_mode():
-        for model in models:
-            afterwards.callback(model.train, model.training)
-            model.eval()
-        yield
 
 
 def _placed(x_BCHW: Tensor, model: nn.Module) -> Tensor:

@@ -160,6 +160,19 @@ def watching(watched: Trace) -> Iterator[Trace]:
         _traces.reset(token)
 
 
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; afterwards each part has its own mode again, also when a forward fails."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
 def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
     """Makes a ViT drop tokens, in place.
 

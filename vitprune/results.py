@@ -87,7 +87,7 @@ class Timing(_Result):
 
 
 class Throughput(_Result):
-    """Both models on the same batch, in turn. `ideal_speedup`: dense by pruned MACs of that batch."""
+    """Both models on the same batches, in turn. `ideal_speedup`: dense by pruned MACs of those images."""
 
     batch_size: int
     dense: Timing
