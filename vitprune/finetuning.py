@@ -100,8 +100,9 @@ def finetune(
         model.load_state_dict(loop.good_weights)
         raise
     finally:
-        # also takes off the autocast that prepare() puts around forward
+        # prepare() puts an autocast around forward, as an attribute of the instance; back to the class's own
         accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
+        vars(model).pop("forward", None)
         if spec.gradient_checkpointing:
             model.activation_checkpointing_disable()
         model.eval()
