@@ -126,6 +126,15 @@ def test_a_loss_that_is_not_finite_stops_with_the_step_and_spares_the_weights(tm
     assert pruned(tiny.images(2)).logits.abs().max() < 100
 
 
+def test_a_model_that_is_broken_from_the_start_stops_at_the_first_step(tmp_path: Path) -> None:
+    data = images(tmp_path)
+    dense, pruned = models(data)
+    with torch.no_grad():
+        pruned.get_parameter("classifier.bias")[0] = torch.nan
+    with pytest.raises(NonFiniteLoss, match="isn't finite at step 1"):
+        finetune(pruned, dense, data, SPEC, BUDGET, progress=False)
+
+
 def test_mixed_precision_ends_with_training(tmp_path: Path) -> None:
     data = images(tmp_path)
     dense, pruned = models(data)

@@ -97,7 +97,8 @@ def finetune(
                 if history.steps == steps:
                     break
     except NonFiniteLoss:
-        model.load_state_dict(loop.good_weights)
+        if loop.good_weights:  # none yet: nothing has changed either
+            model.load_state_dict(loop.good_weights)
         raise
     finally:
         # prepare() puts an autocast around forward, as an attribute of the instance; back to the class's own

@@ -32,10 +32,9 @@ class _Gift:
 class MaskedPass:
     """The state of one forward. Belongs to that forward alone. Attributes as in `packed.PackedPass`."""
 
-    def __init__(self, policy: Policy, observers: tuple[Observer, ...], *, traced: bool) -> None:
+    def __init__(self, policy: Policy, observers: tuple[Observer, ...]) -> None:
         self.policy = policy
         self.observers = observers
-        self.traced = traced
         self.keep_masks: list[Tensor] = []
         self.macs_B: Tensor | None = None
         self.num_tokens = 0
@@ -53,7 +52,7 @@ class MaskedPass:
             self.macs_B = torch.zeros(hidden_states.shape[0], dtype=torch.float64, device=hidden_states.device)
         if block in policy.before_blocks:
             hidden_states = self._prune(policy.before_blocks.index(block), hidden_states)
-        if self.traced:
+        if self.observers:
             assert self.macs_B is not None
             self.macs_B = self.macs_B + policy.cost.block(block, self._seen_B())
         stage_follows = block + 1 in policy.before_blocks
@@ -123,7 +122,7 @@ class MaskedPass:
         # ghosts have nothing to give, not even a gradient: nobody knows who would take them in
         amounts_BN = torch.where(seen_BN, 1 - m_BN, 0.0)
         x_BND = self._give(decision, amounts_BN, index_BM, x_BND)
-        if self.traced:
+        if self.observers:
             assert self.macs_B is not None
             self.macs_B = self.macs_B + stage_macs(policy, before_B, kept_B)
             self.keep_masks.append(self._seen_BN[:, policy.num_prefix_tokens : self.num_tokens])

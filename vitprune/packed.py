@@ -23,10 +23,9 @@ class PackedPass:
     macs_B: multiply-accumulates of the blocks and stages so far, float64.
     """
 
-    def __init__(self, policy: Policy, observers: tuple[Observer, ...], *, traced: bool) -> None:
+    def __init__(self, policy: Policy, observers: tuple[Observer, ...]) -> None:
         self.policy = policy
         self.observers = observers
-        self.traced = traced
         self.keep_masks: list[Tensor] = []
         self.macs_B: Tensor | None = None
         self.num_tokens = 0
@@ -42,7 +41,7 @@ class PackedPass:
             self.macs_B = torch.zeros(hidden_states.shape[0], dtype=torch.float64, device=hidden_states.device)
         if block in policy.before_blocks:
             hidden_states = self._prune(policy.before_blocks.index(block), hidden_states)
-        if self.traced:
+        if self.observers:
             assert self.macs_B is not None
             self.macs_B = self.macs_B + policy.cost.block(block, self._lengths_B())
         stage_follows = block + 1 in policy.before_blocks
@@ -89,7 +88,7 @@ class PackedPass:
         if x_TD.device.type == "cpu" and x_TD.dtype != torch.float32:
             batch, x_TD = pad_rows(batch, x_TD, HALF_PRECISION_ROWS)
         self._batch = batch
-        if self.traced:
+        if self.observers:
             assert self.macs_B is not None
             kept_B = decision.keep_BM.sum(1).double()
             self.macs_B = self.macs_B + stage_macs(policy, before_B, kept_B)

@@ -247,7 +247,7 @@ class _Begin:
             )
         observers = tuple(t for t in _traces.get() if t.pruning is self.pruning)
         kind = MaskedPass if module.training else PackedPass
-        _forward.set(kind(self.pruning.policy(), observers, traced=bool(observers)))
+        _forward.set(kind(self.pruning.policy(), observers))
 
 
 @dataclass(frozen=True, eq=False)

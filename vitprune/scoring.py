@@ -44,7 +44,7 @@ def redundancy(metric_BMK: Tensor, valid_BM: Tensor, num_prefix_tokens: int) -> 
     """
     first = num_prefix_tokens
     anchors_BAK, candidates_BCK = metric_BMK[:, first::2], metric_BMK[:, first + 1 :: 2]
-    cosines_BCA = candidates_BCK @ anchors_BAK.transpose(1, 2)
+    cosines_BCA = _cosines(candidates_BCK, anchors_BAK)
     cosines_BCA = cosines_BCA.masked_fill(~valid_BM[:, None, first::2], -torch.inf)
     best = cosines_BCA.max(-1)
     r_BM = metric_BMK.new_full(valid_BM.shape, torch.inf)
@@ -70,7 +70,7 @@ def most_similar(metric_BMK: Tensor, asks_BM: Tensor, answers_BM: Tensor) -> Ten
     rows_BC, columns_BA = true_indices(asks_BM), true_indices(answers_BM)
     rows = _take(metric_BMK, rows_BC)
     columns = _take(metric_BMK, columns_BA)
-    cosines_BCA = rows @ columns.transpose(1, 2)
+    cosines_BCA = _cosines(rows, columns)
     impossible = ~answers_BM.gather(1, columns_BA)[:, None] | (rows_BC[..., None] == columns_BA[:, None])
     nearest_BC = cosines_BCA.masked_fill(impossible, -torch.inf).argmax(-1)
     return torch.zeros_like(asks_BM, dtype=torch.long).scatter(1, rows_BC, columns_BA.gather(1, nearest_BC))
@@ -80,6 +80,12 @@ def true_indices(mask_BM: Tensor) -> Tensor:
     """Indices of each row's True entries in order, (B, most of a row); rows with fewer go on with False entries."""
     most = int(mask_BM.sum(1).max())
     return (~mask_BM).to(torch.uint8).sort(dim=1, stable=True).indices[:, :most]
+
+
+def _cosines(rows_BCK: Tensor, columns_BAK: Tensor) -> Tensor:
+    """(B, C, A) of vectors of length one; float32 also under autocast, as 1 − cosine near one needs it."""
+    with torch.autocast(rows_BCK.device.type, enabled=False):
+        return rows_BCK @ columns_BAK.transpose(1, 2)
 
 
 def _take(x_BMK: Tensor, index_BC: Tensor) -> Tensor:

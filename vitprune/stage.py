@@ -83,19 +83,6 @@ def decide(
 
     ask_all: find a taker for tokens that stay, too, as the gradient of a mask asks what would be if they left.
     """
-    with torch.autocast(valid_BM.device.type, enabled=False):  # cosines near one need float32
-        return _decide(policy, stage, findings, valid_BM, positions_BM, observers, ask_all)
-
-
-def _decide(
-    policy: Policy,
-    stage: int,
-    findings: Findings,
-    valid_BM: Tensor,
-    positions_BM: Tensor,
-    observers: tuple[Observer, ...],
-    ask_all: bool,
-) -> Decision:
     scores_BM, anchors_BM = _scores(policy, stage, findings, valid_BM, positions_BM)
     level = policy.levels[stage]
     for observer in observers:
