@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vitprune import attention
+from vitprune import attention, tokens
 from vitprune.attention import AttentionCall, MaskedTokens, attention_forward, masked_attention_weights
 from vitprune.tokens import TokenBatch
 
@@ -27,7 +26,8 @@ PUBLISHED_EPS = Tolerance(rtol=1e-5, atol=1e-5)
 H, K, SCALING = 3, 8, 0.3
 LENGTHS = (6, 2, 9)
 
-packed_kernels = pytest.mark.parametrize("kernel", [attention._attend_one_by_one, attention._attend_padded])
+# a bucket for every length, buckets of a few, and one for all
+every_alignment = pytest.mark.parametrize("alignment", [1, 4, 16])
 # uneven batches and even ones go different ways
 every_layout = pytest.mark.parametrize("lengths", [LENGTHS, (5, 5, 5)], ids=["uneven", "even"])
 with_or_without_sizes = pytest.mark.parametrize("sized", [False, True], ids=["plain", "sized"])
@@ -75,16 +75,34 @@ def images_of(batch: TokenBatch, qkv: list[Tensor], sizes_T: Tensor):
     return zip(*(x[0].split(batch.lengths, 1) for x in qkv), sizes_T.split(batch.lengths), strict=True)
 
 
-@packed_kernels
+@every_alignment
 @every_layout
 @with_or_without_sizes
 def test_packed_attention_is_each_image_alone(
-    kernel: Callable[..., Tensor], sized: bool, lengths: tuple[int, ...]
+    alignment: int, sized: bool, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(tokens, "KEY_ALIGNMENT", alignment)
     batch, qkv, sizes = packed(sized, lengths)
-    alone = [dense_attention(*image)[1] for image in images_of(batch, qkv, sizes)]
-    ours = kernel(*qkv, batch, SCALING)
-    assert_close(ours, torch.cat(alone, 1).transpose(0, 1)[None], **FLOAT32)
+    output, scores = attention.packed_attention(*qkv, batch, SCALING, wants_scores=True)
+    assert scores is not None
+    for ours, score_T, image in zip(
+        output[0].split(lengths), scores.split(lengths), images_of(batch, qkv, sizes), strict=True
+    ):
+        weights, context = dense_attention(*image)
+        assert_close(ours.transpose(0, 1), context, **FLOAT32)
+        assert_close(score_T, score(weights, context), **FLOAT32)
+
+
+@with_or_without_sizes
+def test_an_image_that_is_not_finite_stays_alone(sized: bool) -> None:
+    batch, qkv, _ = packed(sized)
+    expected, _ = attention.packed_attention(*qkv, batch, SCALING)
+    for x in qkv:
+        x[:, :, 6:8] = torch.nan
+    ours, _ = attention.packed_attention(*qkv, batch, SCALING)
+    others = torch.tensor([*range(6), *range(8, 17)])
+    assert_close(ours[:, others], expected[:, others], **EXACT)
+    assert ours[:, 6:8].isnan().all()
 
 
 @every_layout
@@ -116,19 +134,8 @@ def test_rows_behind_the_last_token_change_nothing(sized: bool) -> None:
     filler = torch.full((1, H, 5, K), torch.nan)
     ours = attend([torch.cat([x, filler], 2) for x in qkv], scaling=SCALING, pruning=padded)
     assert_close(ours[:, :-5], output, **EXACT)
-    assert (ours[:, -5:] == 0).all()
+    assert ours[:, -5:].isfinite().all()
     assert_close(vars(padded.findings), vars(expected.findings), **EXACT)
-
-
-@every_layout
-@with_or_without_sizes
-def test_the_packed_class_row_is_each_images_own(sized: bool, lengths: tuple[int, ...]) -> None:
-    batch, qkv, sizes = packed(sized, lengths)
-    rows = attention.packed_class_attention(qkv[0], qkv[1], batch, SCALING)
-    for row, image in zip(rows, images_of(batch, qkv, sizes), strict=True):
-        weights, _ = dense_attention(*image)
-        assert_close(row[:, : weights.shape[1]], weights[:, 0], **FLOAT32)
-        assert (row[:, weights.shape[1] :] == 0).all()
 
 
 @with_or_without_sizes
@@ -171,8 +178,8 @@ def test_a_token_of_size_two_counts_like_the_token_twice() -> None:
     doubled = TokenBatch((7,), 1, torch.arange(7), None, torch.zeros(1, 7))
     sizes = torch.tensor([1.0, 1, 1, 2, 1, 1])
     merged = TokenBatch((6,), 1, torch.arange(6), sizes, torch.zeros(1, 6))
-    expected = attention.packed_attention(q[:, :, twice], k[:, :, twice], v[:, :, twice], doubled, SCALING)
-    ours = attention.packed_attention(q, k, v, merged, SCALING)
+    expected, _ = attention.packed_attention(q[:, :, twice], k[:, :, twice], v[:, :, twice], doubled, SCALING)
+    ours, _ = attention.packed_attention(q, k, v, merged, SCALING)
     assert_close(ours, expected[:, torch.tensor([0, 1, 2, 3, 5, 6])], **FLOAT32)
 
     masked = masked_attention_weights(q, k, SCALING, MaskedTokens(torch.ones(1, 6), sizes[None]))

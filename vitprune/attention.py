@@ -10,7 +10,7 @@ K head width.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vitprune.scoring import class_attention, head_weighted_class_attention, key_metric
-from vitprune.tokens import TokenBatch
+from vitprune.tokens import KEY_ALIGNMENT, Buckets, TokenBatch
 
 NAME = "vitprune"
 MASKED_SOFTMAX_EPS = 1e-6
@@ -76,7 +76,7 @@ def attention_forward(
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scale, **kwargs)
     match pruning.tokens:
         case None:
-            output = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, scale=scale)
+            output = _dense_attention(query, key, value, dropout, scale)
             if pruning.wants_scores:
                 row_BHM = class_attention(query[:, :, 0], key, scale)
                 _record_scores(pruning, row_BHM, output)
@@ -86,17 +86,12 @@ def attention_forward(
             if pruning.wants_scores:
                 _record_scores(pruning, weights_BHNN[:, :, 0], output)
         case TokenBatch() as batch:
-            query, key, value = (x[:, :, : x.shape[2] - batch.padding] for x in (query, key, value))
-            output_1THK = packed_attention(query, key, value, batch, scale)
-            if pruning.wants_scores:
-                row_BHM = packed_class_attention(query, key, batch, scale)
-                norms_BMH = batch.pad(_norms(output_1THK[0]))
-                pruning.findings.class_attention_scores_BM = head_weighted_class_attention(
-                    row_BHM, norms_BMH.transpose(1, 2)
-                )
+            output_1THK, scores_T = packed_attention(query, key, value, batch, scale, wants_scores=pruning.wants_scores)
+            if scores_T is not None:
+                pruning.findings.class_attention_scores_BM = batch.pad(scores_T)
             if pruning.wants_metric:
                 pruning.findings.metric_BMK = batch.pad(key_metric(key[0]))
-            return F.pad(output_1THK, (0, 0, 0, 0, 0, batch.padding)) if batch.padding else output_1THK, None
+            return output_1THK, None
     if pruning.wants_metric:
         pruning.findings.metric_BMK = key_metric(key)
     return output.transpose(1, 2).contiguous(), None
@@ -128,62 +123,50 @@ def masked_attention_weights(q_BHNK: Tensor, k_BHNK: Tensor, scaling: float, tok
     return (weights + eps / num_tokens) / (weights.sum(-1, keepdim=True) + eps)
 
 
-def packed_attention(q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, batch: TokenBatch, scaling: float) -> Tensor:
-    """Every image attends to its own tokens only, (1, T, H, K).
-
-    On a CPU one fused call an image: the calls are small beside the GEMMs and nothing is padded. Elsewhere, where
-    launches are dear, and where all images have equally many tokens, one fused call on the padded batch.
-    """
-    if q_1HTK.device.type == "cpu" and not batch.is_even:
-        return _attend_one_by_one(q_1HTK, k_1HTK, v_1HTK, batch, scaling)
-    return _attend_padded(q_1HTK, k_1HTK, v_1HTK, batch, scaling)
-
-
-def _attend_one_by_one(q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, batch: TokenBatch, scaling: float) -> Tensor:
-    lengths = batch.lengths
-    biases: Sequence[Tensor | None] = [None] * len(lengths)
-    if batch.sizes_T is not None:
-        log_sizes = batch.sizes_T.log().to(q_1HTK.dtype).split(lengths)
-        biases = [bias.expand(1, 1, len(bias), -1) for bias in log_sizes]
-    images = zip(q_1HTK.split(lengths, 2), k_1HTK.split(lengths, 2), v_1HTK.split(lengths, 2), biases, strict=True)
-    # tokens before heads is how the kernel lays its output out
-    return torch.cat(
-        [
-            F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scaling).transpose(1, 2)
-            for q, k, v, bias in images
-        ],
-        dim=1,
+def _dense_attention(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor, dropout: float, scaling: float) -> Tensor:
+    """sdpa; in half precision on a CPU with as many keys as its kernel likes, which more than pays for the copy."""
+    missing = -k_BHNK.shape[2] % KEY_ALIGNMENT
+    bias = None
+    if missing and k_BHNK.device.type == "cpu" and k_BHNK.dtype != torch.float32 and not torch.is_grad_enabled():
+        bias = F.pad(k_BHNK.new_zeros(k_BHNK.shape[2]), (0, missing), value=-torch.inf)
+        bias = bias.expand(q_BHNK.shape[0], 1, q_BHNK.shape[2], -1)
+        k_BHNK, v_BHNK = (
+            F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, missing)).transpose(1, 2) for x in (k_BHNK, v_BHNK)
+        )
+    return F.scaled_dot_product_attention(
+        q_BHNK, k_BHNK, v_BHNK, attn_mask=bias, dropout_p=dropout, scale=scaling
     )
 
 
-def _attend_padded(q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, batch: TokenBatch, scaling: float) -> Tensor:
-    q, k, v = (batch.pad(x_1HTK[0].transpose(0, 1)).transpose(1, 2) for x_1HTK in (q_1HTK, k_1HTK, v_1HTK))
-    mask = None
-    if batch.sizes_T is not None or not batch.is_even:
-        mask = _key_bias(batch).to(q.dtype)[:, None, None].expand(-1, 1, q.shape[2], -1)
-    output_BHMK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-    return batch.flatten(output_BHMK.transpose(1, 2))[None]
+def packed_attention(
+    q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, batch: TokenBatch, scaling: float, *, wants_scores: bool = False
+) -> tuple[Tensor, Tensor | None]:
+    """Every image attends to its own tokens only: one fused call a bucket of images of similar length.
+
+    Returns the context vectors (1, T, H, K) and, if asked for, AS-ViT's score of each token (T,).
+    """
+    buckets = batch.buckets
+    outputs, scores = [], []
+    rectangles = (_rectangles(x_1HTK, buckets) for x_1HTK in (q_1HTK, k_1HTK, v_1HTK))
+    for q, k, v, bias_GL in zip(*rectangles, buckets.biases(), strict=True):
+        mask = bias_GL.to(q.dtype)[:, None, None].expand(-1, 1, q.shape[2], -1)
+        output_GHLK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        # tokens before heads is how the kernel lays its output out
+        outputs.append(output_GHLK.transpose(1, 2).flatten(2).flatten(0, 1))
+        if wants_scores:
+            row_GHL = class_attention(q[:, :, 0], k, scaling, bias_GL)
+            scores.append(head_weighted_class_attention(row_GHL, _norms(output_GHLK)).flatten())
+    output_TC = torch.cat(outputs).index_select(0, buckets.slots_T)
+    scores_T = torch.cat(scores)[buckets.slots_T] if wants_scores else None
+    return output_TC.view(1, -1, q_1HTK.shape[1], q_1HTK.shape[3]), scores_T
 
 
-def _key_bias(batch: TokenBatch) -> Tensor:
-    """What is added to a key's logits: the log of its size, −inf in the padding, (B, M) float32."""
-    if batch.sizes_T is None:
-        bias_BM = torch.zeros(batch.valid_BM.shape, device=batch.valid_BM.device)
-    else:
-        bias_BM = batch.pad(batch.sizes_T.log())
-    return bias_BM.masked_fill(~batch.valid_BM, -torch.inf)
-
-
-def packed_class_attention(q_1HTK: Tensor, k_1HTK: Tensor, batch: TokenBatch, scaling: float) -> Tensor:
-    """Each image's class token's attention row, (B, H, M) float32, zero in the padding."""
-    if q_1HTK.device.type == "cpu" and not batch.is_even:
-        images = zip(q_1HTK.split(batch.lengths, 2), k_1HTK.split(batch.lengths, 2), strict=True)
-        logits_1H1T = torch.cat([q[:, :, :1] @ k.transpose(2, 3) for q, k in images], dim=3)
-        logits_BHM = batch.pad(logits_1H1T[0, :, 0].T).transpose(1, 2)
-        return (logits_BHM.float() * scaling + _key_bias(batch)[:, None]).softmax(-1)
-    q_BHK = q_1HTK[0, :, batch.starts_B].transpose(0, 1)
-    k_BHMK = batch.pad(k_1HTK[0].transpose(0, 1)).transpose(1, 2)
-    return class_attention(q_BHK, k_BHMK, scaling, _key_bias(batch))
+def _rectangles(x_1HTK: Tensor, buckets: Buckets) -> Iterator[Tensor]:
+    """(G, H, L, K) of each bucket."""
+    _, heads, _, width = x_1HTK.shape
+    x_SC = x_1HTK[0].transpose(0, 1).flatten(1).index_select(0, buckets.tokens_S)
+    for x, shape in zip(x_SC.split(buckets.slots), buckets.shapes, strict=True):
+        yield x.view(*shape, heads, width).transpose(1, 2)
 
 
 AttentionInterface.register(NAME, attention_forward)
