@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -10,12 +11,13 @@ import pytest
 import torch
 from tiny import Tolerance
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from vitprune import attention, tokens
+from vitprune import attention
 from vitprune.attention import AttentionCall, MaskedTokens, attention_forward, masked_attention_weights
-from vitprune.tokens import TokenBatch
+from vitprune.tokens import NOBODY, Layout, TokenBatch
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 # float32 sums in another order
@@ -63,46 +65,60 @@ def score(weights_HNN: Tensor, context_HNK: Tensor) -> Tensor:
     return torch.tensor(result)
 
 
-def packed(sized: bool, lengths: tuple[int, ...] = LENGTHS) -> tuple[TokenBatch, list[Tensor], Tensor]:
-    total = sum(lengths)
-    sizes = torch.randint(1, 6, (total,)).float()
-    batch = TokenBatch(lengths, 1, torch.arange(total), sizes if sized else None, torch.zeros(len(lengths), 9))
-    return batch, [torch.randn(1, H, total, K) for _ in range(3)], sizes if sized else torch.ones(total)
+def packed(
+    sized: bool, lengths: tuple[int, ...] = LENGTHS, alignment: int = 16, row_multiple: int = 1
+) -> tuple[TokenBatch, list[Tensor], list[Tensor]]:
+    """A batch, its q, k and v, and the sizes of each image's tokens."""
+    layout = Layout(lengths, alignment, row_multiple)
+    total = sum(layout.rows) + layout.padding
+    sizes_T, positions_T = torch.zeros(total), torch.full((total,), NOBODY)
+    for start, length in zip(layout.starts, lengths, strict=True):
+        sizes_T[start : start + length] = torch.randint(1, 6, (length,)) if sized else 1
+        positions_T[start : start + length] = torch.arange(length)
+    batch = TokenBatch(layout, 1, positions_T, sizes_T if sized else None, torch.zeros(len(lengths), 9))
+    return batch, [torch.randn(1, H, total, K) for _ in range(3)], of_images(batch, sizes_T)
 
 
-def images_of(batch: TokenBatch, qkv: list[Tensor], sizes_T: Tensor):
+def of_images(batch: TokenBatch, values_T: Tensor, dim: int = 0) -> list[Tensor]:
+    """Each image's own part of what has one row a token, without fillers."""
+    images = zip(batch.layout.starts, batch.lengths, strict=True)
+    return [values_T.narrow(dim, start, length) for start, length in images]
+
+
+def images_of(
+    batch: TokenBatch, qkv: list[Tensor], sizes: list[Tensor]
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Each image's own q, k, v and sizes."""
-    return zip(*(x[0].split(batch.lengths, 1) for x in qkv), sizes_T.split(batch.lengths), strict=True)
+    q, k, v = (of_images(batch, x[0], 1) for x in qkv)
+    return zip(q, k, v, sizes, strict=True)
 
 
 @every_alignment
 @every_layout
 @with_or_without_sizes
-def test_packed_attention_is_each_image_alone(
-    alignment: int, sized: bool, lengths: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(tokens, "KEY_ALIGNMENT", alignment)
-    batch, qkv, sizes = packed(sized, lengths)
+def test_packed_attention_is_each_image_alone(alignment: int, sized: bool, lengths: tuple[int, ...]) -> None:
+    batch, qkv, sizes = packed(sized, lengths, alignment)
     output, scores = attention.packed_attention(*qkv, batch, SCALING, wants_scores=True)
     assert scores is not None
     for ours, score_T, image in zip(
-        output[0].split(lengths), scores.split(lengths), images_of(batch, qkv, sizes), strict=True
+        of_images(batch, output[0]), of_images(batch, scores), images_of(batch, qkv, sizes), strict=True
     ):
         weights, context = dense_attention(*image)
         assert_close(ours.transpose(0, 1), context, **FLOAT32)
         assert_close(score_T, score(weights, context), **FLOAT32)
 
 
+@every_alignment
 @with_or_without_sizes
-def test_an_image_that_is_not_finite_stays_alone(sized: bool) -> None:
-    batch, qkv, _ = packed(sized)
+def test_an_image_that_is_not_finite_stays_alone(alignment: int, sized: bool) -> None:
+    batch, qkv, _ = packed(sized, alignment=alignment)
     expected, _ = attention.packed_attention(*qkv, batch, SCALING)
+    is_image = batch.layout.images(expected.device) == 1
     for x in qkv:
-        x[:, :, 6:8] = torch.nan
+        x[:, :, is_image] = torch.nan
     ours, _ = attention.packed_attention(*qkv, batch, SCALING)
-    others = torch.tensor([*range(6), *range(8, 17)])
-    assert_close(ours[:, others], expected[:, others], **EXACT)
-    assert ours[:, 6:8].isnan().all()
+    assert_close(ours[:, ~is_image], expected[:, ~is_image], **EXACT)
+    assert ours[:, is_image].isnan().all()
 
 
 @every_layout
@@ -114,28 +130,34 @@ def test_a_packed_call_finds_scores_and_metric_of_each_image(sized: bool, length
     scores, metric = call.findings.class_attention_scores_BM, call.findings.metric_BMK
     assert scores is not None
     assert metric is not None
-    start = 0
+    outputs = of_images(batch, output[0])
     for image, (q, k, v, s) in enumerate(images_of(batch, qkv, sizes)):
         weights, context = dense_attention(q, k, v, s)
         length = len(s)
-        assert_close(output[0, start : start + length], context.transpose(0, 1), **FLOAT32)
+        assert_close(outputs[image], context.transpose(0, 1), **FLOAT32)
         assert_close(scores[image, :length], score(weights, context), **FLOAT32)
         mean_key = k.mean(0)
         assert_close(metric[image, :length], mean_key / mean_key.norm(dim=-1, keepdim=True), **FLOAT32)
-        start += length
 
 
 @with_or_without_sizes
 def test_rows_behind_the_last_token_change_nothing(sized: bool) -> None:
-    batch, qkv, _ = packed(sized)
+    batch, qkv, _ = packed(sized, alignment=4)
     expected = AttentionCall(batch, wants_scores=True, wants_metric=True)
     output = attend(qkv, scaling=SCALING, pruning=expected)
-    padded = AttentionCall(replace(batch, padding=5), wants_scores=True, wants_metric=True)
-    filler = torch.full((1, H, 5, K), torch.nan)
-    ours = attend([torch.cat([x, filler], 2) for x in qkv], scaling=SCALING, pruning=padded)
-    assert_close(ours[:, :-5], output, **EXACT)
-    assert ours[:, -5:].isfinite().all()
-    assert_close(vars(padded.findings), vars(expected.findings), **EXACT)
+    rows, padding = sum(batch.layout.rows), 8
+    longer = replace(
+        batch,
+        layout=replace(batch.layout, row_multiple=rows + padding),
+        positions_T=F.pad(batch.positions_T, (0, padding), value=NOBODY),
+        sizes_T=None if batch.sizes_T is None else F.pad(batch.sizes_T, (0, padding)),
+    )
+    ours = AttentionCall(longer, wants_scores=True, wants_metric=True)
+    filler = torch.full((1, H, padding, K), torch.nan)
+    longer_output = attend([torch.cat([x, filler], 2) for x in qkv], scaling=SCALING, pruning=ours)
+    assert_close(longer_output[:, :rows], output, **EXACT)
+    assert longer_output[:, rows:].isfinite().all()
+    assert_close(vars(ours.findings), vars(expected.findings), **EXACT)
 
 
 @with_or_without_sizes
@@ -175,9 +197,9 @@ def test_a_mask_has_a_gradient_where_it_is_zero() -> None:
 def test_a_token_of_size_two_counts_like_the_token_twice() -> None:
     q, k, v = (torch.randn(1, H, 6, K) for _ in range(3))
     twice = torch.tensor([0, 1, 2, 3, 3, 4, 5])
-    doubled = TokenBatch((7,), 1, torch.arange(7), None, torch.zeros(1, 7))
+    doubled = TokenBatch(Layout((7,)), 1, torch.arange(7), None, torch.zeros(1, 7))
     sizes = torch.tensor([1.0, 1, 1, 2, 1, 1])
-    merged = TokenBatch((6,), 1, torch.arange(6), sizes, torch.zeros(1, 6))
+    merged = TokenBatch(Layout((6,)), 1, torch.arange(6), sizes, torch.zeros(1, 6))
     expected, _ = attention.packed_attention(q[:, :, twice], k[:, :, twice], v[:, :, twice], doubled, SCALING)
     ours, _ = attention.packed_attention(q, k, v, merged, SCALING)
     assert_close(ours, expected[:, torch.tensor([0, 1, 2, 3, 5, 6])], **FLOAT32)

@@ -10,13 +10,15 @@ from tiny import Tolerance
 from torch import Tensor
 from torch.testing import assert_close
 
-from vitprune.tokens import NOBODY, Departure, TokenBatch, depart, pad_rows
+from vitprune.tokens import HALF_PRECISION_ROWS, NOBODY, Departure, Layout, TokenBatch, depart
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 # sums of a dozen float32 numbers, in another order
 FLOAT32 = Tolerance(rtol=1e-5, atol=1e-6)
 
 IMAGES, TOKENS, PREFIX, WIDTH = 4, 14, 2, 3
+# no fillers, few, and more than tokens
+every_alignment = pytest.mark.parametrize("alignment", [1, 4, 16])
 every_kind = pytest.mark.parametrize("dropped", ["leave", "merge", "fuse"])
 
 
@@ -80,17 +82,28 @@ def flat(lists: list[list]) -> Tensor:
     return torch.tensor([value for values in lists for value in values])
 
 
-def run_stages(dropped: str, stages: int) -> tuple[TokenBatch, Tensor, list[list[Token]]]:
+def padded(lists: list[list]) -> Tensor:
+    longest = max(len(values) for values in lists)
+    return torch.tensor([values + [type(values[0])()] * (longest - len(values)) for values in lists])
+
+
+def of_images(batch: TokenBatch, values_T: Tensor) -> Tensor:
+    """The values of all images' tokens in the order of the images, without fillers."""
+    images = zip(batch.layout.starts, batch.lengths, strict=True)
+    return torch.cat([values_T[start : start + length] for start, length in images])
+
+
+def run_stages(
+    dropped: str, stages: int, dtype: torch.dtype = torch.float32
+) -> tuple[TokenBatch, Tensor, list[list[Token]]]:
     batch, x_TD, images = dense()
+    x_TD = x_TD.to(dtype)
     for stage in range(stages):
         keeps, takers, weights = random_stage(images, stage)
-        packed_takers = [
-            [start + i for i in image] for start, image in zip(batch.starts_B.tolist(), takers, strict=True)
-        ]
         departure = Departure(
-            flat(keeps),
-            takers_T=flat(packed_takers) if dropped == "merge" else None,
-            fuse_weights_T=flat(weights) if dropped == "fuse" else None,
+            padded(keeps),
+            takers_BM=padded(takers) if dropped == "merge" else None,
+            fuse_weights_BM=padded(weights) if dropped == "fuse" else None,
         )
         batch, x_TD = depart(batch, x_TD, departure)
         decisions = zip(images, keeps, takers, weights, strict=True)
@@ -104,29 +117,29 @@ def test_departing_is_what_it_is_for_each_image_alone(dropped: str, stages: int)
     batch, x_TD, images = run_stages(dropped, stages)
     assert batch.lengths == tuple(len(tokens) for tokens in images)
     assert batch.num_prefix_tokens == PREFIX
-    assert torch.equal(batch.positions_T, flat([[t.position for t in tokens] for tokens in images]))
-    assert_close(x_TD, torch.stack([t.state for tokens in images for t in tokens]), **FLOAT32)
+    assert torch.equal(of_images(batch, batch.positions_T), flat([[t.position for t in tokens] for tokens in images]))
+    assert_close(of_images(batch, x_TD), torch.stack([t.state for tokens in images for t in tokens]), **FLOAT32)
     if dropped == "leave":
         assert batch.sizes_T is None
     else:
         assert batch.sizes_T is not None
-        assert_close(batch.sizes_T, flat([[float(t.size) for t in tokens] for tokens in images]), **EXACT)
+        assert_close(
+            of_images(batch, batch.sizes_T), flat([[float(t.size) for t in tokens] for tokens in images]), **EXACT
+        )
 
 
 @every_kind
 @pytest.mark.parametrize("stages", [1, 2, 3])
 def test_each_dense_token_knows_who_stands_for_it(dropped: str, stages: int) -> None:
     batch, _, images = run_stages(dropped, stages)
-    start = 0
     for image, tokens in enumerate(images):
         expected = [NOBODY] * TOKENS
         for index, token in enumerate(tokens):
             for patch in token.stands_for:
-                expected[patch] = start + index
+                expected[patch] = index
         assert batch.carriers_BN[image].tolist() == expected
         own = [any(t.position == n for t in tokens) for n in range(PREFIX, TOKENS)]
-        assert batch.kept_patches(TOKENS)[image].tolist() == own
-        start += len(tokens)
+        assert batch.kept_patches()[image].tolist() == own
 
 
 @every_kind
@@ -156,59 +169,101 @@ def test_a_mean_over_unpacked_patches_is_the_mean_over_tokens_by_size(dropped: s
 def test_sizes_add_up_to_the_dense_tokens(dropped: str) -> None:
     batch, _, _ = run_stages(dropped, 3)
     assert batch.sizes_T is not None
-    for sizes in batch.sizes_T.split(list(batch.lengths)):
+    for sizes in of_images(batch, batch.sizes_T).split(list(batch.lengths)):
         assert sizes.sum() == TOKENS
         assert (sizes[:PREFIX] == 1).all()
 
 
 def test_fusing_nothing_adds_nothing() -> None:
     batch, x_TD, _ = dense()
-    everything = torch.ones(len(x_TD), dtype=torch.bool)
-    fused, y_TD = depart(batch, x_TD, Departure(everything, fuse_weights_T=torch.ones(len(x_TD))))
+    everything = torch.ones(IMAGES, TOKENS, dtype=torch.bool)
+    fused, y_TD = depart(batch, x_TD, Departure(everything, fuse_weights_BM=torch.ones(IMAGES, TOKENS)))
     assert fused.lengths == batch.lengths
-    assert_close(y_TD, x_TD, **EXACT)
+    assert_close(of_images(fused, y_TD), x_TD, **EXACT)
 
 
 def test_fusing_tokens_without_weight_gives_their_mean() -> None:
     batch = TokenBatch.dense(1, 5, 1, torch.device("cpu"))
     x_TD = torch.randn(5, WIDTH)
-    keep_T = torch.tensor([True, True, False, False, False])
-    _, y_TD = depart(batch, x_TD, Departure(keep_T, fuse_weights_T=torch.zeros(5)))
-    assert_close(y_TD[-1], x_TD[2:].mean(0), **FLOAT32)
+    keep_BM = torch.tensor([[True, True, False, False, False]])
+    fused, y_TD = depart(batch, x_TD, Departure(keep_BM, fuse_weights_BM=torch.zeros(1, 5)))
+    assert_close(of_images(fused, y_TD)[-1], x_TD[2:].mean(0), **FLOAT32)
 
 
 @every_kind
 def test_states_keep_their_dtype_and_sizes_are_float32(dropped: str) -> None:
     batch, x_TD, _ = dense()
-    keep_T = torch.arange(len(x_TD)) % TOKENS < TOKENS - 2
-    takers_T = torch.arange(len(x_TD)) // TOKENS * TOKENS + PREFIX if dropped == "merge" else None
-    weights_T = torch.rand(len(x_TD)) if dropped == "fuse" else None
-    pruned, y_TD = depart(batch, x_TD.bfloat16(), Departure(keep_T, takers_T, weights_T))
+    keep_BM = (torch.arange(TOKENS) < TOKENS - 2).expand(IMAGES, -1)
+    takers_BM = torch.full((IMAGES, TOKENS), PREFIX) if dropped == "merge" else None
+    weights_BM = torch.rand(IMAGES, TOKENS) if dropped == "fuse" else None
+    pruned, y_TD = depart(batch, x_TD.bfloat16(), Departure(keep_BM, takers_BM, weights_BM))
     assert y_TD.dtype == pruned.unpack(y_TD).dtype == torch.bfloat16
     assert pruned.sizes_T is None or pruned.sizes_T.dtype == torch.float32
 
 
+@every_alignment
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_is_no_token_is_a_copy_of_its_images_first(
+    dtype: torch.dtype, dropped: str, alignment: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vitprune.tokens.KEY_ALIGNMENT", alignment)
+    batch, x_TD, _ = run_stages(dropped, 3, dtype)
+    is_filler = torch.ones(len(x_TD), dtype=torch.bool)
+    for start, length in zip(batch.layout.starts, batch.lengths, strict=True):
+        assert start % alignment == 0
+        is_filler[start : start + length] = False
+    assert len(x_TD) == len(batch.positions_T) == sum(batch.layout.rows) + batch.layout.padding
+    assert len(x_TD) % (HALF_PRECISION_ROWS if dtype == torch.bfloat16 else alignment) == 0
+    assert (batch.positions_T[is_filler] == NOBODY).all()
+    assert (batch.key_bias_T[is_filler] == -torch.inf).all()
+    assert batch.key_bias_T[~is_filler].isfinite().all()
+    first = batch.starts_B.index_select(0, batch.layout.images(x_TD.device))
+    assert_close(x_TD[is_filler], x_TD[first[is_filler]], **EXACT)
+
+
+@every_alignment
+@every_kind
+def test_an_image_that_is_not_finite_stays_alone(dropped: str, alignment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitprune.tokens.KEY_ALIGNMENT", alignment)
+    batch, x_TD, images = dense()
+    x_TD[TOKENS : 2 * TOKENS] = torch.nan
+    keeps, takers, weights = random_stage(images, 0)
+    departure = Departure(
+        padded(keeps),
+        takers_BM=padded(takers) if dropped == "merge" else None,
+        fuse_weights_BM=padded(weights) if dropped == "fuse" else None,
+    )
+    batch, y_TD = depart(batch, x_TD, departure)
+    assert torch.equal(y_TD.isnan().all(1), batch.layout.images(x_TD.device) == 1)
+    assert torch.equal(batch.unpack(y_TD).isnan().flatten(1).any(1), torch.arange(IMAGES) == 1)
+
+
+@every_alignment
 @pytest.mark.parametrize("lengths", [(4, 4, 4), (5, 2, 7), (3,)])
-def test_padding_and_flattening_undo_each_other(lengths: tuple[int, ...]) -> None:
-    total, longest = sum(lengths), max(lengths)
-    batch = TokenBatch(lengths, 1, torch.zeros(total), None, torch.zeros(len(lengths), 1))
-    values_TD = torch.randn(total, WIDTH)
-    padded = batch.pad(values_TD)
-    assert padded.shape == (len(lengths), longest, WIDTH)
-    assert_close(batch.flatten(padded), values_TD, **EXACT)
-    for image, tokens in enumerate(values_TD.split(lengths)):
-        assert batch.valid_BM[image].tolist() == [i < len(tokens) for i in range(longest)]
-        for i in range(longest):
-            # padding repeats the image's last token, so that it holds nothing of another image
-            assert_close(padded[image, i], tokens[min(i, len(tokens) - 1)], **EXACT)
-            if i < len(tokens):
-                assert batch.images_T[batch.starts_B[image] + i] == image
+def test_a_padded_view_holds_each_images_own_tokens(lengths: tuple[int, ...], alignment: int) -> None:
+    layout, longest = Layout(lengths, alignment), max(lengths)
+    total = sum(layout.rows)
+    batch = TokenBatch(layout, 1, torch.zeros(total), None, torch.zeros(len(lengths), 1))
+    values_TD, images_T = torch.randn(total, WIDTH), layout.images(torch.device("cpu"))
+    padded_view = batch.pad(values_TD)
+    assert padded_view.shape == (len(lengths), longest, WIDTH)
+    assert torch.equal(batch.pad(images_T), torch.arange(len(lengths))[:, None].expand(-1, longest))
+    for image, (start, length) in enumerate(zip(layout.starts, lengths, strict=True)):
+        assert batch.valid_BM[image].tolist() == [i < length for i in range(longest)]
+        assert_close(padded_view[image, :length], values_TD[start : start + length], **EXACT)
 
 
-@pytest.mark.parametrize(("rows", "padding"), [(13, 3), (16, 0), (17, 7)])
-def test_empty_rows_fill_up_to_a_multiple(rows: int, padding: int) -> None:
-    batch, x_TD = TokenBatch.dense(1, rows, 1, torch.device("cpu")), torch.randn(rows, WIDTH)
-    padded, y_TD = pad_rows(batch, x_TD, 8)
-    assert padded.lengths == batch.lengths
-    assert padded.padding == padding
-    assert_close(y_TD, torch.cat([x_TD, torch.zeros(padding, WIDTH)]), **EXACT)
+def test_buckets_are_views_of_images_of_as_many_rows() -> None:
+    layout = Layout((5, 2, 7, 9, 4), alignment=4, row_multiple=16)
+    assert layout.buckets == [(2, 4), (2, 8), (1, 12)]
+    assert layout.order == [1, 4, 0, 2, 3]
+    assert layout.starts == [8, 0, 16, 24, 4]
+    assert layout.padding == 12
+    values_TD = torch.randn(48, WIDTH)
+    buckets = layout.split(values_TD)
+    assert [bucket.shape for bucket in buckets] == [(*bucket, WIDTH) for bucket in layout.buckets]
+    assert all(bucket.untyped_storage().data_ptr() == values_TD.untyped_storage().data_ptr() for bucket in buckets)
+    joined = layout.join(buckets)
+    assert_close(joined[:36], values_TD[:36], **EXACT)
+    assert_close(joined[36:], torch.zeros(12, WIDTH), **EXACT)

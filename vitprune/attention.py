@@ -10,7 +10,6 @@ K head width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,7 +21,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
 from vitprune.scoring import class_attention, head_weighted_class_attention, key_metric
-from vitprune.tokens import KEY_ALIGNMENT, Buckets, TokenBatch
+from vitprune.tokens import KEY_ALIGNMENT, TokenBatch
 
 NAME = "vitprune"
 MASKED_SOFTMAX_EPS = 1e-6
@@ -130,43 +129,30 @@ def _dense_attention(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor, dropout: fl
     if missing and k_BHNK.device.type == "cpu" and k_BHNK.dtype != torch.float32 and not torch.is_grad_enabled():
         bias = F.pad(k_BHNK.new_zeros(k_BHNK.shape[2]), (0, missing), value=-torch.inf)
         bias = bias.expand(q_BHNK.shape[0], 1, q_BHNK.shape[2], -1)
-        k_BHNK, v_BHNK = (
-            F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, missing)).transpose(1, 2) for x in (k_BHNK, v_BHNK)
-        )
-    return F.scaled_dot_product_attention(
-        q_BHNK, k_BHNK, v_BHNK, attn_mask=bias, dropout_p=dropout, scale=scaling
-    )
+        k_BHNK, v_BHNK = (F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, missing)).transpose(1, 2) for x in (k_BHNK, v_BHNK))
+    return F.scaled_dot_product_attention(q_BHNK, k_BHNK, v_BHNK, attn_mask=bias, dropout_p=dropout, scale=scaling)
 
 
 def packed_attention(
     q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, batch: TokenBatch, scaling: float, *, wants_scores: bool = False
 ) -> tuple[Tensor, Tensor | None]:
-    """Every image attends to its own tokens only: one fused call a bucket of images of similar length.
+    """Every image attends to its own tokens only: one fused call a bucket of images of as many rows.
 
     Returns the context vectors (1, T, H, K) and, if asked for, AS-ViT's score of each token (T,).
     """
-    buckets = batch.buckets
-    outputs, scores = [], []
-    rectangles = (_rectangles(x_1HTK, buckets) for x_1HTK in (q_1HTK, k_1HTK, v_1HTK))
-    for q, k, v, bias_GL in zip(*rectangles, buckets.biases(), strict=True):
+    layout = batch.layout
+    outputs, rows = [], []
+    # tokens before heads is how linear layers and the kernel lay them out
+    queries, keys, values = (layout.split(x_1HTK[0].transpose(0, 1)) for x_1HTK in (q_1HTK, k_1HTK, v_1HTK))
+    for q, k, v, bias_GL in zip(queries, keys, values, layout.split(batch.key_bias_T), strict=True):
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         mask = bias_GL.to(q.dtype)[:, None, None].expand(-1, 1, q.shape[2], -1)
-        output_GHLK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-        # tokens before heads is how the kernel lays its output out
-        outputs.append(output_GHLK.transpose(1, 2).flatten(2).flatten(0, 1))
+        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).transpose(1, 2))
         if wants_scores:
-            row_GHL = class_attention(q[:, :, 0], k, scaling, bias_GL)
-            scores.append(head_weighted_class_attention(row_GHL, _norms(output_GHLK)).flatten())
-    output_TC = torch.cat(outputs).index_select(0, buckets.slots_T)
-    scores_T = torch.cat(scores)[buckets.slots_T] if wants_scores else None
-    return output_TC.view(1, -1, q_1HTK.shape[1], q_1HTK.shape[3]), scores_T
-
-
-def _rectangles(x_1HTK: Tensor, buckets: Buckets) -> Iterator[Tensor]:
-    """(G, H, L, K) of each bucket."""
-    _, heads, _, width = x_1HTK.shape
-    x_SC = x_1HTK[0].transpose(0, 1).flatten(1).index_select(0, buckets.tokens_S)
-    for x, shape in zip(x_SC.split(buckets.slots), buckets.shapes, strict=True):
-        yield x.view(*shape, heads, width).transpose(1, 2)
+            rows.append(class_attention(q[:, :, 0], k, scaling, bias_GL).transpose(1, 2))
+    output_THK = layout.join(outputs)
+    scores_T = head_weighted_class_attention(layout.join(rows), _norms(output_THK)) if wants_scores else None
+    return output_THK[None], scores_T
 
 
 AttentionInterface.register(NAME, attention_forward)

@@ -10,10 +10,7 @@ from torch import Tensor
 
 from vitprune.attention import AttentionCall
 from vitprune.stage import Observer, Policy, decide, fuse_weights, stage_macs
-from vitprune.tokens import Departure, TokenBatch, depart, pad_rows
-
-# half-precision matrix products on a CPU are compiled for their shape: keep to few
-HALF_PRECISION_ROWS = 64
+from vitprune.tokens import Departure, TokenBatch, depart
 
 
 class PackedPass:
@@ -31,7 +28,7 @@ class PackedPass:
         self.num_tokens = 0
         self._batch: TokenBatch | None = None
         self._call = AttentionCall()
-        self._layouts: list[TokenBatch | None] = []
+        self._batches: list[TokenBatch | None] = []
 
     def enter_block(self, block: int, hidden_states: Tensor) -> tuple[Tensor, AttentionCall]:
         """What block `block` gets: hidden states, (B, N, D) before the first stage and (1, T, D) after it."""
@@ -50,17 +47,17 @@ class PackedPass:
             wants_scores=stage_follows and policy.needs_class_attention,
             wants_metric=stage_follows and policy.needs_metric,
         )
-        self._layouts.append(self._batch)
+        self._batches.append(self._batch)
         return hidden_states, self._call
 
     def unpack(self, hidden_states: Tensor) -> Tensor:
         """Hidden states behind the last block in the dense sequence, (B, N, D)."""
-        return hidden_states if self._batch is None else self._batch.unpack(_rows(self._batch, hidden_states))
+        return hidden_states if self._batch is None else self._batch.unpack(hidden_states[0])
 
     def unpack_block_output(self, block: int, hidden_states: Tensor) -> Tensor:
         """What block `block` gave out, in the dense sequence, (B, N, D)."""
-        layout = self._layouts[block]
-        return hidden_states if layout is None else layout.unpack(_rows(layout, hidden_states))
+        batch = self._batches[block]
+        return hidden_states if batch is None else batch.unpack(hidden_states[0])
 
     def _lengths_B(self) -> Tensor:
         assert self.macs_B is not None
@@ -77,26 +74,12 @@ class PackedPass:
         findings = self._call.findings
         positions_BM = batch.pad(batch.positions_T)
         decision = decide(policy, stage, findings, batch.valid_BM, positions_BM, self.observers)
-        departure = Departure(batch.flatten(decision.keep_BM))
-        if decision.takers_BM is not None:
-            takers_T = batch.flatten(decision.takers_BM + batch.starts_B[:, None])
-            departure = Departure(departure.keep_T, takers_T=takers_T)
-        elif policy.spec.dropped == "fuse":
-            weights_T = batch.flatten(fuse_weights(policy, decision))
-            departure = Departure(departure.keep_T, fuse_weights_T=weights_T)
-        batch, x_TD = depart(batch, _rows(batch, hidden_states), departure)
-        if x_TD.device.type == "cpu" and x_TD.dtype != torch.float32:
-            batch, x_TD = pad_rows(batch, x_TD, HALF_PRECISION_ROWS)
-        self._batch = batch
+        weights_BM = fuse_weights(policy, decision) if policy.spec.dropped == "fuse" else None
+        departure = Departure(decision.keep_BM, decision.takers_BM, weights_BM)
+        self._batch, x_TD = depart(batch, hidden_states.flatten(0, 1), departure)
         if self.observers:
             assert self.macs_B is not None
             kept_B = decision.keep_BM.sum(1).double()
             self.macs_B = self.macs_B + stage_macs(policy, before_B, kept_B)
-            self.keep_masks.append(batch.kept_patches(self.num_tokens))
+            self.keep_masks.append(self._batch.kept_patches())
         return x_TD[None]
-
-
-def _rows(batch: TokenBatch, hidden_states: Tensor) -> Tensor:
-    """(B, N, D) or (1, T + padding, D) as (T, D)."""
-    x_TD = hidden_states.flatten(0, 1)
-    return x_TD[: len(x_TD) - batch.padding]

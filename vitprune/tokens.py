@@ -3,55 +3,120 @@
 Knows which token belongs to which image, where it came from, for how many patches it stands and who stands for those
 that left. Leaves to others which tokens leave (`thresholds`) and whom they resemble (`scoring`).
 
-Shapes: B images, N tokens of one image in the dense sequence (prefix tokens first), T tokens of the whole batch laid
-end to end, M tokens of the longest image, D width. A `_BM` tensor is the padded view of a `_T` one.
+Shapes: B images, N tokens of one image in the dense sequence (prefix tokens first), T rows of the whole batch laid end
+to end, M tokens of the longest image, G images in a bucket, L rows of each of them, D width. A `_BM` tensor is the
+padded view of a `_T` one.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 NOBODY = -1
 # fused attention on a CPU takes up to 2.5 times as long for 191 keys as for 192 (bfloat16; in float32 a quarter longer)
 KEY_ALIGNMENT = 16
+# half-precision matrix products on a CPU are compiled for their shape (milliseconds each): keep to few
+HALF_PRECISION_ROWS = 64
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which rows belong to which image. Images of as many rows lie side by side: rectangles, the buckets.
+
+    An image's tokens come first in its rows, then fillers; behind the last image may be rows that are nobody's.
+
+    lengths: tokens of each image, prefix included. On the host: every ragged operation needs them there.
+    alignment: of which number the rows of an image are a multiple.
+    row_multiple: of which number all rows are a multiple.
+    """
+
+    lengths: tuple[int, ...]
+    alignment: int = 1
+    row_multiple: int = 1
+
+    @cached_property
+    def rows(self) -> list[int]:
+        """Rows of each image."""
+        return [length + -length % self.alignment for length in self.lengths]
+
+    @cached_property
+    def order(self) -> list[int]:
+        """Images in the order in which they lie."""
+        return sorted(range(len(self.rows)), key=self.rows.__getitem__)
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """First row of each image."""
+        starts, start = [0] * len(self.rows), 0
+        for image in self.order:
+            starts[image] = start
+            start += self.rows[image]
+        return starts
+
+    @cached_property
+    def buckets(self) -> list[tuple[int, int]]:
+        """Images of each bucket and rows of each of them."""
+        return [(images, rows) for rows, images in sorted(Counter(self.rows).items())]
+
+    @property
+    def padding(self) -> int:
+        """Rows behind the last image."""
+        return -sum(self.rows) % self.row_multiple
+
+    def images(self, device: torch.device) -> Tensor:
+        """Image of each row, (T,); the last image's go on behind it."""
+        counts = [self.rows[image] for image in self.order]
+        counts[-1] += self.padding
+        order = torch.tensor(self.order, device=device)
+        return order.repeat_interleave(torch.tensor(counts, device=device), output_size=sum(counts))
+
+    def split(self, values_T: Tensor) -> list[Tensor]:
+        """(T, …) as one view (G, L, …) a bucket."""
+        parts = values_T.split([*(images * rows for images, rows in self.buckets), self.padding])
+        return [part.unflatten(0, bucket) for part, bucket in zip(parts, self.buckets, strict=False)]
+
+    def join(self, values: list[Tensor]) -> Tensor:
+        """What `split` took apart, with zeros behind the last image."""
+        parts = [value.flatten(0, 1) for value in values]
+        if self.padding:
+            parts.append(parts[0].new_zeros(self.padding, *parts[0].shape[1:]))
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """The layout of a packed batch; the hidden states (T, D) travel beside it.
+    """A packed batch; its hidden states (T, D) travel beside it.
 
-    lengths: tokens of each image, prefix included. On the host: every ragged operation needs them there.
-    positions_T: index of each token in the dense sequence; `NOBODY` for a token that a stage added (`fuse`).
-    sizes_T: float32, for how many patches a token stands; None when every token stands for itself.
-    carriers_BN: for each token of the dense sequence the packed index of the one that stands for it now, or `NOBODY`.
-    padding: rows behind the last token that belong to nobody (see `pad_rows`).
+    Rows without a token ("fillers") hold a copy of their image's first token, so that they are finite where it is; no
+    token sees them.
+
+    positions_T: index of each token in the dense sequence; `NOBODY` for fillers and tokens that a stage added (`fuse`).
+    sizes_T: float32, for how many patches a token stands, 0 in fillers; None when every token stands for itself.
+    carriers_BN: which of its image's tokens stands now for a token of the dense sequence, or `NOBODY`.
     """
 
-    lengths: tuple[int, ...]
+    layout: Layout
     num_prefix_tokens: int
     positions_T: Tensor
     sizes_T: Tensor | None
     carriers_BN: Tensor
-    padding: int = 0
 
     @classmethod
     def dense(cls, batch_size: int, num_tokens: int, num_prefix_tokens: int, device: torch.device) -> TokenBatch:
-        """The layout before anything left: every image has all of its tokens."""
-        index = torch.arange(batch_size * num_tokens, device=device)
-        return cls(
-            lengths=(num_tokens,) * batch_size,
-            num_prefix_tokens=num_prefix_tokens,
-            positions_T=index % num_tokens,
-            sizes_T=None,
-            carriers_BN=index.view(batch_size, num_tokens),
-        )
+        """The batch before anything left: every image has all of its tokens."""
+        positions_BN = torch.arange(num_tokens, device=device).repeat(batch_size, 1)
+        layout = Layout((num_tokens,) * batch_size)
+        return cls(layout, num_prefix_tokens, positions_BN.flatten(), None, positions_BN)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each image, prefix included."""
+        return self.layout.lengths
 
     @cached_property
     def lengths_B(self) -> Tensor:
@@ -59,14 +124,8 @@ class TokenBatch:
 
     @cached_property
     def starts_B(self) -> Tensor:
-        """Packed index of each image's first token."""
-        return self.lengths_B.cumsum(0) - self.lengths_B
-
-    @cached_property
-    def images_T(self) -> Tensor:
-        """Image that each token belongs to."""
-        images = torch.arange(len(self.lengths), device=self.positions_T.device)
-        return images.repeat_interleave(self.lengths_B, output_size=sum(self.lengths))
+        """Row of each image's first token."""
+        return torch.tensor(self.layout.starts, device=self.positions_T.device)
 
     @cached_property
     def valid_BM(self) -> Tensor:
@@ -75,35 +134,28 @@ class TokenBatch:
 
     @cached_property
     def index_BM(self) -> Tensor:
-        """Packed index of each place of the padded view; padding repeats the image's last token."""
+        """Row of each place of the padded view; padding repeats the image's last token."""
         slots = torch.arange(max(self.lengths), device=self.positions_T.device)
         return self.starts_B[:, None] + torch.minimum(slots, self.lengths_B[:, None] - 1)
 
     @cached_property
-    def buckets(self) -> Buckets:
-        return Buckets.of(self)
-
-    @property
-    def is_even(self) -> bool:
-        """Whether all images have the same number of tokens, so that packed and padded are views of each other."""
-        return len(set(self.lengths)) == 1
+    def key_bias_T(self) -> Tensor:
+        """What is added to a key's logits, float32: the log of its size, −inf for fillers."""
+        if self.sizes_T is not None:
+            return self.sizes_T.log()
+        return torch.where(self.positions_T == NOBODY, -torch.inf, 0.0)
 
     def pad(self, values_T: Tensor) -> Tensor:
-        """(T + padding, …) to (B, M, …), where an image's last token fills its row."""
-        if self.is_even:
-            return values_T[: sum(self.lengths)].unflatten(0, (len(self.lengths), -1))
+        """(T, …) to (B, M, …); what lies beyond an image's tokens is a copy of one of them or a filler of its own."""
+        if len(self.layout.buckets) == 1:
+            return self.layout.split(values_T)[0][:, : max(self.lengths)]
         return values_T.index_select(0, self.index_BM.flatten()).unflatten(0, self.index_BM.shape)
 
-    def flatten(self, values_BM: Tensor) -> Tensor:
-        """(B, M, …) to (T, …), without the padding."""
-        return values_BM.flatten(0, 1) if self.is_even else values_BM[self.valid_BM]
-
-    def kept_patches(self, num_tokens: int) -> Tensor:
+    def kept_patches(self) -> Tensor:
         """bool (B, N − P): which patches of the dense sequence are still tokens of their own."""
-        keep = torch.zeros(len(self.lengths), num_tokens, dtype=torch.bool, device=self.positions_T.device)
-        own = self.positions_T != NOBODY
-        keep[self.images_T[own], self.positions_T[own]] = True
-        return keep[:, self.num_prefix_tokens :]
+        positions_BN = self.positions_T.index_select(0, self._carrier_rows()).view_as(self.carriers_BN)
+        own_BN = positions_BN == torch.arange(self.carriers_BN.shape[1], device=positions_BN.device)
+        return own_BN[:, self.num_prefix_tokens :]
 
     def unpack(self, x_TD: Tensor) -> Tensor:
         """Hidden states back in the dense sequence, (T, D) to (B, N, D).
@@ -111,154 +163,98 @@ class TokenBatch:
         A patch that left holds the state of the token that stands for it (ToMe's unmerge); where nobody does, the
         mean of the image's remaining patches. So a head that averages the patches averages the kept ones, by size.
         """
+        y_BND = x_TD.index_select(0, self._carrier_rows()).unflatten(0, self.carriers_BN.shape)
         if self.sizes_T is not None:  # with sizes every token has a carrier
-            return x_TD[self.carriers_BN]
-        images, prefix = len(self.lengths), self.num_prefix_tokens
-        sums_BD = x_TD.new_zeros(images, x_TD.shape[-1], dtype=torch.float32).index_add_(0, self.images_T, x_TD.float())
-        for token in range(prefix):
-            sums_BD = sums_BD - x_TD[self.starts_B + token]
+            return y_BND
+        gone_BN1, prefix = (self.carriers_BN == NOBODY)[..., None], self.num_prefix_tokens
+        sums_BD = y_BND.masked_fill(gone_BN1, 0.0)[:, prefix:].sum(1, dtype=torch.float32)
         means_BD = (sums_BD / (self.lengths_B - prefix)[:, None]).to(x_TD.dtype)
-        y_BND = means_BD[:, None].repeat(1, self.carriers_BN.shape[1], 1)
-        y_BND[self.images_T, self.positions_T] = x_TD
-        return y_BND
+        return torch.where(gone_BN1, means_BD[:, None], y_BND)
 
-
-@dataclass(frozen=True)
-class Buckets:
-    """Images of similar length side by side: rectangles for kernels that take nothing else.
-
-    S slots: the places of all rectangles, one after the other.
-
-    shapes: images and slots of an image in each bucket.
-    tokens_S: packed token in each slot; padding repeats its image's first token, so that no image sees another's.
-    bias_S: float32, what is added to a key's logits: the log of its size, −inf in the padding.
-    slots_T: slot of each packed token; of the rows that belong to nobody just any.
-    """
-
-    shapes: tuple[tuple[int, int], ...]
-    tokens_S: Tensor
-    bias_S: Tensor
-    slots_T: Tensor
-
-    @property
-    def slots(self) -> list[int]:
-        """Slots of each bucket."""
-        return [images * length for images, length in self.shapes]
-
-    def biases(self) -> Iterator[Tensor]:
-        """`bias_S` of each bucket, (G, L)."""
-        return (bias.view(shape) for bias, shape in zip(self.bias_S.split(self.slots), self.shapes, strict=True))
-
-    @classmethod
-    def of(cls, batch: TokenBatch) -> Buckets:
-        """On a CPU a bucket for each multiple of `KEY_ALIGNMENT`; elsewhere, where launches are dear, one for all."""
-        device = batch.positions_T.device
-        if device.type == "cpu":
-            rounded = [length + -length % KEY_ALIGNMENT for length in batch.lengths]
-        else:
-            rounded = [max(batch.lengths)] * len(batch.lengths)
-        order = sorted(range(len(rounded)), key=rounded.__getitem__)
-        counts = Counter(rounded)
-        shapes = tuple((counts[length], length) for length in sorted(counts))
-        slots_B = torch.tensor(rounded, device=device)[order]
-        ends_B = slots_B.cumsum(0)
-        images_S = torch.arange(len(rounded), device=device).repeat_interleave(slots_B, output_size=sum(rounded))
-        offsets_S = torch.arange(sum(rounded), device=device) - (ends_B - slots_B)[images_S]
-        valid_S = offsets_S < batch.lengths_B[order][images_S]
-        tokens_S = batch.starts_B[order][images_S] + offsets_S * valid_S
-        bias_S = torch.zeros(len(tokens_S), device=device) if batch.sizes_T is None else batch.sizes_T.log()[tokens_S]
-        slots_T = torch.zeros(sum(batch.lengths) + batch.padding, dtype=torch.long, device=device)
-        slots_T[tokens_S[valid_S]] = valid_S.nonzero().squeeze(1)
-        return cls(shapes, tokens_S, bias_S.masked_fill(~valid_S, -torch.inf), slots_T)
+    def _carrier_rows(self) -> Tensor:
+        """Row that stands for each token of the dense sequence, (B·N,); its image's first where nobody does."""
+        return (self.starts_B[:, None] + self.carriers_BN.clamp(min=0)).flatten()
 
 
 @dataclass(frozen=True)
 class Departure:
-    """Who leaves at a stage and who takes over: all indices are into the packed tokens before the stage.
+    """Who leaves at a stage and who takes over. Tokens are numbered within their image.
 
-    keep_T: bool, tokens that stay.
-    takers_T: for a token that leaves, the token that stays and takes it in (`merge`); None for `leave` and `fuse`.
-    fuse_weights_T: weights of the mean that becomes the extra token (`fuse`); None otherwise.
+    keep_BM: bool, tokens that stay; False where there is none.
+    takers_BM: for a token that leaves, the token that stays and takes it in (`merge`); None for `leave` and `fuse`.
+    fuse_weights_BM: weights of the mean that becomes the extra token (`fuse`); None otherwise.
     """
 
-    keep_T: Tensor
-    takers_T: Tensor | None = None
-    fuse_weights_T: Tensor | None = None
+    keep_BM: Tensor
+    takers_BM: Tensor | None = None
+    fuse_weights_BM: Tensor | None = None
 
 
 def depart(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[TokenBatch, Tensor]:
-    """Removes tokens from a packed batch; returns the new layout and hidden states (T', D)."""
-    if departure.fuse_weights_T is not None:
-        return _fuse(batch, x_TD, departure.keep_T, departure.fuse_weights_T)
-    keep_T, takers_T = departure.keep_T, departure.takers_T
-    kept = keep_T.nonzero().squeeze(1)
-    new_index_T = keep_T.cumsum(0) - 1
-    sizes_T = batch.sizes_T
-    if takers_T is None:
-        x, destination_T = x_TD.index_select(0, kept), torch.where(keep_T, new_index_T, NOBODY)
-    else:
-        left = (~keep_T).nonzero().squeeze(1)
-        if sizes_T is None:
-            sizes_T = x_TD.new_ones(len(x_TD), dtype=torch.float32)
-        takers = takers_T[left]
-        sizes_T = sizes_T.index_add(0, takers, sizes_T[left])
-        # the taker's new state is the mean by size; written as a change, so that only what leaves is touched
-        shares = (sizes_T[left] / sizes_T[takers])[:, None].to(x_TD.dtype)
-        change = (x_TD.index_select(0, left) - x_TD.index_select(0, takers)) * shares
-        x = x_TD.index_select(0, kept).index_add_(0, new_index_T[takers], change)
-        destination_T = new_index_T.index_copy(0, left, new_index_T[takers])
-        sizes_T = sizes_T[kept]
-    kept_B = torch.zeros_like(batch.lengths_B).index_add_(0, batch.images_T, keep_T.long())
+    """Removes tokens from a packed batch; returns the new batch and its hidden states (T', D)."""
+    keep_BM, device = departure.keep_BM, x_TD.device
+    slots_BM, lengths_B = _destinations(batch, departure)
+    half_on_cpu = device.type == "cpu" and x_TD.dtype != torch.float32
+    layout = Layout(tuple(lengths_B.tolist()), KEY_ALIGNMENT, HALF_PRECISION_ROWS if half_on_cpu else 1)
+    starts_B = torch.tensor(layout.starts, device=device)
+    rows = batch.index_BM.flatten(), (starts_B[:, None] + slots_BM).flatten()
+    before, after = _select(rows, keep_BM)
+    # what isn't a token that stays, fillers and tokens that `fuse` adds, begins as a copy of the image's first
+    source_T = batch.starts_B.index_select(0, layout.images(device)).index_copy_(0, after, before)
+    y_TD = x_TD.index_select(0, source_T)
+    positions_T = torch.full_like(source_T, NOBODY)
+    positions_T.index_copy_(0, after, batch.positions_T.index_select(0, before))
+    sizes_T = None
+    if departure.takers_BM is not None or departure.fuse_weights_BM is not None:
+        leave_BM = batch.valid_BM & ~keep_BM
+        left, takers = _select(rows, leave_BM)
+        old_sizes_T = x_TD.new_ones(len(x_TD), dtype=torch.float32) if batch.sizes_T is None else batch.sizes_T
+        left_sizes = old_sizes_T.index_select(0, left)
+        sizes_T = old_sizes_T.new_zeros(len(y_TD)).index_copy_(0, after, old_sizes_T.index_select(0, before))
+        sizes_T.index_add_(0, takers, left_sizes)
+        left_states = x_TD.index_select(0, left)
+        if departure.fuse_weights_BM is None:
+            shares = left_sizes / sizes_T.index_select(0, takers)
+            _merge_(y_TD, left_states, takers, shares)
+        else:
+            _fuse_(y_TD, left_states, takers, departure.fuse_weights_BM[leave_BM])
     return TokenBatch(
-        lengths=tuple(kept_B.tolist()),
-        num_prefix_tokens=batch.num_prefix_tokens,
-        positions_T=batch.positions_T[kept],
-        sizes_T=sizes_T,
-        carriers_BN=_redirect(batch.carriers_BN, destination_T),
-    ), x
+        layout, batch.num_prefix_tokens, positions_T, sizes_T, _redirect(batch.carriers_BN, slots_BM)
+    ), y_TD
 
 
-def pad_rows(batch: TokenBatch, x_TD: Tensor, multiple: int) -> tuple[TokenBatch, Tensor]:
-    """Appends empty rows up to a multiple of some number, so that matrix products come in few shapes.
-
-    Kernels that are compiled for a shape (oneDNN in bfloat16: milliseconds each) would else be compiled for each batch.
-    """
-    padding = -len(x_TD) % multiple
-    return replace(batch, padding=padding), F.pad(x_TD, (0, 0, 0, padding))
-
-
-def _fuse(batch: TokenBatch, x_TD: Tensor, keep_T: Tensor, weights_T: Tensor) -> tuple[TokenBatch, Tensor]:
-    """All that leaves an image becomes one token at its end: the weighted mean (EViT, arXiv 2202.07800)."""
-    images, left_T = len(batch.lengths), ~keep_T
-    sizes_T = batch.sizes_T if batch.sizes_T is not None else x_TD.new_ones(len(x_TD), dtype=torch.float32)
-
-    def total(values_T: Tensor) -> Tensor:
-        zeros = values_T.new_zeros(images, *values_T.shape[1:])
-        return zeros.index_add(0, batch.images_T[left_T], values_T[left_T])
-
-    w_T1 = (weights_T + torch.finfo(torch.float32).tiny)[:, None]
-    fused_BD = (total(w_T1 * x_TD) / total(w_T1).clamp(min=torch.finfo(torch.float32).tiny)).to(x_TD.dtype)
-    fuses_B = total(left_T.long()) > 0
-    # one place more at the end of each image that loses something
-    extra_B = fuses_B.cumsum(0) - fuses_B.long()
-    new_index_T = keep_T.cumsum(0) - 1 + extra_B[batch.images_T]
-    kept_B = torch.zeros_like(batch.lengths_B).index_add_(0, batch.images_T, keep_T.long())
-    lengths_B = kept_B + fuses_B.long()
-    last_B = lengths_B.cumsum(0) - 1
-    # rows of [kept tokens, fused tokens] in their new order
-    order = torch.cat([new_index_T[keep_T], last_B[fuses_B]]).argsort()
-
-    def arrange(kept: Tensor, fused: Tensor) -> Tensor:
-        return torch.cat([kept[keep_T], fused[fuses_B]])[order]
-
-    return TokenBatch(
-        lengths=tuple(lengths_B.tolist()),
-        num_prefix_tokens=batch.num_prefix_tokens,
-        positions_T=arrange(batch.positions_T, torch.full_like(last_B, NOBODY)),
-        sizes_T=arrange(sizes_T, total(sizes_T)),
-        carriers_BN=_redirect(batch.carriers_BN, torch.where(keep_T, new_index_T, last_B[batch.images_T])),
-    ), arrange(x_TD, fused_BD)
+def _destinations(batch: TokenBatch, departure: Departure) -> tuple[Tensor, Tensor]:
+    """Which of its image's tokens each token is or becomes part of, (B, M), and how many an image has then, (B,)."""
+    keep_BM, takers_BM = departure.keep_BM, departure.takers_BM
+    slots_BM = keep_BM.cumsum(1) - 1
+    kept_B = slots_BM[:, -1] + 1
+    if takers_BM is not None:
+        return torch.where(keep_BM, slots_BM, slots_BM.gather(1, takers_BM)), kept_B
+    if departure.fuse_weights_BM is not None:  # one more at the end of an image that loses something
+        return torch.where(keep_BM, slots_BM, kept_B[:, None]), kept_B + (kept_B < batch.lengths_B)
+    return torch.where(keep_BM, slots_BM, NOBODY), kept_B
 
 
-def _redirect(carriers_BN: Tensor, destination_T: Tensor) -> Tensor:
-    return torch.where(carriers_BN == NOBODY, NOBODY, destination_T[carriers_BN.clamp(min=0)])
+def _select(rows: tuple[Tensor, Tensor], mask_BM: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows before and after a stage of the tokens in a mask."""
+    index = mask_BM.flatten().nonzero().squeeze(1)
+    return rows[0].index_select(0, index), rows[1].index_select(0, index)
+
+
+def _merge_(y_TD: Tensor, left: Tensor, takers: Tensor, shares: Tensor) -> None:
+    """Makes takers the mean by size; written as a change of theirs, so that only what leaves is touched."""
+    y_TD.index_add_(0, takers, (left - y_TD.index_select(0, takers)) * shares[:, None].to(y_TD.dtype))
+
+
+def _fuse_(y_TD: Tensor, left: Tensor, takers: Tensor, weights: Tensor) -> None:
+    """Makes takers the weighted mean of what leaves, summed in float32 (EViT, arXiv 2202.07800)."""
+    weights = weights + torch.finfo(torch.float32).tiny
+    extra, index = takers.unique_consecutive(return_inverse=True)
+    totals = weights.new_zeros(len(extra)).index_add_(0, index, weights)
+    shares = weights / totals.index_select(0, index)
+    means = weights.new_zeros(len(extra), y_TD.shape[1]).index_add_(0, index, left * shares[:, None])
+    y_TD.index_copy_(0, extra, means.to(y_TD.dtype))
+
+
+def _redirect(carriers_BN: Tensor, slots_BM: Tensor) -> Tensor:
+    return torch.where(carriers_BN == NOBODY, NOBODY, slots_BM.gather(1, carriers_BN.clamp(min=0)))
