@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -27,6 +27,7 @@ PUBLISHED_EPS = Tolerance(rtol=1e-5, atol=1e-5)
 
 H, K, SCALING = 3, 8, 0.3
 LENGTHS = (6, 2, 9)
+Qkv = tuple[Tensor, Tensor, Tensor]
 
 # a bucket for every length, buckets of a few, and one for all
 every_alignment = pytest.mark.parametrize("alignment", [1, 4, 16])
@@ -42,7 +43,7 @@ class Layer(nn.Module):
     num_key_value_groups = 1
 
 
-def attend(qkv: list[Tensor], attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+def attend(qkv: Sequence[Tensor], attention_mask: Tensor | None = None, **options: Any) -> Tensor:
     query, key, value = qkv
     output, weights = attention_forward(Layer(), query, key, value, attention_mask, **options)
     assert weights is None
@@ -67,7 +68,7 @@ def score(weights_HNN: Tensor, context_HNK: Tensor) -> Tensor:
 
 def packed(
     sized: bool, lengths: tuple[int, ...] = LENGTHS, alignment: int = 16, row_multiple: int = 1
-) -> tuple[TokenBatch, list[Tensor], list[Tensor]]:
+) -> tuple[TokenBatch, Qkv, list[Tensor]]:
     """A batch, its q, k and v, and the sizes of each image's tokens."""
     layout = Layout(lengths, alignment, row_multiple)
     total = sum(layout.rows) + layout.padding
@@ -76,7 +77,8 @@ def packed(
         sizes_T[start : start + length] = torch.randint(1, 6, (length,)) if sized else 1
         positions_T[start : start + length] = torch.arange(length)
     batch = TokenBatch(layout, 1, positions_T, sizes_T if sized else None, torch.zeros(len(lengths), 9))
-    return batch, [torch.randn(1, H, total, K) for _ in range(3)], of_images(batch, sizes_T)
+    q, k, v = torch.randn(3, 1, H, total, K)
+    return batch, (q, k, v), of_images(batch, sizes_T)
 
 
 def of_images(batch: TokenBatch, values_T: Tensor, dim: int = 0) -> list[Tensor]:
@@ -85,9 +87,7 @@ def of_images(batch: TokenBatch, values_T: Tensor, dim: int = 0) -> list[Tensor]
     return [values_T.narrow(dim, start, length) for start, length in images]
 
 
-def images_of(
-    batch: TokenBatch, qkv: list[Tensor], sizes: list[Tensor]
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def images_of(batch: TokenBatch, qkv: Qkv, sizes: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Each image's own q, k, v and sizes."""
     q, k, v = (of_images(batch, x[0], 1) for x in qkv)
     return zip(q, k, v, sizes, strict=True)

@@ -66,8 +66,7 @@ class PackedPass:
         return self._batch.lengths_B.double()
 
     def _prune(self, stage: int, hidden_states: Tensor) -> Tensor:
-        policy, before_B = self.policy, self._lengths_B()
-        batch = self._batch
+        policy, batch = self.policy, self._batch
         if batch is None:
             images, tokens = hidden_states.shape[:2]
             batch = TokenBatch.dense(images, tokens, policy.num_prefix_tokens, hidden_states.device)
@@ -80,6 +79,6 @@ class PackedPass:
         if self.observers:
             assert self.macs_B is not None
             kept_B = decision.keep_BM.sum(1).double()
-            self.macs_B = self.macs_B + stage_macs(policy, before_B, kept_B)
+            self.macs_B = self.macs_B + stage_macs(policy, batch.lengths_B.double(), kept_B)
             self.keep_masks.append(self._batch.kept_patches())
         return x_TD[None]

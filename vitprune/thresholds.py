@@ -13,12 +13,15 @@ from torch import Tensor
 
 def above_threshold(scores_BM: Tensor, threshold: Tensor, at_least: int) -> Tensor:
     """bool (B, M): tokens with S(i) > θ, and in any case the `at_least` best of each image (prefix included)."""
+    above_BM = (scores_BM > threshold) | scores_BM.isnan()
+    if bool((above_BM.sum(1) >= at_least).all()):  # then the best are among them
+        return above_BM
     least_B1 = scores_BM.topk(min(at_least, scores_BM.shape[1]), dim=1).values[:, -1:]
     better_BM, equal_BM = scores_BM > least_B1, scores_BM == least_B1
     # of equal scores the first tokens: topk's own choice depends on the padding, and so on the batch
     room_B1 = at_least - better_BM.sum(1, keepdim=True)
-    best_BM = better_BM | (equal_BM & (equal_BM.cumsum(1) <= room_B1)) | scores_BM.isnan()
-    return ((scores_BM > threshold) | best_BM) & (scores_BM != -torch.inf)
+    best_BM = better_BM | (equal_BM & (equal_BM.cumsum(1) <= room_B1))
+    return above_BM | (best_BM & (scores_BM != -torch.inf))
 
 
 def top_counts(scores_BM: Tensor, counts_B: Tensor) -> Tensor:
