@@ -16,6 +16,8 @@ install: $(VENV)/.installed  ## Create .venv with vitprune and what its developm
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	# torchvision comes with no other package: it has no build for every machine, and timm's tests only import it
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --target $(VENV)/timm timm torchvision
 	touch $@
 
 demo: install  ## Prune, fine-tune, compare and save a small ViT; offline, under five minutes
@@ -23,6 +25,7 @@ demo: install  ## Prune, fine-tune, compare and save a small ViT; offline, under
 
 test: install  ## Run all tests
 	$(TESTS)
+	$(TESTS) integrations/timm
 
 lint: install  ## Check style
 	$(BIN)/ruff check .

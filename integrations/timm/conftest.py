@@ -1,0 +1,16 @@
+"""timm from a folder of its own: it brings torchvision, which has no build for every machine that the tests run on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import torch
+
+HERE = Path(__file__).parent
+sys.path += [str(HERE.parents[1] / "tests"), str(Path(sys.prefix) / "timm")]
+
+# torchvision's Python part asks for these on import; nothing here calls them
+LIBRARY = torch.library.Library("torchvision", "DEF")
+LIBRARY.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+LIBRARY.define("qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
