@@ -8,18 +8,27 @@ import numpy as np
 import tiny
 from datasets import ClassLabel, Dataset, Features, Image, Value
 from PIL import Image as PIL
-from transformers import ViTImageProcessorPil
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
+
+from vitprune.answers import is_two_towers
 
 NAMES = ["black", "dark", "grey", "light", "white"]
 
 
 def write_checkpoint(folder: Path, family: str = "vit") -> Path:
-    """A tiny dense classifier with its image processor."""
+    """A tiny dense model with its image processor, and its tokenizer if it reads text."""
     model = tiny.build(family)
     model.config.id2label = dict(enumerate(NAMES))
     model.config.label2id = {name: index for index, name in enumerate(NAMES)}
     model.save_pretrained(folder)
     ViTImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    if is_two_towers(model):
+        words = {word: number for number, word in enumerate(["<s>", "</s>", "<pad>", "a", "photo", *NAMES])}
+        tokenizer = Tokenizer(models.WordLevel(words, unk_token="<pad>"))
+        tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+        tokenizer.post_processor = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 1)])
+        PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>").save_pretrained(folder)
     return folder
 
 

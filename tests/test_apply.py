@@ -15,11 +15,12 @@ import samples
 import torch
 from PIL import Image
 from torch.testing import assert_close
-from transformers import AutoImageProcessor, AutoModelForImageClassification
+from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoTokenizer
 
 import vitprune
-from vitprune.apply import apply, evaluate, plan
+from vitprune.apply import apply, evaluate
 from vitprune.finetuning import NonFiniteLoss
+from vitprune.planning import plan
 from vitprune.pruner import is_pruned
 from vitprune.recipe import Recipe, load_recipe
 from vitprune.results import Report
@@ -48,7 +49,7 @@ def recipe(folder: Path, text: str = RECIPE, family: str = "vit", *overrides: st
     return load_recipe(write(folder, text, family), overrides)
 
 
-@pytest.mark.parametrize("family", ["vit", "deit", "deit-teacher", "dinov2"])
+@pytest.mark.parametrize("family", ["vit", "deit", "deit-teacher", "dinov2", "beit", "clip"])
 @pytest.mark.parametrize("finetune", ["", FINETUNE])
 def test_a_recipe_becomes_a_checkpoint(tmp_path: Path, family: str, finetune: str) -> None:
     asked = recipe(tmp_path, RECIPE + finetune, family)
@@ -69,6 +70,49 @@ def test_a_recipe_becomes_a_checkpoint(tmp_path: Path, family: str, finetune: st
     again = evaluate(str(out), load_recipe(out / "recipe.yaml"))
     assert again.comparison.metrics == report.comparison.metrics
     assert again.comparison.macs == report.comparison.macs
+
+
+MEAN_SCORE = "pruning.score=head-weighted-mean-attention"
+
+
+@pytest.mark.parametrize("family", ["dinov3", "clip-zero-shot", "clip-tower", "siglip-tower"])
+@pytest.mark.parametrize("finetune", ["", FINETUNE])
+def test_a_model_without_classes_is_compared_by_its_embeddings(tmp_path: Path, family: str, finetune: str) -> None:
+    report = apply(recipe(tmp_path, RECIPE + finetune, family, MEAN_SCORE))
+    assert report.comparison.metrics == {}
+    assert report.comparison.agreement is None
+    assert report.comparison.similarity is not None
+    assert 0 < report.comparison.similarity < 1
+    assert report.comparison.macs.ratio == pytest.approx(0.6, abs=0.05)
+    assert is_pruned(vitprune.load(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("finetune", ["", FINETUNE])
+@pytest.mark.parametrize("family", ["clip-zero-shot", "siglip-zero-shot"])
+def test_a_prompt_makes_two_towers_a_classifier(tmp_path: Path, family: str, finetune: str) -> None:
+    asked = recipe(tmp_path, RECIPE + finetune, family, "model.prompt=a photo {}", MEAN_SCORE)
+    report = apply(asked)
+    assert set(report.comparison.metrics) == {"accuracy", "f1", "top-5-accuracy"}
+    assert report.comparison.similarity is None
+    # the text tower is what it was, and its tokenizer comes along
+    dense = vitprune.load(tmp_path / "checkpoint").get_submodule("text_model").state_dict()
+    assert_close(vitprune.load(tmp_path / "out").get_submodule("text_model").state_dict(), dense, rtol=0, atol=0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("a photo black")["input_ids"] == [0, 3, 4, 5, 1]
+
+
+def test_a_prompt_needs_two_towers_and_names(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model.prompt: .*ViTForImageClassification reads no text"):
+        apply(recipe(tmp_path / "a", RECIPE, "vit", "model.prompt=a {}"))
+    asked = recipe(tmp_path / "b", RECIPE, "clip-zero-shot", "model.prompt=a {}")
+    samples.write_data(tmp_path / "b" / "data", labelled=False)
+    with pytest.raises(ValueError, match=r"model.prompt: the data names no classes"):
+        apply(asked)
+
+
+def test_recipes_feed_images_only(tmp_path: Path) -> None:
+    for verb in (apply, plan):
+        with pytest.raises(ValueError, match="VideoMAEModel takes videos, recipes read images"):
+            verb(recipe(tmp_path / verb.__name__, RECIPE, "videomae"))
 
 
 def test_calibration_only_leaves_the_weights_alone(tmp_path: Path) -> None:

@@ -1,10 +1,13 @@
-"""Masked and packed attention against sums written out image by image, and against sdpa."""
+"""Dense, masked and packed attention against sums written out image by image, and against sdpa."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -16,7 +19,7 @@ from torch.testing import assert_close
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from vitprune import attention
-from vitprune.attention import AttentionCall, MaskedTokens, attention_forward, masked_attention_weights
+from vitprune.attention import AttentionCall, MaskedTokens, Query, attention_forward, calling, masked_attention_weights
 from vitprune.tokens import NOBODY, Layout, TokenBatch
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
@@ -27,7 +30,9 @@ PUBLISHED_EPS = Tolerance(rtol=1e-5, atol=1e-5)
 
 H, K, SCALING = 3, 8, 0.3
 LENGTHS = (6, 2, 9)
-Qkv = tuple[Tensor, Tensor, Tensor]
+QKV = tuple[Tensor, Tensor, Tensor]
+# tokens of the dense sequence that packed ones are left of
+DENSE = 12
 
 # a bucket for every length, buckets of a few, and one for all
 every_alignment = pytest.mark.parametrize("alignment", [1, 4, 16])
@@ -43,16 +48,28 @@ class Layer(nn.Module):
     num_key_value_groups = 1
 
 
-def attend(qkv: Sequence[Tensor], attention_mask: Tensor | None = None, **options: Any) -> Tensor:
+def attend(
+    qkv: Sequence[Tensor], attention_mask: Tensor | None = None, *, call: AttentionCall | None = None, **options: Any
+) -> Tensor:
     query, key, value = qkv
-    output, weights = attention_forward(Layer(), query, key, value, attention_mask, **options)
+    with nullcontext() if call is None else calling(call):
+        output, weights = attention_forward(Layer(), query, key, value, attention_mask, **options)
     assert weights is None
     return output
 
 
-def dense_attention(q_HNK: Tensor, k_HNK: Tensor, v_HNK: Tensor, sizes_N: Tensor) -> tuple[Tensor, Tensor]:
-    """One image alone: weights s_j·exp(a_ij) / Σ_j (H, N, N) and context (H, N, K)."""
-    exps = sizes_N.double() * (SCALING * q_HNK.double() @ k_HNK.double().transpose(1, 2)).exp()
+def fused(qkv: Sequence[Tensor], scale: float | None = None) -> Tensor:
+    """torch's own attention, laid out as transformers' interface gives it out."""
+    query, key, value = qkv
+    return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
+
+
+def dense_attention(
+    q_HNK: Tensor, k_HNK: Tensor, v_HNK: Tensor, sizes_N: Tensor, bias_HNN: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """One image alone: weights s_j·exp(a_ij + b_ij) / Σ_j (H, N, N) and context (H, N, K)."""
+    logits = SCALING * q_HNK.double() @ k_HNK.double().transpose(1, 2)
+    exps = sizes_N.double() * (logits + (0.0 if bias_HNN is None else bias_HNN.double())).exp()
     weights = exps / exps.sum(-1, keepdim=True)
     return weights.float(), (weights @ v_HNK.double()).float()
 
@@ -66,17 +83,28 @@ def score(weights_HNN: Tensor, context_HNK: Tensor) -> Tensor:
     return torch.tensor(result)
 
 
+def mean_score(q_HNK: Tensor, k_HNK: Tensor, v_HNK: Tensor, sizes_N: Tensor, bias_HNN: Tensor | None = None) -> Tensor:
+    """The score of one image by its mean query q̄ = Σ s_j·q_j / Σ s_j, which has no position, (N,)."""
+    _, context = dense_attention(q_HNK, k_HNK, v_HNK, sizes_N, bias_HNN)
+    rows = []
+    for h in range(H):
+        mean = sum((s * q for s, q in zip(sizes_N, q_HNK[h], strict=True)), torch.zeros(K)) / sizes_N.sum()
+        exps = [s.item() * math.exp(SCALING * float(mean @ k)) for s, k in zip(sizes_N, k_HNK[h], strict=True)]
+        rows.append(torch.tensor([e / sum(exps) for e in exps]))
+    return score(torch.stack(rows)[:, None].expand(-1, len(sizes_N), -1), context)
+
+
 def packed(
     sized: bool, lengths: tuple[int, ...] = LENGTHS, alignment: int = 16, row_multiple: int = 1
-) -> tuple[TokenBatch, Qkv, list[Tensor]]:
+) -> tuple[TokenBatch, QKV, list[Tensor]]:
     """A batch, its q, k and v, and the sizes of each image's tokens."""
     layout = Layout(lengths, alignment, row_multiple)
     total = sum(layout.rows) + layout.padding
     sizes_T, positions_T = torch.zeros(total), torch.full((total,), NOBODY)
     for start, length in zip(layout.starts, lengths, strict=True):
         sizes_T[start : start + length] = torch.randint(1, 6, (length,)) if sized else 1
-        positions_T[start : start + length] = torch.arange(length)
-    batch = TokenBatch(layout, 1, positions_T, sizes_T if sized else None, torch.zeros(len(lengths), 9))
+        positions_T[start : start + length] = torch.randperm(DENSE)[:length].sort().values
+    batch = TokenBatch(layout, 1, positions_T, sizes_T if sized else None, torch.zeros(len(lengths), DENSE))
     q, k, v = torch.randn(3, 1, H, total, K)
     return batch, (q, k, v), of_images(batch, sizes_T)
 
@@ -87,10 +115,20 @@ def of_images(batch: TokenBatch, values_T: Tensor, dim: int = 0) -> list[Tensor]
     return [values_T.narrow(dim, start, length) for start, length in images]
 
 
-def images_of(batch: TokenBatch, qkv: Qkv, sizes: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+def images_of(batch: TokenBatch, qkv: QKV, sizes: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Each image's own q, k, v and sizes."""
     q, k, v = (of_images(batch, x[0], 1) for x in qkv)
     return zip(q, k, v, sizes, strict=True)
+
+
+def bias_of(positions: list[int], bias_1HNN: Tensor) -> Tensor:
+    """The bias of one image's pairs of tokens, (H, L, L); nothing for a token without a position."""
+    own = torch.zeros(H, len(positions), len(positions))
+    for i, p in enumerate(positions):
+        for j, q in enumerate(positions):
+            if NOBODY not in (p, q):
+                own[:, i, j] = bias_1HNN[0, :, p, q]
+    return own
 
 
 @every_alignment
@@ -98,7 +136,7 @@ def images_of(batch: TokenBatch, qkv: Qkv, sizes: list[Tensor]) -> Iterator[tupl
 @with_or_without_sizes
 def test_packed_attention_is_each_image_alone(alignment: int, sized: bool, lengths: tuple[int, ...]) -> None:
     batch, qkv, sizes = packed(sized, lengths, alignment)
-    output, scores = attention.packed_attention(*qkv, batch, SCALING, wants_scores=True)
+    output, scores = attention.packed_attention(*qkv, batch, SCALING, scores_of="class")
     assert scores is not None
     for ours, score_T, image in zip(
         of_images(batch, output[0]), of_images(batch, scores), images_of(batch, qkv, sizes), strict=True
@@ -125,9 +163,9 @@ def test_an_image_that_is_not_finite_stays_alone(alignment: int, sized: bool) ->
 @with_or_without_sizes
 def test_a_packed_call_finds_scores_and_metric_of_each_image(sized: bool, lengths: tuple[int, ...]) -> None:
     batch, qkv, sizes = packed(sized, lengths)
-    call = AttentionCall(batch, wants_scores=True, wants_metric=True)
-    output = attend(qkv, scaling=SCALING, pruning=call)
-    scores, metric = call.findings.class_attention_scores_BM, call.findings.metric_BMK
+    call = AttentionCall(batch, scores_of="class", wants_metric=True)
+    output = attend(qkv, scaling=SCALING, call=call)
+    scores, metric = call.findings.attention_scores_BM, call.findings.metric_BMK
     assert scores is not None
     assert metric is not None
     outputs = of_images(batch, output[0])
@@ -143,8 +181,8 @@ def test_a_packed_call_finds_scores_and_metric_of_each_image(sized: bool, length
 @with_or_without_sizes
 def test_rows_behind_the_last_token_change_nothing(sized: bool) -> None:
     batch, qkv, _ = packed(sized, alignment=4)
-    expected = AttentionCall(batch, wants_scores=True, wants_metric=True)
-    output = attend(qkv, scaling=SCALING, pruning=expected)
+    expected = AttentionCall(batch, scores_of="class", wants_metric=True)
+    output = attend(qkv, scaling=SCALING, call=expected)
     rows, padding = sum(batch.layout.rows), 8
     longer = replace(
         batch,
@@ -152,9 +190,9 @@ def test_rows_behind_the_last_token_change_nothing(sized: bool) -> None:
         positions_T=F.pad(batch.positions_T, (0, padding), value=NOBODY),
         sizes_T=None if batch.sizes_T is None else F.pad(batch.sizes_T, (0, padding)),
     )
-    ours = AttentionCall(longer, wants_scores=True, wants_metric=True)
+    ours = AttentionCall(longer, scores_of="class", wants_metric=True)
     filler = torch.full((1, H, padding, K), torch.nan)
-    longer_output = attend([torch.cat([x, filler], 2) for x in qkv], scaling=SCALING, pruning=ours)
+    longer_output = attend([torch.cat([x, filler], 2) for x in qkv], scaling=SCALING, call=ours)
     assert_close(longer_output[:, :rows], output, **EXACT)
     assert longer_output[:, rows:].isfinite().all()
     assert_close(vars(ours.findings), vars(expected.findings), **EXACT)
@@ -220,9 +258,9 @@ def test_without_pruning_attention_is_sdpa(scaling: float | None) -> None:
 
 def test_while_all_tokens_are_there_attention_is_dense_and_finds_what_is_asked() -> None:
     qkv = [torch.randn(2, H, 5, K) for _ in range(3)]
-    call = AttentionCall(wants_scores=True, wants_metric=True)
-    output = attend(qkv, scaling=SCALING, pruning=call)
-    scores, metric = call.findings.class_attention_scores_BM, call.findings.metric_BMK
+    call = AttentionCall(scores_of="class", wants_metric=True)
+    output = attend(qkv, scaling=SCALING, call=call)
+    scores, metric = call.findings.attention_scores_BM, call.findings.metric_BMK
     assert scores is not None
     assert metric is not None
     for b in range(2):
@@ -238,12 +276,197 @@ def test_while_all_tokens_are_there_attention_is_dense_and_finds_what_is_asked()
 def test_nothing_is_found_unasked(tokens: MaskedTokens | None) -> None:
     qkv = [torch.randn(2, H, 5, K) for _ in range(3)]
     call = AttentionCall(tokens)
-    attend(qkv, scaling=SCALING, pruning=call)
-    assert call.findings.class_attention_scores_BM is None
+    attend(qkv, scaling=SCALING, call=call)
+    assert call.findings.attention_scores_BM is None
     assert call.findings.metric_BMK is None
 
 
 def test_the_default_scaling_is_one_over_the_root_of_the_head_width() -> None:
     qkv = [torch.randn(2, H, 5, K) for _ in range(3)]
-    expected = attend(qkv, scaling=K**-0.5, pruning=AttentionCall())
-    assert_close(attend(qkv, pruning=AttentionCall()), expected, **EXACT)
+    expected = attend(qkv, scaling=K**-0.5, call=AttentionCall())
+    assert_close(attend(qkv, call=AttentionCall()), expected, **EXACT)
+
+
+# --- a bias of pairs of positions ---
+
+
+def relative_positions() -> Tensor:
+    return torch.randn(1, H, DENSE, DENSE)
+
+
+@every_alignment
+@every_layout
+@with_or_without_sizes
+def test_in_packed_attention_the_bias_goes_by_position(alignment: int, sized: bool, lengths: tuple[int, ...]) -> None:
+    batch, qkv, sizes = packed(sized, lengths, alignment)
+    if sized:  # a token that a stage added, at the end of the first image
+        batch.positions_T[batch.layout.starts[0] + lengths[0] - 1] = NOBODY
+    bias = relative_positions()
+    output, scores = attention.packed_attention(*qkv, batch, SCALING, bias, "class")
+    assert scores is not None
+    for ours, score_T, image, positions in zip(
+        of_images(batch, output[0]),
+        of_images(batch, scores),
+        images_of(batch, qkv, sizes),
+        of_images(batch, batch.positions_T),
+        strict=True,
+    ):
+        weights, context = dense_attention(*image, bias_of(positions.tolist(), bias))
+        assert_close(ours.transpose(0, 1), context, **FLOAT32)
+        assert_close(score_T, score(weights, context), **FLOAT32)
+
+
+@pytest.mark.parametrize("added", [0, 1], ids=["as many as there were", "one that a stage added"])
+@with_or_without_sizes
+def test_in_masked_attention_the_bias_goes_by_position(
+    sized: bool, added: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "MASKED_SOFTMAX_EPS", 0.0)
+    count, bias = DENSE + added, relative_positions()
+    q, k, v = (torch.randn(2, H, count, K) for _ in range(3))
+    mask = (torch.rand(2, count) > 0.4).float()
+    mask[:, 0] = mask[:, -1] = 1.0
+    sizes = torch.randint(1, 6, (2, count)).float() if sized else None
+    weights = masked_attention_weights(q, k, SCALING, MaskedTokens(mask, sizes), bias)
+    for b in range(2):
+        seen = mask[b].nonzero().flatten().tolist()
+        own_bias = bias_of([i if i < DENSE else NOBODY for i in seen], bias)
+        own_sizes = torch.ones(len(seen)) if sizes is None else sizes[b, seen]
+        expected, _ = dense_attention(q[b][:, seen], k[b][:, seen], v[b][:, seen], own_sizes, own_bias)
+        assert_close(weights[b][:, seen][:, :, seen], expected, **FLOAT32)
+
+
+def test_in_dense_attention_the_bias_is_added_as_it_is() -> None:
+    qkv, bias = [torch.randn(2, H, DENSE, K) for _ in range(3)], relative_positions()
+    call = AttentionCall(scores_of="class")
+    output = attend(qkv, bias, call=call, scaling=SCALING)
+    scores = call.findings.attention_scores_BM
+    assert scores is not None
+    for b in range(2):
+        q, k, v = (x[b] for x in qkv)
+        weights, context = dense_attention(q, k, v, torch.ones(DENSE), bias[0])
+        assert_close(output[b], context.transpose(0, 1), **FLOAT32)
+        assert_close(scores[b], score(weights, context), **FLOAT32)
+
+
+# --- scores of the mean query ---
+
+
+@every_alignment
+@every_layout
+@with_or_without_sizes
+def test_packed_attention_scores_by_the_mean_query_of_each_image(
+    alignment: int, sized: bool, lengths: tuple[int, ...]
+) -> None:
+    batch, qkv, sizes = packed(sized, lengths, alignment)
+    _, scores = attention.packed_attention(*qkv, batch, SCALING, scores_of="mean")
+    assert scores is not None
+    for ours, image in zip(of_images(batch, scores), images_of(batch, qkv, sizes), strict=True):
+        assert_close(ours, mean_score(*image), **FLOAT32)
+
+
+@with_or_without_sizes
+def test_masked_attention_scores_by_the_mean_query_of_those_seen(sized: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "MASKED_SOFTMAX_EPS", 0.0)
+    qkv, mask = [torch.randn(2, H, 7, K) for _ in range(3)], (torch.rand(2, 7) > 0.4).float()
+    mask[:, 0] = 1.0
+    sizes = torch.randint(1, 6, (2, 7)).float() if sized else None
+    call = AttentionCall(MaskedTokens(mask, sizes), scores_of="mean")
+    attend(qkv, call=call, scaling=SCALING)
+    scores = call.findings.attention_scores_BM
+    assert scores is not None
+    for b in range(2):
+        seen = mask[b].nonzero().flatten().tolist()
+        own_sizes = torch.ones(len(seen)) if sizes is None else sizes[b, seen]
+        q, k, v = (x[b][:, seen] for x in qkv)
+        assert_close(scores[b, seen], mean_score(q, k, v, own_sizes), **FLOAT32)
+
+
+@pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
+@pytest.mark.parametrize("query", ["class", "mean"])
+def test_dense_masked_and_packed_scores_agree_while_all_tokens_are_there(
+    query: Query, biased: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "MASKED_SOFTMAX_EPS", 0.0)
+    qkv, bias = [torch.randn(2, H, DENSE, K) for _ in range(3)], relative_positions() if biased else None
+    batch = TokenBatch.dense(2, DENSE, 1, torch.device("cpu"))
+    packed_qkv = [x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for x in qkv]
+    calls = [AttentionCall(kind, scores_of=query) for kind in (None, MaskedTokens(torch.ones(2, DENSE)), batch)]
+    dense, masked = (attend(qkv, bias, call=call, scaling=SCALING) for call in calls[:2])
+    packed = attend(packed_qkv, bias, call=calls[2], scaling=SCALING).view_as(dense)
+    assert_close((masked, packed), (dense, dense), **FLOAT32)
+    first, *others = (call.findings.attention_scores_BM for call in calls)
+    assert_close(others, [first, first], **FLOAT32)
+    if query == "mean":
+        assert first is not None
+        q, k, v = (x[0] for x in qkv)
+        expected = mean_score(q, k, v, torch.ones(DENSE), None if bias is None else bias[0])
+        assert_close(first[0], expected, **FLOAT32)
+
+
+# --- who is called ---
+
+
+def test_a_call_may_take_torchs_own_fused_attention() -> None:
+    batch, qkv, _ = packed(sized=True)
+    call = AttentionCall(batch, scores_of="class")
+    expected = attend(qkv, call=call, scaling=SCALING)
+    wanted, call = call.findings, AttentionCall(batch, scores_of="class")
+    with calling(call, intercept=True):
+        ours = fused(qkv, SCALING)
+    assert_close(ours, expected, **EXACT)
+    assert_close(vars(call.findings), vars(wanted), **EXACT)
+
+
+def test_intercepting_leaves_other_functions_and_what_follows_alone() -> None:
+    batch, qkv, _ = packed(sized=True)
+    q, k, v = qkv
+    expected = F.softmax(q, -1), F.linear(v, k[0, 0]), F.scaled_dot_product_attention(q, k, v)
+    call = AttentionCall(batch, scores_of="class")
+    with calling(call, intercept=True):
+        ours = F.softmax(q, -1), F.linear(v, k[0, 0])
+    assert_close((*ours, F.scaled_dot_product_attention(q, k, v)), expected, **EXACT)
+    assert call.findings.attention_scores_BM is None
+    with calling(call):
+        assert_close(F.scaled_dot_product_attention(q, k, v), expected[-1], **EXACT)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_behind_a_call_attention_is_sdpa_again(fails: bool) -> None:
+    batch, qkv, _ = packed(sized=True)
+    expected = attend(qkv)
+    with pytest.raises(KeyError) if fails else nullcontext(), calling(AttentionCall(batch), intercept=True):
+        if fails:
+            raise KeyError
+    assert_close(attend(qkv), expected, **EXACT)
+    assert_close(fused(qkv), expected, **EXACT)
+
+
+def test_calls_nest() -> None:
+    qkv = [torch.randn(2, H, 5, K) for _ in range(3)]
+    outer, inner = AttentionCall(wants_metric=True), AttentionCall(scores_of="mean")
+    with calling(outer):
+        with calling(inner):
+            attend(qkv)
+        assert (inner.findings.attention_scores_BM is not None, outer.findings.metric_BMK) == (True, None)
+        attend(qkv)
+    assert (outer.findings.metric_BMK is not None, inner.findings.metric_BMK) == (True, None)
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+def test_calls_in_two_threads_do_not_mix(intercept: bool) -> None:
+    both_are_in = Barrier(2, timeout=10)
+    images = [[torch.randn(1, H, count, K) for _ in range(3)] for count in (5, 7)]
+
+    def find(qkv: Sequence[Tensor]) -> Tensor | None:
+        call = AttentionCall(wants_metric=True)
+        with calling(call, intercept=intercept):
+            both_are_in.wait()
+            fused(qkv) if intercept else attend(qkv)
+            both_are_in.wait()
+        return call.findings.metric_BMK
+
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(find, images))
+    for (_, key, _), metric in zip(images, found, strict=True):
+        assert_close(metric, F.normalize(key.mean(1), dim=-1), **FLOAT32)

@@ -10,7 +10,7 @@ from typing import Literal
 import pytest
 import tiny
 import torch
-from tiny import Tolerance
+from tiny import Inputs, Tolerance
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 import vitprune
 from vitprune import attention, tokens
+from vitprune.anatomy import examine
 from vitprune.pruner import pruning_of
 from vitprune.recipe import PruningSpec
 
@@ -32,18 +33,18 @@ COUNTED = Tolerance(rtol=1e-9, atol=0.0)
 BFLOAT16 = Tolerance(rtol=0.1, atol=0.1)
 
 every_family = pytest.mark.parametrize("family", tiny.FAMILIES)
-every_policy = pytest.mark.parametrize("policy", tiny.POLICIES)
+every_family_and_policy = pytest.mark.parametrize(("family", "policy"), tiny.FAMILIES_AND_POLICIES)
 
 
 def pruned(family: str, policy: str | PruningSpec) -> PreTrainedModel:
     spec = tiny.POLICIES[policy] if isinstance(policy, str) else policy
-    return vitprune.prune_(tiny.build(family), spec)
+    return vitprune.prune_(tiny.build(family), tiny.spec_for(family, spec))
 
 
 @torch.no_grad()
-def run(model: PreTrainedModel, pixel_values: Tensor) -> tuple[Tensor, vitprune.Trace]:
+def run(model: PreTrainedModel, x: Inputs) -> tuple[Tensor, vitprune.Trace]:
     with vitprune.trace(model) as trace:
-        result = tiny.answer(model(pixel_values))
+        result = tiny.answer(tiny.forward(model, x))
     return result, trace
 
 
@@ -54,20 +55,20 @@ def test_keeping_everything_is_the_dense_model(
     family: str, dropped: Literal["leave", "fuse", "merge"], mode: str
 ) -> None:
     spec = PruningSpec(score="head-weighted-class-attention", before_blocks=[2, 4], dropped=dropped)
-    model, x = pruned(family, spec), tiny.images(3)
+    model, x = pruned(family, spec), tiny.inputs(family, 3)
     ours, trace = run(model.train(mode == "train"), x)
     with torch.no_grad():
-        dense = tiny.answer(tiny.build(family)(x))
+        dense = tiny.answer(tiny.forward(tiny.build(family), x))
     assert_close(ours, dense, **(PUBLISHED_EPS if mode == "train" else FLOAT32))
-    assert all(mask.all() for mask in trace.keep_masks)
+    patches = x.get("pixel_attention_mask", torch.ones_like(trace.keep_masks[0])).bool()
+    assert all(torch.equal(mask, patches) for mask in trace.keep_masks)
 
 
-@every_family
-@every_policy
+@every_family_and_policy
 def test_masked_and_packed_agree(family: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # without the published eps the two are the same function; test_golden.py has the eps
     monkeypatch.setattr(attention, "MASKED_SOFTMAX_EPS", 0.0)
-    model, x = pruned(family, policy), tiny.images(5)
+    model, x = pruned(family, policy), tiny.inputs(family, 5)
     packed, packed_trace = run(model.eval(), x)
     masked, masked_trace = run(model.train(), x)
     for ours, theirs in zip(packed_trace.keep_masks, masked_trace.keep_masks, strict=True):
@@ -76,14 +77,13 @@ def test_masked_and_packed_agree(family: str, policy: str, monkeypatch: pytest.M
     assert_close(packed, masked, **FLOAT32)
 
 
-@every_family
-@every_policy
+@every_family_and_policy
 def test_an_image_does_not_see_its_batch(family: str, policy: str) -> None:
-    model, x = pruned(family, policy), tiny.images(5)
+    model, x = pruned(family, policy), tiny.inputs(family, 5)
     together, trace = run(model, x)
     order = torch.tensor([3, 1, 4, 0, 2])
-    shuffled, shuffled_trace = run(model, x[order])
-    alone = [run(model, image[None]) for image in x]
+    shuffled, shuffled_trace = run(model, tiny.take(x, order))
+    alone = [run(model, image) for image in tiny.each(x)]
     assert_close(shuffled, together[order], **FLOAT32)
     assert_close(torch.cat([result for result, _ in alone]), together, **FLOAT32)
     for stage, mask in enumerate(trace.keep_masks):
@@ -93,13 +93,12 @@ def test_an_image_does_not_see_its_batch(family: str, policy: str) -> None:
     assert not trace.keep_masks[-1].all(), "the policy drops nothing: this test would see nothing"
 
 
-@every_family
-@every_policy
+@every_family_and_policy
 def test_macs_are_what_is_executed(family: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # what a CPU's kernel is given beyond an image's own keys isn't counted
     monkeypatch.setattr(tokens, "KEY_ALIGNMENT", 1)
-    model, x = pruned(family, policy), tiny.images(4)
-    for batch, tolerance in ((x[:1], COUNTED), (x, PADDING)):
+    model, x = pruned(family, policy), tiny.inputs(family, 4, padded=False)
+    for batch, tolerance in ((tiny.take(x, slice(0, 1)), COUNTED), (x, PADDING)):
         # without fused kernels, which the counter doesn't know on every device
         with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             _, trace = run(model, batch)
@@ -109,24 +108,30 @@ def test_macs_are_what_is_executed(family: str, policy: str, monkeypatch: pytest
 @every_family
 def test_dense_macs_are_what_is_executed(family: str) -> None:
     model = pruned(family, "as-vit")
-    _, trace = run(model, tiny.images(2))
+    x = tiny.inputs(family, 2, padded=False)
+    _, trace = run(model, x)
     vitprune.restore_(model)
     with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        model(tiny.images(2))
+        tiny.forward(model, x)
     assert_close(trace.dense_macs.sum().item(), counter.get_total_flops() / 2, **COUNTED)
 
 
-@every_family
-@every_policy
+@every_family_and_policy
 def test_a_training_step_reaches_what_it_should(family: str, policy: str) -> None:
     spec = tiny.POLICIES[policy].model_copy(update={"temperature": 1e-2})
     model = pruned(family, spec).train()
     with vitprune.trace(model) as trace:
-        loss = tiny.answer(model(tiny.images(3))).square().mean() + (trace.macs / trace.dense_macs).mean()
+        loss = (
+            tiny.answer(tiny.forward(model, tiny.inputs(family, 3))).square().mean()
+            + (trace.macs / trace.dense_macs).mean()
+        )
     loss.backward()
+    dense = tiny.build(family).train()
+    tiny.answer(tiny.forward(dense, tiny.inputs(family, 3))).square().mean().backward()
+    used = {name for name, parameter in dense.named_parameters() if parameter.grad is not None}
     for name, parameter in model.named_parameters():
-        unused = "mask_token" in name or (parameter.grad is None and "pooler" in name)
-        assert unused or (parameter.grad is not None and parameter.grad.isfinite().all()), name
+        assert (parameter.grad is not None) == (name in used or name.endswith("vitprune.thresholds")), name
+        assert parameter.grad is None or parameter.grad.isfinite().all(), name
     if spec.select == "threshold":
         gradient = pruning_of(model).levels.grad
         assert gradient is not None
@@ -141,7 +146,7 @@ def test_gradient_checkpointing_changes_nothing(family: str, policy: str) -> Non
         model = pruned(family, policy).train()
         if checkpointing:
             model.activation_checkpointing_enable()
-        tiny.answer(model(tiny.images(3))).square().mean().backward()
+        tiny.answer(tiny.forward(model, tiny.inputs(family, 3))).square().mean().backward()
         gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
     assert_close(gradients[0], gradients[1], **FLOAT32)
 
@@ -150,11 +155,11 @@ def test_gradient_checkpointing_changes_nothing(family: str, policy: str) -> Non
 def test_restore_gives_back_the_dense_model_exactly(family: str) -> None:
     dense = tiny.build(family)
     model = pruned(family, "redundancy-merge")
-    run(model, tiny.images(2))
+    run(model, tiny.inputs(family, 2))
     assert vitprune.restore_(model) is model
-    x = tiny.images(3)
+    x = tiny.inputs(family, 3)
     with torch.no_grad():
-        assert_close(tiny.answer(model(x)), tiny.answer(dense(x)), **EXACT)
+        assert_close(tiny.answer(tiny.forward(model, x)), tiny.answer(tiny.forward(dense, x)), **EXACT)
     assert list(model.state_dict()) == list(dense.state_dict())
     assert [name for name, _ in model.named_modules()] == [name for name, _ in dense.named_modules()]
     assert model.config._attn_implementation == dense.config._attn_implementation
@@ -164,7 +169,7 @@ def test_restore_gives_back_the_dense_model_exactly(family: str) -> None:
 
 @every_family
 def test_copies_have_a_life_of_their_own(family: str) -> None:
-    model, x = pruned(family, "as-vit"), tiny.images(3)
+    model, x = pruned(family, "as-vit"), tiny.inputs(family, 3)
     expected, _ = run(model, x)
     for twin in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         pruning_of(twin).levels.data.fill_(0.0)
@@ -177,10 +182,10 @@ def test_copies_have_a_life_of_their_own(family: str) -> None:
 @pytest.mark.parametrize("policy", ["as-vit", "redundancy-merge", "as-vit-fuse"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_bfloat16_runs_and_thresholds_stay_float32(family: str, policy: str, mode: str) -> None:
-    model, x = pruned(family, policy), tiny.images(3)
+    model, x = pruned(family, policy), tiny.inputs(family, 3)
     before = pruning_of(model).levels.clone()
     model = model.bfloat16().train(mode == "train")
-    result, _ = run(model, x.bfloat16())
+    result, _ = run(model, {name: v.bfloat16() if v.is_floating_point() else v for name, v in x.items()})
     assert result.dtype == torch.bfloat16
     assert result.isfinite().all()
     assert_close(pruning_of(model).levels, before, **EXACT)
@@ -191,43 +196,45 @@ def test_state_dict_brings_back_thresholds(family: str) -> None:
     model = pruned(family, "as-vit")
     other = pruned(family, PruningSpec(**tiny.AS_VIT, dropped="leave"))
     other.load_state_dict(model.state_dict())
-    x = tiny.images(2)
+    x = tiny.inputs(family, 2)
     assert_close(run(other, x)[0], run(model, x)[0], **EXACT)
 
 
 def test_two_threads_may_run_one_model() -> None:
-    model, x = pruned("vit", "as-vit-merge"), tiny.images(8)
-    expected = [run(model, image[None]) for image in x]
+    model, x = pruned("vit", "as-vit-merge"), tiny.inputs("vit", 8)
+    expected = [run(model, image) for image in tiny.each(x)]
     with ThreadPoolExecutor(2) as pool:
-        results = list(pool.map(lambda image: run(model, image[None]), x.repeat(4, 1, 1, 1)))
+        results = list(pool.map(lambda image: run(model, image), tiny.each(x) * 4))
     for (ours, trace), (theirs, their_trace) in zip(results, expected * 4, strict=True):
         assert_close(ours, theirs, **EXACT)
         assert_close(trace.macs, their_trace.macs, **EXACT)
 
 
-@every_family
-@every_policy
+@every_family_and_policy
 def test_hidden_states_are_dense_sequences(family: str, policy: str) -> None:
-    model, x = pruned(family, policy), tiny.images(3)
+    model, x = pruned(family, policy), tiny.inputs(family, 3)
     with torch.no_grad():
-        hidden_states = model(x, output_hidden_states=True).hidden_states
-    prefix = pruning_of(model).num_prefix_tokens
+        hidden_states = tiny.forward(model, x, output_hidden_states=True).hidden_states
+    anatomy = examine(model)
+    prefix = anatomy.num_prefix_tokens
     assert len(hidden_states) == 7
     assert all(h.shape == (3, prefix + tiny.PATCHES, 48) for h in hidden_states)
     _, trace = run(model, x)
     own = trace.keep_masks[-1]
-    last = model.base_model.get_submodule("layernorm")(hidden_states[-1])
+    last = hidden_states[-1]
     with torch.no_grad():
-        output = model.base_model(x).last_hidden_state
+        if anatomy.family.final_norm is not None:
+            last = anatomy.final_norm(last)
+        output = anatomy.backbone(**x).last_hidden_state
     assert_close(output[:, prefix:][own], last[:, prefix:][own], **FLOAT32)
 
 
 def test_a_failing_forward_leaves_nothing_behind() -> None:
-    model, x = pruned("vit", "as-vit"), tiny.images(2)
+    model, x = pruned("vit", "as-vit"), tiny.inputs("vit", 2)
     expected, _ = run(model, x)
     with pytest.raises(ValueError, match="doesn't match model"):
         model(torch.zeros(1, 3, 8, 8))
     assert_close(run(model, x)[0], expected, **EXACT)
     with pytest.raises(ValueError, match="no attention_mask"):
-        model(x, attention_mask=torch.ones(2, 65))
+        model(**x, attention_mask=torch.ones(2, 65))
     assert_close(run(model, x)[0], expected, **EXACT)

@@ -27,7 +27,7 @@ budget: {macs: 65%}
 
 
 class Heavy:
-    """Stands in for `vitprune.apply` and `vitprune.report`: records calls, raises what it is told to."""
+    """Stands in for `vitprune.apply`, `planning` and `report`: records calls, raises what it is told to."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -46,12 +46,13 @@ def heavy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Heavy:
     monkeypatch.delenv("VITPRUNE_DEBUG", raising=False)
     Path("recipe.yaml").write_text(RECIPE)
     heavy = Heavy()
-    work, report = ModuleType("vitprune.apply"), ModuleType("vitprune.report")
-    for verb in ("apply", "plan", "evaluate"):
-        setattr(work, verb, lambda *arguments, verb=verb: heavy.run(verb, *arguments))
+    work, planning, report = (ModuleType(f"vitprune.{name}") for name in ("apply", "planning", "report"))
+    for module, verb in ((work, "apply"), (planning, "plan"), (work, "evaluate")):
+        setattr(module, verb, lambda *arguments, verb=verb: heavy.run(verb, *arguments))
     for name in ("print_report", "print_plan"):
         setattr(report, name, lambda result, console, name=name: console.print(f"{name}: {result}"))
     monkeypatch.setitem(sys.modules, "vitprune.apply", work)
+    monkeypatch.setitem(sys.modules, "vitprune.planning", planning)
     monkeypatch.setitem(sys.modules, "vitprune.report", report)
     return heavy
 
@@ -104,7 +105,7 @@ def test_ctrl_c(heavy: Heavy) -> None:
 
 
 def test_a_recipe_that_does_not_fit_the_model_is_a_wrong_recipe(heavy: Heavy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["vitprune.apply"], "plan", lambda recipe: recipe.pruning.stages(12))
+    monkeypatch.setattr(sys.modules["vitprune.planning"], "plan", lambda recipe: recipe.pruning.stages(12))
     result = invoke("plan", "recipe.yaml")
     assert result.exit_code == 2
     place = "recipe.yaml:5: pruning.before_blocks: "

@@ -45,11 +45,11 @@ def test_a_merge_compares_those_that_leave_with_those_that_stay() -> None:
 
 
 def test_the_class_row_costs_one_product_of_the_width_a_token() -> None:
-    assert DEIT_SMALL.class_attention(197) == D * 197
+    assert DEIT_SMALL.attention_row(197) == D * 197
 
 
 def test_costs_of_several_images_are_differentiable() -> None:
     tokens = torch.tensor([197.0, 50.0], dtype=torch.float64, requires_grad=True)
-    (DEIT_SMALL.block(0, tokens) + DEIT_SMALL.class_attention(tokens)).sum().backward()
+    (DEIT_SMALL.block(0, tokens) + DEIT_SMALL.attention_row(tokens)).sum().backward()
     assert tokens.grad is not None
     assert_close(tokens.grad, 12 * D**2 + 4 * tokens.detach() * D + D, **EXACT)

@@ -9,7 +9,7 @@ import torch
 from tiny import Tolerance
 from torch.testing import assert_close
 
-from vitprune.losses import budget_loss, distillation_loss
+from vitprune.losses import budget_loss, distillation_loss, embedding_loss
 
 FLOAT32 = Tolerance(rtol=1e-5, atol=1e-7)
 
@@ -55,3 +55,9 @@ def test_distillation_pulls_the_student_to_the_teachers_probabilities() -> None:
     # the gradient is q − p
     assert_close(student.grad, student.detach().softmax(-1) - teacher.softmax(-1), **FLOAT32)
     assert student.grad[0, 0] < 0 < student.grad[0, 2]
+
+
+def test_embedding_loss_is_one_less_the_mean_cosine() -> None:
+    student = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
+    teacher = torch.tensor([[0.0, 2.0], [3.0, 4.0]])
+    assert embedding_loss(student, teacher).item() == pytest.approx(1 - (0 + 1) / 2)

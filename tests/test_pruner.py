@@ -13,6 +13,8 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification
 
 import vitprune
+from vitprune import attention
+from vitprune.anatomy import examine
 from vitprune.pruner import Trace, is_pruned, pruning_of, watching
 from vitprune.recipe import PruningSpec
 
@@ -22,7 +24,7 @@ FLOAT32 = Tolerance(rtol=1e-5, atol=1e-5)
 
 
 def pruned(policy: str = "as-vit", family: str = "vit") -> PreTrainedModel:
-    return vitprune.prune_(tiny.build(family), tiny.POLICIES[policy])
+    return vitprune.prune_(tiny.build(family), tiny.spec_for(family, tiny.POLICIES[policy]))
 
 
 def swin() -> PreTrainedModel:
@@ -184,10 +186,10 @@ def test_macs_follow_from_the_kept_tokens() -> None:
     model = pruned("as-vit")
     trace, cost = run(model, tiny.images(4)), pruning_of(model).cost
     for image in range(4):
-        tokens, macs = 65, cost.outside(tiny.PATCHES)
+        tokens, macs = 65, float(cost.outside(tiny.PATCHES))
         for block in range(6):
             if block in trace.before_blocks:
-                macs += cost.class_attention(tokens)
+                macs += cost.attention_row(tokens)
                 tokens = 1 + int(trace.keep_masks[trace.before_blocks.index(block)][image].sum())
             macs += cost.block(block, tokens)
         assert_close(trace.macs[image].item(), macs, **FLOAT32)
@@ -273,3 +275,88 @@ def test_one_stage_may_keep_everything_in_training() -> None:
     with torch.no_grad():
         pruning_of(model).levels[1] = -torch.inf
         assert model(tiny.images(3)).logits.isfinite().all()
+
+
+# --- attention pooling and padded images ---
+
+
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("policy", ["as-vit", "random-leave", "redundancy-leave"])
+@pytest.mark.parametrize("family", ["siglip-tower", "siglip2-tower"])
+def test_attention_pooling_sees_the_kept_patches_only(family: str, policy: str, mode: str) -> None:
+    model, x = pruned(policy, family).train(mode == "train"), tiny.inputs(family, 5)
+    with torch.no_grad(), vitprune.trace(model) as trace:
+        output = model(**x)
+    assert not trace.keep_masks[-1].all(), "the policy drops nothing: this test would see nothing"
+    pool = model.get_submodule("head")
+    for image, mask in enumerate(trace.keep_masks[-1]):
+        with torch.no_grad():
+            expected = pool(output.last_hidden_state[image, mask][None])[0]
+        assert_close(output.pooler_output[image], expected, **FLOAT32)
+
+
+@pytest.mark.parametrize("policy", ["as-vit-merge", "as-vit-fuse"])
+def test_attention_pooling_counts_whoever_stands_for_a_patch(policy: str) -> None:
+    model = pruned(policy, "siglip-tower")
+    with torch.no_grad():
+        output = model(tiny.images(3))
+        expected = model.get_submodule("head")(output.last_hidden_state)
+    assert_close(output.pooler_output, expected, **FLOAT32)
+
+
+def test_outside_a_forward_attention_pooling_is_left_alone() -> None:
+    model, x = pruned("as-vit", "siglip-tower"), torch.randn(2, 9, 48)
+    with torch.no_grad():
+        model(tiny.images(2))
+        expected = tiny.build("siglip-tower").get_submodule("head")(x)
+        assert_close(model.get_submodule("head")(x), expected, **EXACT)
+
+
+padded_families = pytest.mark.parametrize("family", ["siglip2", "siglip2-tower"])
+
+
+@padded_families
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("policy", tiny.POLICIES)
+def test_padding_is_never_kept(family: str, policy: str, mode: str) -> None:
+    model, x = pruned(policy, family).train(mode == "train"), tiny.inputs(family, 5)
+    with torch.no_grad(), vitprune.trace(model) as trace:
+        model(**x)
+    padding = x["pixel_attention_mask"] == 0
+    assert padding.any()
+    assert not any((mask & padding).any() for mask in trace.keep_masks)
+
+
+@padded_families
+@pytest.mark.parametrize("mode", ["eval", "train"])
+@pytest.mark.parametrize("policy", tiny.POLICIES)
+def test_padding_is_never_counted(family: str, policy: str, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # without the published eps, of which there is a share for every token, padding included
+    monkeypatch.setattr(attention, "MASKED_SOFTMAX_EPS", 0.0)
+    model, x = pruned(policy, family).train(mode == "train"), tiny.inputs(family, 5)
+    with torch.no_grad(), vitprune.trace(model) as together:
+        answers = tiny.answer(model(**x))
+    cost = pruning_of(model).cost
+    for index, image in enumerate(tiny.each(x)):
+        count = int(image["pixel_attention_mask"].sum())
+        cut = {name: values if name == "spatial_shapes" else values[:, :count] for name, values in image.items()}
+        with torch.no_grad(), vitprune.trace(model) as alone:
+            answer = tiny.answer(model(**cut))
+        assert_close(answers[index], answer[0], **FLOAT32)
+        assert_close(together.macs[index], alone.macs[0], **FLOAT32)
+        assert_close(together.dense_macs[index], alone.dense_macs[0], **EXACT)
+        assert_close(together.dense_macs[index].item(), float(cost.dense(count, 0)), **EXACT)
+        for ours, theirs in zip(together.keep_masks, alone.keep_masks, strict=True):
+            assert torch.equal(ours[index, :count], theirs[0])
+
+
+@padded_families
+@pytest.mark.parametrize("mode", ["eval", "train"])
+def test_padding_comes_back_as_zeros(family: str, mode: str) -> None:
+    model, x = pruned("as-vit", family).train(mode == "train"), tiny.inputs(family, 5)
+    backbone = examine(model).backbone
+    with torch.no_grad():
+        last = backbone(**x).last_hidden_state
+    padding = x["pixel_attention_mask"] == 0
+    assert padding.any()
+    assert not last[padding].any()

@@ -109,7 +109,8 @@ BROKEN: dict[str, tuple[str | bytes, str, str]] = {
     "unknown-choice": (
         HEAD + "pruning:\n  score: redundant\n",
         ":6: pruning.score: ",
-        "should be 'head-weighted-class-attention' or 'redundancy' (did you mean 'redundancy'?)",
+        "should be 'head-weighted-class-attention', 'head-weighted-mean-attention' or 'redundancy' "
+        "(did you mean 'redundancy'?)",
     ),
     "unknown-choice-in-a-list": (
         HEAD + "evaluate:\n  metrics:\n  - accuracy\n  - top5-accuracy\n",
@@ -289,7 +290,7 @@ def test_overrides() -> None:
         ("finetune.epoch=1", "finetune.epoch: unknown key (did you mean 'epochs'?)"),
         ("finetune.epochs=", "finetune.epochs: should be a number, not nothing"),
         ("finetune={epoch: 1}", "finetune.epoch: unknown key (did you mean 'epochs'?)"),
-        ("model={}", "model.checkpoint: is missing; Hub id or local folder of an image classifier, such as"),
+        ("model={}", "model.checkpoint: is missing; Hub id or local folder of a ViT, such as"),
         ("pruning.before_blocks=[4, 7", "pruning.before_blocks: is not YAML: expected ',' or ']'"),
         ("pruning.before_blocks=[4, 0]", "pruning.before_blocks[1]: is 0, should be greater than 0"),
         ("model.checkpoint.name=x", "model.checkpoint: holds 'facebook/deit-small-patch16-224', so nothing can be set"),

@@ -11,9 +11,10 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from vitprune.scoring import (
-    class_attention,
-    head_weighted_class_attention,
+    attention_row,
+    head_weighted_attention,
     key_metric,
+    mean_query,
     most_similar,
     redundancy,
     true_indices,
@@ -41,23 +42,35 @@ def dot(first: Tensor, second: Tensor) -> float:
     return sum(a * b for a, b in zip(first.tolist(), second.tolist(), strict=True))
 
 
+@pytest.mark.parametrize("heads", [1, H], ids=["a bias for all heads", "one a head"])
 @pytest.mark.parametrize("sized", [False, True])
-def test_class_attention_is_a_softmax_over_the_class_tokens_row(sized: bool) -> None:
-    q, k, sizes = torch.randn(B, H, K), torch.randn(B, H, M, K), torch.randint(1, 5, (B, M)).float()
-    ours = class_attention(q, k, 0.5, sizes.log() if sized else None)
+def test_class_attention_is_a_softmax_over_the_class_tokens_row(sized: bool, heads: int) -> None:
+    q, k, sizes = torch.randn(B, H, K), torch.randn(B, H, M, K), torch.randint(1, 5, (B, heads, M)).float()
+    ours = attention_row(q, k, 0.5, sizes.log() if sized else None)
     for b in range(B):
         for h in range(H):
             # a token of size s counts like s tokens: s·exp(a)
-            weights = [
-                (sizes[b, i].item() if sized else 1.0) * math.exp(0.5 * dot(q[b, h], k[b, h, i])) for i in range(M)
-            ]
+            sizes_M = sizes[b, h % heads].tolist() if sized else [1.0] * M
+            weights = [sizes_M[i] * math.exp(0.5 * dot(q[b, h], k[b, h, i])) for i in range(M)]
             assert_close(ours[b, h], torch.tensor([w / sum(weights) for w in weights]), **FLOAT32)
+
+
+def test_the_mean_query_is_a_mean_by_size_of_what_is_there() -> None:
+    q, sizes = torch.randn(B, H, M, K), torch.randint(1, 5, (B, M)).float() * valid()
+    ours = mean_query(q, sizes)
+    for b, length in enumerate(LENGTHS):
+        for h in range(H):
+            total = sum(sizes[b, :length].tolist())
+            for c in range(K):
+                expected = sum(sizes[b, i].item() * q[b, h, i, c].item() for i in range(length)) / total
+                assert_close(ours[b, h, c].item(), expected, **FLOAT32)
+    assert mean_query(q.bfloat16(), sizes).dtype == torch.bfloat16
 
 
 def test_the_score_weighs_each_head_by_its_share_of_the_tokens_norm() -> None:
     attention, norms = torch.rand(B, H, M), torch.rand(B, H, M)
     norms[0, :, 2] = 0.0  # no head says anything there
-    ours = head_weighted_class_attention(attention, norms)
+    ours = head_weighted_attention(attention, norms)
     for b in range(B):
         for i in range(M):
             total = sum(norms[b, h, i].item() for h in range(H)) + 1e-8
@@ -158,7 +171,7 @@ def test_true_indices_lists_the_true_entries_first_and_in_order() -> None:
 
 
 def test_scores_are_float32_in_bfloat16_models() -> None:
-    assert class_attention(torch.randn(B, H, K).bfloat16(), torch.randn(B, H, M, K).bfloat16(), 0.5).dtype == (
+    assert attention_row(torch.randn(B, H, K).bfloat16(), torch.randn(B, H, M, K).bfloat16(), 0.5).dtype == (
         torch.float32
     )
     assert_close(true_indices(torch.zeros(2, 3, dtype=torch.bool)), torch.zeros(2, 0, dtype=torch.long), **EXACT)

@@ -20,15 +20,17 @@ EXACT = Tolerance(rtol=0.0, atol=0.0)
 FLOAT32 = Tolerance(rtol=1e-5, atol=1e-7)
 
 AS_VIT: dict[str, Any] = {"score": "head-weighted-class-attention", "before_blocks": [2]}
+MEAN: dict[str, Any] = {**AS_VIT, "score": "head-weighted-mean-attention"}
 PREFIX, M, K = 1, 9, 4
 # the second image has lost three patches before
 VALID = torch.tensor([[True] * 9, [True] * 6 + [False] * 3])
 COST = CostModel(linear=(100, 100, 100), width=8, head_width=4, patch=1, head=1)
 
 
-def policy(level: float = 0.5, **spec: Any) -> Policy:
+def policy(level: float = 0.5, *, has_class_token: bool = True, **spec: Any) -> Policy:
     spec = {"before_blocks": [2], **spec}
-    return Policy(PruningSpec(**spec), (2,), PREFIX, COST, torch.tensor([level]), torch.tensor([1e-4]))
+    levels, temperatures = torch.tensor([level]), torch.tensor([1e-4])
+    return Policy(PruningSpec(**spec), (2,), PREFIX, has_class_token, COST, levels, temperatures)
 
 
 def findings() -> Findings:
@@ -49,35 +51,47 @@ def kept(decision: Decision) -> list[list[int]]:
     return [row.nonzero().flatten().tolist() for row in decision.keep_BM]
 
 
-# needs: class attention, metric
+# needs: whose attention, metric
 @pytest.mark.parametrize(
     ("spec", "redundancy", "attention", "metric"),
     [
-        ({**AS_VIT, "dropped": "leave"}, False, True, False),
-        ({**AS_VIT, "dropped": "fuse"}, False, True, False),
-        ({**AS_VIT, "dropped": "merge"}, False, True, True),
-        ({**AS_VIT, "select": "top-k", "dropped": "merge"}, False, True, True),
-        ({**AS_VIT, "select": "random", "dropped": "leave"}, False, False, False),
-        ({"select": "random", "dropped": "merge"}, False, False, True),
-        ({"dropped": "merge"}, True, True, True),
-        ({"dropped": "leave"}, True, True, True),
-        ({"redundancy_exponent": 0.0}, True, False, True),
-        ({"select": "top-k"}, True, True, True),
-        ({"select": "tome"}, True, False, True),
+        ({**AS_VIT, "dropped": "leave"}, False, "class", False),
+        ({**AS_VIT, "dropped": "fuse"}, False, "class", False),
+        ({**AS_VIT, "dropped": "merge"}, False, "class", True),
+        ({**AS_VIT, "select": "top-k", "dropped": "merge"}, False, "class", True),
+        ({**AS_VIT, "select": "random", "dropped": "leave"}, False, None, False),
+        ({**MEAN, "dropped": "leave"}, False, "mean", False),
+        ({**MEAN, "dropped": "merge"}, False, "mean", True),
+        ({**MEAN, "select": "random", "dropped": "leave"}, False, None, False),
+        ({"select": "random", "dropped": "merge"}, False, None, True),
+        ({"dropped": "merge"}, True, "class", True),
+        ({"dropped": "leave"}, True, "class", True),
+        ({"redundancy_exponent": 0.0}, True, None, True),
+        ({"select": "top-k"}, True, "class", True),
+        ({"select": "tome"}, True, None, True),
     ],
     ids=str,
 )
 def test_a_policy_asks_a_block_for_what_it_needs_only(
-    spec: dict[str, Any], redundancy: bool, attention: bool, metric: bool
+    spec: dict[str, Any], redundancy: bool, attention: str | None, metric: bool
 ) -> None:
     ours = policy(**spec)
-    assert (ours.is_redundancy, ours.needs_class_attention, ours.needs_metric) == (redundancy, attention, metric)
+    assert (ours.is_redundancy, ours.scores_of, ours.needs_metric) == (redundancy, attention, metric)
+
+
+@pytest.mark.parametrize(
+    ("spec", "attention"),
+    [({}, "mean"), (MEAN, "mean"), ({"select": "tome"}, None)],
+    ids=str,
+)
+def test_without_a_class_token_the_mean_query_is_asked(spec: dict[str, Any], attention: str | None) -> None:
+    assert policy(**spec, has_class_token=False).scores_of == attention
 
 
 def test_a_threshold_keeps_what_is_above_and_prefix_and_no_padding() -> None:
     found = findings()
     decision = ask(policy(**AS_VIT, dropped="leave"), found)
-    scores = found.class_attention_scores_BM
+    scores = found.attention_scores_BM
     assert scores is not None
     for b in range(2):
         patches = [i for i in range(PREFIX, M) if VALID[b, i] and scores[b, i] > 0.5]
@@ -91,8 +105,8 @@ def test_a_threshold_keeps_what_is_above_and_prefix_and_no_padding() -> None:
 def test_so_many_of_the_best_patches_always_stay(min_tokens: int) -> None:
     found = findings()
     decision = ask(policy(level=9.0, **AS_VIT, dropped="leave", min_tokens=min_tokens), found)
-    assert found.class_attention_scores_BM is not None
-    for b, row in enumerate(found.class_attention_scores_BM.tolist()):
+    assert found.attention_scores_BM is not None
+    for b, row in enumerate(found.attention_scores_BM.tolist()):
         patches = [i for i in range(PREFIX, M) if VALID[b, i]]
         best = sorted(patches, key=lambda i: -row[i])[:min_tokens]
         assert kept(decision)[b] == [0, *sorted(best)]
@@ -108,8 +122,8 @@ def test_counts_are_a_part_of_each_images_patches(select: str) -> None:
 def test_top_k_keeps_the_best() -> None:
     found = findings()
     decision = ask(policy(level=0.6, **AS_VIT, select="top-k", dropped="leave"), found)
-    assert found.class_attention_scores_BM is not None
-    row = found.class_attention_scores_BM[0].tolist()
+    assert found.attention_scores_BM is not None
+    row = found.attention_scores_BM[0].tolist()
     assert kept(decision)[0] == [0, *sorted(sorted(range(1, M), key=lambda i: -row[i])[:5])]
 
 
@@ -126,7 +140,7 @@ def test_redundancy_drops_the_most_redundant_candidates_into_their_anchors(spec:
     found = findings()
     level = 0.5 if spec else 0.3
     decision = ask(policy(level=level, **spec), found)
-    metric, attention = found.metric_BMK, found.class_attention_scores_BM
+    metric, attention = found.metric_BMK, found.attention_scores_BM
     assert metric is not None
     assert attention is not None
     assert decision.takers_BM is not None
@@ -189,8 +203,8 @@ def test_observers_are_asked_in_turn_and_the_last_one_has_the_say() -> None:
 def test_fusing_weighs_by_score_but_a_random_choice_evenly() -> None:
     found = findings()
     weights = fuse_weights(ours := policy(**AS_VIT, dropped="fuse"), ask(ours, found))
-    assert found.class_attention_scores_BM is not None
-    assert_close(weights[0, PREFIX:], found.class_attention_scores_BM[0, PREFIX:], **EXACT)
+    assert found.attention_scores_BM is not None
+    assert_close(weights[0, PREFIX:], found.attention_scores_BM[0, PREFIX:], **EXACT)
     assert weights.isfinite().all()
     ours = policy(**AS_VIT, select="random", dropped="fuse")
     assert_close(fuse_weights(ours, ask(ours, found)), torch.ones(2, M), **EXACT)
@@ -203,6 +217,7 @@ def test_fusing_weighs_by_score_but_a_random_choice_evenly() -> None:
         ({**AS_VIT, "dropped": "leave"}, 8 * 9),
         ({**AS_VIT, "dropped": "fuse"}, 8 * 9),
         ({**AS_VIT, "dropped": "merge"}, 8 * 9 + 4 * 3 * 5),
+        ({**MEAN, "dropped": "leave"}, 8 * 9),
         ({"select": "random", "dropped": "leave"}, 0),
         ({"select": "random", "dropped": "merge"}, 4 * 3 * 5),
         ({"dropped": "merge"}, 8 * 9 + 4 * 4 * 4),

@@ -6,18 +6,9 @@ from collections.abc import Callable
 from typing import Any, TypedDict
 
 import torch
+import transformers as hf
 from torch import Tensor
-from transformers import (
-    DeiTConfig,
-    DeiTForImageClassification,
-    DeiTForImageClassificationWithTeacher,
-    Dinov2Config,
-    Dinov2ForImageClassification,
-    PreTrainedModel,
-    ViTConfig,
-    ViTForImageClassification,
-    ViTModel,
-)
+from transformers import PreTrainedModel
 
 from vitprune.recipe import PruningSpec
 
@@ -41,14 +32,89 @@ SHAPE: dict[str, Any] = {
 }
 PATCHES = 64
 
-FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
-    "vit": lambda: ViTForImageClassification(ViTConfig(**SHAPE, intermediate_size=96)),
-    "vit-bare": lambda: ViTModel(ViTConfig(**SHAPE, intermediate_size=96)),
-    "deit": lambda: DeiTForImageClassification(DeiTConfig(**SHAPE, intermediate_size=96)),
-    "deit-teacher": lambda: DeiTForImageClassificationWithTeacher(DeiTConfig(**SHAPE, intermediate_size=96)),
-    "dinov2": lambda: Dinov2ForImageClassification(Dinov2Config(**SHAPE, mlp_ratio=2)),
-    "dinov2-swiglu": lambda: Dinov2ForImageClassification(Dinov2Config(**SHAPE, mlp_ratio=2, use_swiglu_ffn=True)),
+MLP: dict[str, Any] = {**SHAPE, "intermediate_size": 96}
+TEXT: dict[str, Any] = {
+    "vocab_size": 20,
+    "hidden_size": 16,
+    "intermediate_size": 32,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 8,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 2,
 }
+# neither of these drops anything in training
+BEIT: dict[str, Any] = {**MLP, "drop_path_rate": 0.0}
+CLIP: dict[str, Any] = {
+    "vision_config": {**MLP, "projection_dim": 12, "initializer_factor": 5.0},
+    "text_config": {**TEXT, "projection_dim": 12},
+    "projection_dim": 12,
+    "num_labels": 5,
+}
+SIGLIP: dict[str, Any] = {"vision_config": MLP, "text_config": {**TEXT, "projection_size": 48}, "num_labels": 5}
+NAFLEX: dict[str, Any] = {**MLP, "num_patches": PATCHES}
+SIGLIP2: dict[str, Any] = {**SIGLIP, "vision_config": NAFLEX}
+REGISTERS: dict[str, Any] = {"num_register_tokens": 4}
+VIDEO: dict[str, Any] = {**MLP, "num_frames": 8, "patch_size": 8}
+AUDIO: dict[str, Any] = {
+    **MLP,
+    "patch_size": 4,
+    "frequency_stride": 4,
+    "time_stride": 4,
+    "max_length": 64,
+    "num_mel_bins": 16,
+}
+
+
+def _with_positions(model: PreTrainedModel) -> PreTrainedModel:
+    """Relative positions that say something: they start as zeros."""
+    for name, parameter in model.named_parameters():
+        if "relative_position_bias_table" in name:
+            torch.nn.init.normal_(parameter, std=2.0)
+    return model
+
+
+# those that every policy runs over; the others differ from them in how they are held together, not in what a stage does
+CORE: dict[str, Callable[[], PreTrainedModel]] = {
+    "vit": lambda: hf.ViTForImageClassification(hf.ViTConfig(**MLP)),
+    "vit-bare": lambda: hf.ViTModel(hf.ViTConfig(**MLP)),
+    "deit": lambda: hf.DeiTForImageClassification(hf.DeiTConfig(**MLP)),
+    "deit-teacher": lambda: hf.DeiTForImageClassificationWithTeacher(hf.DeiTConfig(**MLP)),
+    "dinov2": lambda: hf.Dinov2ForImageClassification(hf.Dinov2Config(**SHAPE, mlp_ratio=2)),
+    "dinov2-swiglu": lambda: hf.Dinov2ForImageClassification(
+        hf.Dinov2Config(**SHAPE, mlp_ratio=2, use_swiglu_ffn=True)
+    ),
+}
+FAMILIES: dict[str, Callable[[], PreTrainedModel]] = {
+    **CORE,
+    "vit-msn": lambda: hf.ViTMSNForImageClassification(hf.ViTMSNConfig(**MLP)),
+    "dinov2-registers": lambda: hf.Dinov2WithRegistersForImageClassification(
+        hf.Dinov2WithRegistersConfig(**SHAPE, **REGISTERS, mlp_ratio=2)
+    ),
+    "dinov3": lambda: hf.DINOv3ViTModel(hf.DINOv3ViTConfig(**MLP, **REGISTERS, pos_embed_rescale=None)),
+    "beit": lambda: _with_positions(
+        hf.BeitForImageClassification(hf.BeitConfig(**BEIT, use_relative_position_bias=True))
+    ),
+    "beit-shared": lambda: _with_positions(hf.BeitModel(hf.BeitConfig(**BEIT, use_shared_relative_position_bias=True))),
+    "data2vec": lambda: _with_positions(
+        hf.Data2VecVisionForImageClassification(hf.Data2VecVisionConfig(**BEIT, use_relative_position_bias=True))
+    ),
+    "clip": lambda: hf.CLIPForImageClassification(hf.CLIPConfig(**CLIP)),
+    "clip-zero-shot": lambda: hf.CLIPModel(hf.CLIPConfig(**CLIP)),
+    "clip-tower": lambda: hf.CLIPVisionModelWithProjection(hf.CLIPVisionConfig(**CLIP["vision_config"])),
+    "metaclip2": lambda: hf.MetaClip2ForImageClassification(hf.MetaClip2Config(**CLIP)),
+    "siglip": lambda: hf.SiglipForImageClassification(hf.SiglipConfig(**SIGLIP)),
+    "siglip-zero-shot": lambda: hf.SiglipModel(hf.SiglipConfig(**SIGLIP)),
+    "siglip-tower": lambda: hf.SiglipVisionModel(hf.SiglipVisionConfig(**MLP)),
+    "siglip2": lambda: hf.Siglip2ForImageClassification(hf.Siglip2Config(**SIGLIP2)),
+    "siglip2-tower": lambda: hf.Siglip2VisionModel(hf.Siglip2VisionConfig(**NAFLEX)),
+    "ijepa": lambda: hf.IJepaForImageClassification(hf.IJepaConfig(**MLP)),
+    "videomae": lambda: hf.VideoMAEForVideoClassification(hf.VideoMAEConfig(**VIDEO)),
+    "vivit": lambda: hf.VivitForVideoClassification(hf.VivitConfig(**VIDEO, tubelet_size=[2, 8, 8])),
+    "ast": lambda: hf.ASTForAudioClassification(hf.ASTConfig(**AUDIO)),
+}
+WITHOUT_CLASS_TOKEN = {"siglip", "siglip-zero-shot", "siglip-tower", "siglip2", "siglip2-tower", "ijepa", "videomae"}
 
 AS_VIT: dict[str, Any] = {"score": "head-weighted-class-attention", "before_blocks": [2, 4]}
 # thresholds that drop about a third a stage on these models
@@ -65,19 +131,73 @@ POLICIES: dict[str, PruningSpec] = {
 }
 
 
+REPRESENTATIVE = ("as-vit", "as-vit-fuse", "redundancy-merge")
+FAMILIES_AND_POLICIES = [
+    (family, policy) for family in FAMILIES for policy in (POLICIES if family in CORE else REPRESENTATIVE)
+]
+
+
 def build(family: str) -> PreTrainedModel:
     torch.manual_seed(0)
     return FAMILIES[family]().eval()
 
 
+def spec_for(family: str, spec: PruningSpec) -> PruningSpec:
+    """The policy, with the mean query's attention where there is no class token."""
+    if family in WITHOUT_CLASS_TOKEN and spec.score == "head-weighted-class-attention":
+        return spec.model_copy(update={"score": "head-weighted-mean-attention"})
+    return spec
+
+
 def images(count: int) -> Tensor:
     """Images that differ in how busy they are, so that they keep different numbers of tokens."""
+    return _busy(count, 3, 32, 32)
+
+
+def _busy(count: int, *shape: int) -> Tensor:
     generator = torch.Generator().manual_seed(1)
-    strength = torch.linspace(0.2, 3.0, count)[:, None, None, None]
-    return strength * torch.randn(count, 3, 32, 32, generator=generator)
+    strength = torch.linspace(0.2, 3.0, count).view(-1, *(1 for _ in shape))
+    return strength * torch.randn(count, *shape, generator=generator)
 
 
-def answer(output: object) -> Tensor:
-    """What a user reads off a forward: logits, or the last hidden state of a bare model."""
-    logits = getattr(output, "logits", None)
-    return logits if logits is not None else output.last_hidden_state  # pyright: ignore[reportAttributeAccessIssue]
+Inputs = dict[str, Tensor]
+
+
+def inputs(family: str, count: int, *, padded: bool = True) -> Inputs:
+    """What a forward of the family's model takes, for so many images, videos or sounds.
+
+    padded: where the family pads images, some of these are.
+    """
+    match family:
+        case "videomae" | "vivit":
+            return {"pixel_values": _busy(count, 8, 3, 32, 32)}
+        case "ast":
+            return {"input_values": _busy(count, 64, 16)}
+        case "siglip2" | "siglip2-tower":
+            shapes = torch.tensor([[8, 8], [7, 8], [5, 12], [8, 8], [6, 9]])[torch.arange(count) % 5 * padded]
+            mask = (torch.arange(PATCHES) < shapes.prod(1)[:, None]).long()
+            return {"pixel_values": _busy(count, PATCHES, 48), "pixel_attention_mask": mask, "spatial_shapes": shapes}
+        case _:
+            return {"pixel_values": images(count)}
+
+
+def take(x: Inputs, index: Tensor | slice) -> Inputs:
+    return {name: values[index] for name, values in x.items()}
+
+
+def each(x: Inputs) -> list[Inputs]:
+    return [take(x, slice(i, i + 1)) for i in range(len(next(iter(x.values()))))]
+
+
+def forward(model: PreTrainedModel, x: Inputs, **options: Any) -> Any:
+    if isinstance(model, hf.CLIPModel | hf.SiglipModel):
+        return model.get_image_features(**x, **options)
+    return model(**x, **options)
+
+
+def answer(output: Any) -> Tensor:
+    """What a user reads off a forward: logits, an embedding, or the last hidden state of a bare model."""
+    for name in ("logits", "image_embeds", "pooler_output", "last_hidden_state"):
+        if output.get(name) is not None:
+            return output[name]
+    raise AssertionError(f"no answer in {list(output)}")

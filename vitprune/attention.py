@@ -1,8 +1,7 @@
 """Dense, masked and packed attention behind the one function that transformers' layers call.
 
 Knows how a block attends and what its attention says about the tokens; leaves what follows from that to `packed` and
-`masked`.
-`AttentionCall` travels to a layer's attention as the keyword `pruning`; without it the layer attends as under sdpa.
+`masked`. Inside `calling(call)` a layer attends as its `AttentionCall` says; elsewhere as under sdpa.
 
 Shapes: B images, N tokens of an image, T tokens of the batch laid end to end, M tokens of the longest image, H heads,
 K head width.
@@ -10,21 +9,26 @@ K head width.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vitprune.scoring import class_attention, head_weighted_class_attention, key_metric
-from vitprune.tokens import KEY_ALIGNMENT, TokenBatch
+from vitprune.scoring import attention_row, head_weighted_attention, key_metric, mean_query
+from vitprune.tokens import HALF_PRECISION_KEY_ALIGNMENT, TokenBatch
 
 NAME = "vitprune"
 MASKED_SOFTMAX_EPS = 1e-6
+Query = Literal["class", "mean"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +43,7 @@ class MaskedTokens:
 class Findings:
     """What a block's attention says about its tokens; padded to the longest image."""
 
-    class_attention_scores_BM: Tensor | None = None
+    attention_scores_BM: Tensor | None = None
     metric_BMK: Tensor | None = None
 
 
@@ -48,13 +52,56 @@ class AttentionCall:
     """One block's attention within one forward: the tokens, what the next stage wants to know, and the answer.
 
     tokens: None while all tokens of all images are there.
+    scores_of: whose attention the next stage scores tokens by: the class token's, or that of the mean of all queries.
     Gradient checkpointing runs a layer twice with the same call; the second run only writes the same findings again.
     """
 
     tokens: TokenBatch | MaskedTokens | None = None
-    wants_scores: bool = False
+    scores_of: Query | None = None
     wants_metric: bool = False
     findings: Findings = field(default_factory=Findings)
+
+
+# what the attention that runs now is to do
+block_call: ContextVar[AttentionCall | None] = ContextVar("vitprune_block_call", default=None)
+
+
+@contextmanager
+def calling(call: AttentionCall, *, intercept: bool = False) -> Iterator[None]:
+    """One block's forward: its attention is `call`'s.
+
+    intercept: the block knows nothing of transformers' attention interface; take its calls of torch's fused attention.
+    """
+    token = block_call.set(call)
+    try:
+        with _Intercept() if intercept else nullcontext():
+            yield
+    finally:
+        block_call.reset(token)
+
+
+class _Intercept(TorchFunctionMode):
+    """Puts `attend` in the place of torch's own fused attention."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        if func is not F.scaled_dot_product_attention:
+            return func(*args, **(kwargs or {}))
+        return self._attend(*args, **(kwargs or {}))
+
+    def _attend(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+    ) -> Tensor:
+        call = block_call.get()
+        assert call is not None
+        assert not is_causal
+        return attend(query, key, value, attn_mask, scale, dropout_p, call).transpose(1, 2)
 
 
 def attention_forward(
@@ -66,38 +113,53 @@ def attention_forward(
     *,
     scaling: float | None = None,
     dropout: float = 0.0,
-    pruning: AttentionCall | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query (B, H, N, K) or packed (1, H, T, K), output (B, N, H, K)."""
+    call = block_call.get()
+    if call is None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    return attend(query, key, value, attention_mask, scaling, dropout, call), None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias_1HNN: Tensor | None,
+    scaling: float | None,
+    dropout: float,
+    call: AttentionCall,
+) -> Tensor:
+    """Attention as `call` says, (B, N, H, K); `bias_1HNN` is added to the logits of the dense sequence's pairs."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    if pruning is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scale, **kwargs)
-    match pruning.tokens:
+    match call.tokens:
         case None:
-            output = _dense_attention(query, key, value, dropout, scale)
-            if pruning.wants_scores:
-                row_BHM = class_attention(query[:, :, 0], key, scale)
-                _record_scores(pruning, row_BHM, output)
+            output = _dense_attention(query, key, value, bias_1HNN, dropout, scale)
+            if call.scores_of is not None:
+                row_BHM = _dense_row(query, key, bias_1HNN, scale, call.scores_of)
+                _record_scores(call, row_BHM, output)
         case MaskedTokens() as tokens:
-            weights_BHNN = masked_attention_weights(query, key, scale, tokens)
+            weights_BHNN = masked_attention_weights(query, key, scale, tokens, bias_1HNN)
             output = F.dropout(weights_BHNN, dropout).to(value.dtype) @ value
-            if pruning.wants_scores:
-                _record_scores(pruning, weights_BHNN[:, :, 0], output)
+            if call.scores_of == "class":
+                _record_scores(call, weights_BHNN[:, :, 0], output)
+            elif call.scores_of == "mean":
+                _record_scores(call, _masked_mean_row(query, key, scale, tokens), output)
         case TokenBatch() as batch:
-            output_1THK, scores_T = packed_attention(query, key, value, batch, scale, wants_scores=pruning.wants_scores)
+            output_1THK, scores_T = packed_attention(query, key, value, batch, scale, bias_1HNN, call.scores_of)
             if scores_T is not None:
-                pruning.findings.class_attention_scores_BM = batch.pad(scores_T)
-            if pruning.wants_metric:
-                pruning.findings.metric_BMK = batch.pad(key_metric(key[0]))
-            return output_1THK, None
-    if pruning.wants_metric:
-        pruning.findings.metric_BMK = key_metric(key)
-    return output.transpose(1, 2).contiguous(), None
+                call.findings.attention_scores_BM = batch.pad(scores_T)
+            if call.wants_metric:
+                call.findings.metric_BMK = batch.pad(key_metric(key[0]))
+            return output_1THK
+    if call.wants_metric:
+        call.findings.metric_BMK = key_metric(key)
+    return output.transpose(1, 2).contiguous()
 
 
-def _record_scores(pruning: AttentionCall, row_BHM: Tensor, output_BHNK: Tensor) -> None:
-    pruning.findings.class_attention_scores_BM = head_weighted_class_attention(row_BHM, _norms(output_BHNK))
+def _record_scores(call: AttentionCall, row_BHM: Tensor, output_BHNK: Tensor) -> None:
+    call.findings.attention_scores_BM = head_weighted_attention(row_BHM, _norms(output_BHNK))
 
 
 def _norms(context: Tensor) -> Tensor:
@@ -106,54 +168,100 @@ def _norms(context: Tensor) -> Tensor:
     return torch.linalg.vector_norm(context, dim=-1).float()
 
 
-def masked_attention_weights(q_BHNK: Tensor, k_BHNK: Tensor, scaling: float, tokens: MaskedTokens) -> Tensor:
+def masked_attention_weights(
+    q_BHNK: Tensor, k_BHNK: Tensor, scaling: float, tokens: MaskedTokens, bias_1HNN: Tensor | None = None
+) -> Tensor:
     """Attention in which masked tokens are seen by themselves only (AS-ViT), (B, H, N, N) float32.
 
     exp(a_ij)·G_ij / Σ_j, G_ij = M_j for j ≠ i and 1 for j = i; eps as published, spread as eps/N. With sizes s the
     logits are a_ij + log s_j (ToMe's proportional attention).
     """
     logits = (q_BHNK @ k_BHNK.transpose(-1, -2)).float() * scaling
-    if tokens.sizes_BN is not None:
-        logits = logits + tokens.sizes_BN.log()[:, None, None]
     num_tokens = logits.shape[-1]
+    if bias_1HNN is not None:
+        # tokens that a stage added have no position
+        added = num_tokens - bias_1HNN.shape[-1]
+        logits = logits + F.pad(bias_1HNN, (0, added, 0, added))
     eye_NN = torch.eye(num_tokens, dtype=torch.bool, device=logits.device)
     seen_BNN = torch.where(eye_NN, 1.0, tokens.mask_BN[:, None].float())
-    weights = (logits - logits.amax(-1, keepdim=True)).exp() * seen_BNN[:, None]
+    return _masked_softmax(logits, seen_BNN[:, None], tokens)
+
+
+def _masked_softmax(logits_BHQN: Tensor, seen_BHQN: Tensor, tokens: MaskedTokens) -> Tensor:
+    if tokens.sizes_BN is not None:
+        logits_BHQN = logits_BHQN + tokens.sizes_BN.log()[:, None, None]
+    weights = (logits_BHQN - logits_BHQN.amax(-1, keepdim=True)).exp() * seen_BHQN
     eps = MASKED_SOFTMAX_EPS
-    return (weights + eps / num_tokens) / (weights.sum(-1, keepdim=True) + eps)
+    return (weights + eps / logits_BHQN.shape[-1]) / (weights.sum(-1, keepdim=True) + eps)
 
 
-def _dense_attention(q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor, dropout: float, scaling: float) -> Tensor:
+def _masked_mean_row(q_BHNK: Tensor, k_BHNK: Tensor, scaling: float, tokens: MaskedTokens) -> Tensor:
+    """What the mean query of the tokens that are seen pays to each token, (B, H, N)."""
+    weights_BN = tokens.mask_BN.float() if tokens.sizes_BN is None else tokens.mask_BN * tokens.sizes_BN
+    q_BHK = mean_query(q_BHNK, weights_BN)
+    logits_BH1N = (q_BHK[:, :, None] @ k_BHNK.transpose(-1, -2)).float() * scaling
+    return _masked_softmax(logits_BH1N, tokens.mask_BN[:, None, None].float(), tokens)[:, :, 0]
+
+
+def _dense_attention(
+    q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor, bias: Tensor | None, dropout: float, scaling: float
+) -> Tensor:
     """sdpa; in half precision on a CPU with as many keys as its kernel likes, which more than pays for the copy."""
-    missing = -k_BHNK.shape[2] % KEY_ALIGNMENT
-    bias = None
-    if missing and k_BHNK.device.type == "cpu" and k_BHNK.dtype != torch.float32 and not torch.is_grad_enabled():
+    missing = -k_BHNK.shape[2] % HALF_PRECISION_KEY_ALIGNMENT
+    on_cpu = k_BHNK.device.type == "cpu" and k_BHNK.dtype != torch.float32
+    if missing and on_cpu and bias is None and not torch.is_grad_enabled():
         bias = F.pad(k_BHNK.new_zeros(k_BHNK.shape[2]), (0, missing), value=-torch.inf)
         bias = bias.expand(q_BHNK.shape[0], 1, q_BHNK.shape[2], -1)
         k_BHNK, v_BHNK = (F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, missing)).transpose(1, 2) for x in (k_BHNK, v_BHNK))
     return F.scaled_dot_product_attention(q_BHNK, k_BHNK, v_BHNK, attn_mask=bias, dropout_p=dropout, scale=scaling)
 
 
+def _dense_row(q_BHNK: Tensor, k_BHNK: Tensor, bias_1HNN: Tensor | None, scaling: float, query: Query) -> Tensor:
+    if query == "mean":
+        return attention_row(mean_query(q_BHNK, torch.ones_like(q_BHNK[:, 0, :, 0])), k_BHNK, scaling)
+    return attention_row(q_BHNK[:, :, 0], k_BHNK, scaling, None if bias_1HNN is None else bias_1HNN[:, :, 0])
+
+
 def packed_attention(
-    q_1HTK: Tensor, k_1HTK: Tensor, v_1HTK: Tensor, batch: TokenBatch, scaling: float, *, wants_scores: bool = False
+    q_1HTK: Tensor,
+    k_1HTK: Tensor,
+    v_1HTK: Tensor,
+    batch: TokenBatch,
+    scaling: float,
+    bias_1HNN: Tensor | None = None,
+    scores_of: Query | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Every image attends to its own tokens only: one fused call a bucket of images of as many rows.
 
+    bias_1HNN: added to the logits of each pair of tokens of the dense sequence.
     Returns the context vectors (1, T, H, K) and, if asked for, AS-ViT's score of each token (T,).
     """
     layout = batch.layout
     outputs, rows = [], []
     # tokens before heads is how linear layers and the kernel lay them out
     queries, keys, values = (layout.split(x_1HTK[0].transpose(0, 1)) for x_1HTK in (q_1HTK, k_1HTK, v_1HTK))
-    for q, k, v, bias_GL in zip(queries, keys, values, layout.split(batch.key_bias_T), strict=True):
+    biases, positions = layout.split(batch.key_bias_T), layout.split(batch.positions_T)
+    for q, k, v, key_bias_GL, positions_GL in zip(queries, keys, values, biases, positions, strict=True):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        mask = bias_GL.to(q.dtype)[:, None, None].expand(-1, 1, q.shape[2], -1)
+        bias = key_bias_GL[:, None, None]
+        if bias_1HNN is not None:
+            bias = bias + _pairs(bias_1HNN, positions_GL)
+        mask = bias.to(q.dtype).expand(-1, -1, q.shape[2], -1)
         outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).transpose(1, 2))
-        if wants_scores:
-            rows.append(class_attention(q[:, :, 0], k, scaling, bias_GL).transpose(1, 2))
+        if scores_of == "class":
+            rows.append(attention_row(q[:, :, 0], k, scaling, bias[:, :, 0]).transpose(1, 2))
+        elif scores_of == "mean":
+            query = mean_query(q, key_bias_GL.exp())
+            rows.append(attention_row(query, k, scaling, key_bias_GL[:, None]).transpose(1, 2))
     output_THK = layout.join(outputs)
-    scores_T = head_weighted_class_attention(layout.join(rows), _norms(output_THK)) if wants_scores else None
+    scores_T = head_weighted_attention(layout.join(rows), _norms(output_THK)) if rows else None
     return output_THK[None], scores_T
+
+
+def _pairs(bias_1HNN: Tensor, positions_GL: Tensor) -> Tensor:
+    """The bias of each image's pairs of tokens, (G, H, L, L); nothing for a token without a position."""
+    bias_HNN = F.pad(bias_1HNN[0], (0, 1, 0, 1))
+    return bias_HNN[:, positions_GL[:, :, None], positions_GL[:, None]].transpose(0, 1)
 
 
 AttentionInterface.register(NAME, attention_forward)

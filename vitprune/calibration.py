@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from vitprune.anatomy import Inputs, first_image, run_backbone
 from vitprune.cost import CostModel
 from vitprune.pruner import Pruning, Trace, eval_mode, pruning_of, trace, watching
 
@@ -33,7 +34,7 @@ class Calibration:
     passes: int
 
 
-def calibrate(model: nn.Module, batches: Sequence[Tensor], budget: float, *, progress: bool = True) -> Calibration:
+def calibrate(model: nn.Module, batches: Sequence[Inputs], budget: float, *, progress: bool = True) -> Calibration:
     """Sets the levels of a pruned model so that it meets a budget, in place.
 
     batches: pixel values (B, C, H, W) of a random sample of images, a few hundred in all; processed as the model
@@ -45,7 +46,7 @@ def calibrate(model: nn.Module, batches: Sequence[Tensor], budget: float, *, pro
     pruning = pruning_of(model)
     _check(batches, budget)
     if pruning.spec.select != "threshold":
-        batches = [batches[0][:1]]  # the counts of one image are those of all
+        batches = [first_image(batches[0])]  # the counts of one image are those of all
     with tqdm(desc="calibrating", unit="pass", disable=not progress, leave=False) as bar:
         passes = _Passes(model, batches, bar)
         start = uniform_rate(pruning.cost, pruning.before_blocks, passes.patches(), pruning.num_prefix_tokens, budget)
@@ -71,7 +72,7 @@ def calibrate(model: nn.Module, batches: Sequence[Tensor], budget: float, *, pro
     return Calibration(tuple(pruning.levels.tolist()), ratio, passes.images, passes.count)
 
 
-def scale_to_budget(model: nn.Module, batches: Sequence[Tensor], budget: float, *, progress: bool = True) -> float:
+def scale_to_budget(model: nn.Module, batches: Sequence[Inputs], budget: float, *, progress: bool = True) -> float:
     """Scales all thresholds by one common factor so that a trained model meets its budget; returns the ratio got."""
     pruning = pruning_of(model)
     _check(batches, budget)
@@ -79,47 +80,50 @@ def scale_to_budget(model: nn.Module, batches: Sequence[Tensor], budget: float, 
         return _scale(pruning, _Passes(model, batches, bar), budget)
 
 
-def _check(batches: Sequence[Tensor], budget: float) -> None:
+def _check(batches: Sequence[Inputs], budget: float) -> None:
     if not batches:
         raise ValueError("calibration needs at least one image")
     if not 0 < budget <= 1:
         raise ValueError(f"budget is {budget}, should be a part of the dense MACs above 0 and at most 1, such as 0.65")
 
 
-@torch.inference_mode()
-def mean_ratio(model: nn.Module, batches: Sequence[Tensor]) -> float:
+@torch.no_grad()
+def mean_ratio(model: nn.Module, batches: Sequence[Inputs]) -> float:
     """MACs of the pruned pass ÷ MACs of the dense pass, averaged over the images."""
     with trace(model) as watched:
-        for pixel_values in batches:
-            model(pixel_values=pixel_values)
+        for inputs in batches:
+            run_backbone(model, inputs)
     return (watched.macs / watched.dense_macs).mean().item()
 
 
 @dataclass
 class _Passes:
-    """Runs the model over all images and counts how often."""
+    """Runs the model over all images and counts how often.
+
+    Not in inference mode: BEiT keeps tensors from its first forward, which training couldn't use.
+    """
 
     model: nn.Module
-    batches: Sequence[Tensor]
+    batches: Sequence[Inputs]
     bar: tqdm
     count: int = 0
 
     @property
     def images(self) -> int:
-        return sum(len(batch) for batch in self.batches)
+        return sum(len(b if isinstance(b, Tensor) else next(iter(b.values()))) for b in self.batches)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def patches(self) -> int:
         """Patches of an image of this size."""
         with trace(self.model) as watched, eval_mode(self.model):
-            self.model(pixel_values=self.batches[0][:1])
+            run_backbone(self.model, first_image(self.batches[0]))
         return watched.keep_masks[0].shape[1]
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def run(self, watched: Trace) -> float:
         with watching(watched), eval_mode(self.model):
-            for pixel_values in self.batches:
-                self.model(pixel_values=pixel_values)
+            for inputs in self.batches:
+                run_backbone(self.model, inputs)
         self.count += 1
         ratio = (watched.macs / watched.dense_macs).mean().item()
         self.bar.update()

@@ -13,10 +13,18 @@ from typing import Any
 import torch
 import transformers
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoImageProcessor, PreTrainedConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 from transformers.image_processing_utils import BaseImageProcessor
 
-from vitprune.families import FAMILIES, supported
+from vitprune.anatomy import Anatomy, examine
+from vitprune.families import supported
 from vitprune.pruner import SUBMODULE, is_pruned
 
 
@@ -29,22 +37,34 @@ def load_config(checkpoint: str, revision: str | None = None) -> PreTrainedConfi
 
 
 def model_class(checkpoint: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
-    """The class that a checkpoint was saved from, if it is one of ours. Raises ValueError listing those that work."""
-    names = config.architectures or []
-    known = [name for family in FAMILIES.values() for name in family.classes]
-    name = next((name for name in names if name in known), None)
-    if name is None:
+    """The class that a checkpoint was saved from, if vitprune can prune it. Raises ValueError listing what works."""
+    names = [name for name in config.architectures or [] if isinstance(getattr(transformers, name, None), type)]
+    if not names:
         raise ValueError(
-            f"model.checkpoint {checkpoint}: {', '.join(names) or 'a model'} (model type '{config.model_type}') is not "
-            f"a ViT that vitprune can prune; supported are: {supported()}"
+            f"model.checkpoint {checkpoint}: {', '.join(config.architectures or []) or 'a model'} (model type "
+            f"'{config.model_type}') is none of transformers' models; supported are: {supported()}"
         )
-    return getattr(transformers, name)
+    cls = getattr(transformers, names[0])
+    try:
+        outline(cls, config)
+    except ValueError as error:
+        raise ValueError(f"model.checkpoint {checkpoint}: {error}") from error
+    return cls
 
 
-def require_classifier(checkpoint: str, cls: type[PreTrainedModel]) -> None:
-    """Raises ValueError for a bare model, which has no answers to compare."""
-    if "ForImageClassification" not in cls.__name__:
-        raise ValueError(f"model.checkpoint {checkpoint}: {cls.__name__} has no classification head; name a classifier")
+def outline(cls: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[PreTrainedModel, Anatomy]:
+    """A model without weights, on the meta device, and its parts. Raises ValueError for what is no plain ViT."""
+    with torch.device("meta"):
+        model = cls(config)
+    return model, examine(model)
+
+
+def load_tokenizer(checkpoint: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model of two towers. Raises ValueError if none."""
+    try:
+        return AutoTokenizer.from_pretrained(checkpoint, revision=revision or "main", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.checkpoint {checkpoint}: no tokenizer: {_first_line(error)}; add its files") from error
 
 
 def load(checkpoint: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None) -> PreTrainedModel:
@@ -111,10 +131,11 @@ def save(
     path: str | Path,
     *,
     processor: BaseImageProcessor | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     files: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes a pruned model, its image processor and further text files to a folder, whole or not at all.
+    """Writes a pruned model, its image processor and tokenizer and further text files to a folder, whole or not at all.
 
     Everything is written beside the path and renamed at the end.
 
@@ -130,8 +151,9 @@ def save(
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     try:
         model.save_pretrained(unfinished)
-        if processor is not None:
-            processor.save_pretrained(unfinished)
+        for reader in (processor, tokenizer):
+            if reader is not None:
+                reader.save_pretrained(unfinished)
         for name, text in (files or {}).items():
             (unfinished / name).write_text(text, encoding="utf-8")
         _replace(unfinished, path)

@@ -75,7 +75,7 @@ def apply(recipe: RecipePath, overrides: Overrides = None) -> None:
 def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Show what apply would do: stages, tokens and MACs per block, steps. Runs nothing."""
     with _loaded(recipe, overrides) as settings:
-        from vitprune.apply import plan as run
+        from vitprune.planning import plan as run
         from vitprune.report import print_plan
 
         print_plan(run(settings), Console())

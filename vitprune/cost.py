@@ -38,16 +38,18 @@ class CostModel:
         """Block `block` on `tokens` tokens: linear layers, QKᵀ and the weighted sum of the values."""
         return self.linear[block] * tokens + 2 * self.width * tokens * tokens
 
-    def dense(self, patches: int, prefix: int) -> float:
+    def dense(self, patches: Count, prefix: int) -> Count:
         """The whole dense model for one image."""
-        blocks = sum(self.block(b, float(patches + prefix)) for b in range(len(self.linear)))
-        return blocks + self.outside(patches)
+        total = self.outside(patches)
+        for block in range(len(self.linear)):
+            total = total + self.block(block, patches + prefix)
+        return total
 
-    def outside(self, patches: int) -> float:
+    def outside(self, patches: Count) -> Count:
         """Patch embedding and head: what pruning never changes."""
-        return float(self.patch * patches + self.head)
+        return self.patch * patches + self.head
 
-    def class_attention(self, tokens: Count) -> Count:
+    def attention_row(self, tokens: Count) -> Count:
         """The class token's attention row, all heads."""
         return self.width * tokens
 

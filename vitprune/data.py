@@ -45,6 +45,7 @@ def load_images(
     processor: BaseImageProcessor,
     *,
     id2label: Mapping[int, str] | None,
+    labelled: bool = True,
     seed: int = 0,
 ) -> Images:
     """Opens one split of a data set: a Hub id, an image folder, parquet or arrow files, or what `save_to_disk` wrote.
@@ -53,9 +54,9 @@ def load_images(
     processed when a loader asks for them.
 
     Raises ValueError, naming place and way out, for a data set, split or column that isn't there, and for labels that
-    aren't the model's (`id2label`; None skips that check).
+    aren't the model's (`id2label`; None skips that check). `labelled`: False leaves labels out.
     """
-    source = open_source(data, split.split, id2label)
+    source = open_source(data, split.split, id2label, labelled=labelled)
     reader = Reader(source, processor, skip_broken=data.on_error == "skip")
     rows = source.rows
     table = Stream.of(rows, reader) if isinstance(rows, IterableDataset) else Table.of(rows, reader)
@@ -204,6 +205,12 @@ class Images:
     @property
     def labelled(self) -> bool:
         return self._rows.reader.source.labels is not None
+
+    @property
+    def class_names(self) -> tuple[str, ...] | None:
+        """Names of the classes by id, where the data has them."""
+        labels = self._rows.reader.source.labels
+        return None if labels is None else labels.names
 
     @property
     def skipped(self) -> int:

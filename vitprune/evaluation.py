@@ -22,7 +22,9 @@ import transformers
 from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from vitprune.answers import Answers
 from vitprune.data import Images
 from vitprune.metrics import RANKED, RankedMetric, load_metric
 from vitprune.pruner import Trace, eval_mode, trace
@@ -39,21 +41,24 @@ def compare(
 ) -> Comparison:
     """Both models on the same images: metrics (where there are labels), agreement, MACs, kept patches.
 
-    The models give `.logits` and stay on their device, in their dtype and in the mode they are in.
+    Of models without classes embeddings are compared. The models stay on their device, in their dtype and in the mode
+    they are in.
 
     Raises ValueError where there is no image, or `pruned` isn't pruned.
     """
-    tally = _Tally(spec.metrics if images.labelled else ())
+    dense_answers, pruned_answers = Answers.of(dense), Answers.of(pruned)
+    are_logits = dense_answers.are_logits
+    tally = _Tally(spec.metrics if images.labelled and are_logits else (), are_logits)
     batches = images.loader(spec.batch_size)
     total = None if images.streamed else len(batches)
-    with eval_mode(dense, pruned), torch.inference_mode():
+    with eval_mode(dense, pruned), torch.no_grad():
         for batch in track(
             batches, "Comparing", total=total, console=Console(stderr=True), transient=True, disable=not progress
         ):
             x_BCHW = batch["pixel_values"]
-            before = dense(pixel_values=_placed(x_BCHW, dense)).logits
+            before = dense_answers(_placed(x_BCHW, dense))
             with trace(pruned) as seen:
-                after = pruned(pixel_values=_placed(x_BCHW, pruned)).logits
+                after = pruned_answers(_placed(x_BCHW, pruned))
             tally.add(before, after, seen, batch.get("labels"))
     return tally.comparison(images.skipped)
 
@@ -61,24 +66,30 @@ def compare(
 class _Tally:
     """What has been seen so far. Keeps numbers a few per image, not logits: those of ImageNet would fill the memory."""
 
-    def __init__(self, metrics: Sequence[str]) -> None:
+    def __init__(self, metrics: Sequence[str], are_logits: bool) -> None:
+        self.are_logits = are_logits
         self.dense_metrics = {name: load_metric(name) for name in metrics}
         self.pruned_metrics = {name: load_metric(name) for name in metrics}
-        self.images, self.agreeing = 0, 0
+        self.images, self.agreeing, self.cosines = 0, 0, 0.0
         self.macs: list[Tensor] = []
         self.dense_macs: list[Tensor] = []
         self.stages: list[_StageTally] = []
 
-    def add(self, dense_logits: Tensor, pruned_logits: Tensor, seen: Trace, labels: Tensor | None) -> None:
-        before, after = _ranked(dense_logits), _ranked(pruned_logits)
-        self.images += len(before)
-        self.agreeing += int((before[:, 0] == after[:, 0]).sum())
+    def add(self, dense: Tensor, pruned: Tensor, seen: Trace, labels: Tensor | None) -> None:
+        self.images += len(dense)
+        if self.are_logits:
+            self._add_ranked(_ranked(dense), _ranked(pruned), labels)
+        else:
+            self.cosines += F.cosine_similarity(dense.float(), pruned.float(), dim=-1).sum().item()
         self.macs.append(seen.macs.cpu())
         self.dense_macs.append(seen.dense_macs.cpu())
         self.stages = self.stages or [_StageTally(block) for block in seen.before_blocks]
         for stage, keep_mask in zip(self.stages, seen.keep_masks, strict=True):
             stage.patches = keep_mask.shape[1]
             stage.kept.append(keep_mask.sum(dim=1).cpu())
+
+    def _add_ranked(self, before: Tensor, after: Tensor, labels: Tensor | None) -> None:
+        self.agreeing += int((before[:, 0] == after[:, 0]).sum())
         if labels is not None:
             for metrics, ranked in ((self.dense_metrics, before), (self.pruned_metrics, after)):
                 for metric in metrics.values():
@@ -95,7 +106,8 @@ class _Tally:
             images=self.images,
             skipped=skipped,
             metrics={name: MetricPair(dense=dense[name], pruned=pruned[name]) for name in dense},
-            agreement=self.agreeing / self.images,
+            agreement=self.agreeing / self.images if self.are_logits else None,
+            similarity=None if self.are_logits else self.cosines / self.images,
             macs=Macs(dense=float(torch.cat(self.dense_macs).mean()), pruned=_distribution(torch.cat(self.macs))),
             kept=tuple(stage.result() for stage in self.stages),
         )
@@ -135,9 +147,10 @@ def measure_throughput(
     Raises ValueError where `pruned` isn't pruned.
     """
     console = Console(stderr=True)
-    with eval_mode(dense, pruned), torch.inference_mode():
+    answers = Answers.of(dense), Answers.of(pruned)
+    with eval_mode(dense, pruned), torch.no_grad():
         return [
-            _throughput(dense, pruned, _batches(images, size), repeats)
+            _throughput(*answers, _batches(images, size), repeats)
             for size in track(batch_sizes, "Timing", console=console, transient=True, disable=not progress)
         ]
 
@@ -158,7 +171,7 @@ def _throughput(dense: nn.Module, pruned: nn.Module, batches: Sequence[Tensor], 
             seconds[which].append(_seconds((dense, pruned)[which], batches, repeat * calls, calls))
     with trace(pruned) as seen:
         for call in range(min(len(batches), repeats * calls)):
-            pruned(pixel_values=_placed(batches[call], pruned))
+            pruned(_placed(batches[call], pruned))
     return Throughput(
         batch_size=len(batches[0]),
         dense=_timing(seconds[0]),
@@ -173,7 +186,7 @@ def _seconds(model: nn.Module, batches: Sequence[Tensor], first: int, calls: int
     _wait_for(placed[0].device)
     start = time.perf_counter()
     for call in range(calls):
-        model(pixel_values=placed[call % len(placed)])
+        model(placed[call % len(placed)])
     _wait_for(placed[0].device)
     return (time.perf_counter() - start) / calls
 

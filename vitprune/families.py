@@ -1,129 +1,151 @@
-"""What is known of each family of ViTs, and how a model's parts are found without a path into its modules.
+"""What is known of each family of ViTs: one entry of `FAMILIES`. `anatomy` finds a model's parts with it.
 
-A family is one entry of `FAMILIES`. Blocks come from transformers' own declaration (`_can_record_outputs`), so a
-renamed list of layers changes nothing here. Leaves changing the model to `pruner`.
+docs/families.md shows how one is added.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any, Literal
 
-from torch import nn
-from transformers import PreTrainedConfig, PreTrainedModel
-
-from vitprune.cost import CostModel
+from transformers import PreTrainedModel
 
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between plain ViTs.
+    """What differs between plain ViTs. Most entries need the first two or three.
 
     classes: the model classes that work; the last hidden state means one thing to all of them.
     num_prefix_tokens: class, distillation and register tokens, which are never pruned; the class token is the first.
-    final_norm: attribute of the backbone behind which the dense sequence is wanted back.
+    final_norm: module of the backbone that works token by token behind the blocks, as does all before it; behind it the
+        dense sequence is wanted back. None: wanted back behind the last block.
+    has_class_token: without one, tokens are scored by the mean query's attention.
+    blocks: path of the list of blocks, where the model declares no block class.
+    has_interface: attention goes through transformers' interface; else the blocks' calls of torch's fused attention are
+        taken.
+    rope: blocks are given a table of rotary positions for the patches.
+    pads: blocks are given a mask of patches that are padding.
+    media: what its inputs are; recipes read images.
+    inner: timm's model inside transformers' wrapper: state dicts have its names, and it checkpoints in its own way.
+    pooling: the `nn.MultiheadAttention` by which the head pools patches.
+    heads: number of heads and head width.
     """
 
     classes: tuple[str, ...]
-    num_prefix_tokens: Callable[[PreTrainedConfig], int]
-    final_norm: str
+    num_prefix_tokens: Callable[[PreTrainedModel], int] = lambda backbone: 1
+    final_norm: str | None = "layernorm"
+    has_class_token: Callable[[PreTrainedModel], bool] = lambda backbone: True
+    blocks: str | None = None
+    has_interface: bool = True
+    rope: bool = False
+    pads: bool = False
+    inner: str | None = None
+    media: Literal["images", "images of several shapes", "videos", "sounds"] = "images"
+    pooling: str | None = None
+    heads: Callable[[PreTrainedModel], tuple[int, int]] = lambda backbone: _heads_of_config(backbone)
 
 
+def _none(backbone: PreTrainedModel) -> int:
+    return 0
+
+
+def _never(backbone: PreTrainedModel) -> bool:
+    return False
+
+
+def _with_registers(backbone: PreTrainedModel) -> int:
+    return 1 + backbone.config.num_register_tokens
+
+
+def _heads_of_config(backbone: PreTrainedModel) -> tuple[int, int]:
+    heads = backbone.config.num_attention_heads
+    return heads, getattr(backbone.config, "head_dim", None) or backbone.config.hidden_size // heads
+
+
+def _timm(backbone: PreTrainedModel) -> Any:
+    return backbone.get_submodule("timm_model")
+
+
+def _heads_of_timm(backbone: PreTrainedModel) -> tuple[int, int]:
+    attention = _timm(backbone).blocks[0].attn
+    return attention.num_heads, attention.head_dim
+
+
+# by the model type of the backbone
 FAMILIES = {
-    "vit": Family(
-        classes=("ViTForImageClassification", "ViTModel"),
-        num_prefix_tokens=lambda config: 1,
-        final_norm="layernorm",
-    ),
+    # The class token's head, or the class token itself.
+    "vit": Family(("ViTForImageClassification", "ViTModel")),
+    "vit_msn": Family(("ViTMSNForImageClassification", "ViTMSNModel")),
+    # Class and distillation token, a head each or one.
     "deit": Family(
-        classes=("DeiTForImageClassification", "DeiTForImageClassificationWithTeacher", "DeiTModel"),
-        num_prefix_tokens=lambda config: 2,
-        final_norm="layernorm",
+        ("DeiTForImageClassification", "DeiTForImageClassificationWithTeacher", "DeiTModel"), lambda backbone: 2
     ),
-    "dinov2": Family(
-        classes=("Dinov2ForImageClassification", "Dinov2Model"),
-        num_prefix_tokens=lambda config: 1,
-        final_norm="layernorm",
+    # Class token beside the mean of the patches, those that are kept, by size.
+    "dinov2": Family(("Dinov2ForImageClassification", "Dinov2Model")),
+    "dinov2_with_registers": Family(
+        ("Dinov2WithRegistersForImageClassification", "Dinov2WithRegistersModel"), _with_registers
+    ),
+    # Class token; rotary positions travel with their tokens.
+    "dinov3_vit": Family(("DINOv3ViTModel",), _with_registers, "norm", rope=True),
+    # Mean of the kept patches, or the class token; relative positions travel with their tokens.
+    "beit": Family(("BeitForImageClassification", "BeitModel")),
+    "data2vec-vision": Family(
+        ("Data2VecVisionForImageClassification", "Data2VecVisionModel"), blocks="encoder.layer", has_interface=False
+    ),
+    # Class token in the tower, mean of the kept patches in classification.
+    "clip_vision_model": Family(
+        ("CLIPForImageClassification", "CLIPModel", "CLIPVisionModel", "CLIPVisionModelWithProjection"), final_norm=None
+    ),
+    "metaclip_2_vision_model": Family(
+        (
+            "MetaClip2ForImageClassification",
+            "MetaClip2Model",
+            "MetaClip2VisionModel",
+            "MetaClip2VisionModelWithProjection",
+        ),
+        final_norm=None,
+    ),
+    # Attention pooling over the kept patches in the tower, their mean in classification.
+    "siglip_vision_model": Family(
+        ("SiglipForImageClassification", "SiglipModel", "SiglipVisionModel"),
+        _none,
+        "post_layernorm",
+        _never,
+        pooling="head.attention",
+    ),
+    "siglip2_vision_model": Family(
+        ("Siglip2ForImageClassification", "Siglip2Model", "Siglip2VisionModel"),
+        _none,
+        "post_layernorm",
+        _never,
+        pads=True,
+        media="images of several shapes",
+        pooling="head.attention",
+    ),
+    # Mean of the kept patches.
+    "ijepa": Family(("IJepaForImageClassification", "IJepaModel"), _none, has_class_token=_never),
+    # Mean of the kept tubes, or class token.
+    "videomae": Family(("VideoMAEForVideoClassification", "VideoMAEModel"), _none, None, _never, media="videos"),
+    "vivit": Family(("VivitForVideoClassification", "VivitModel"), media="videos"),
+    # Mean of class and distillation token.
+    "audio-spectrogram-transformer": Family(
+        ("ASTForAudioClassification", "ASTModel"), lambda backbone: 2, media="sounds"
+    ),
+    # Class token or mean of the kept patches, as the model says.
+    "timm_wrapper": Family(
+        ("TimmWrapperForImageClassification", "TimmWrapperModel"),
+        lambda backbone: _timm(backbone).num_prefix_tokens,
+        "timm_model.norm",
+        lambda backbone: _timm(backbone).has_class_token,
+        blocks="timm_model.blocks",
+        has_interface=False,
+        inner="timm_model",
+        heads=_heads_of_timm,
     ),
 }
-
-
-@dataclass(frozen=True)
-class Anatomy:
-    """The parts of one model that pruning touches or counts.
-
-    backbone: the module whose forward takes the image and gives the last hidden state.
-    blocks: the transformer blocks in order.
-    """
-
-    model_type: str
-    backbone: PreTrainedModel
-    blocks: tuple[nn.Module, ...]
-    final_norm: nn.Module
-    num_prefix_tokens: int
-    cost: CostModel
 
 
 def supported() -> str:
     """The model classes that work, for messages and docs."""
     return ", ".join(name for family in FAMILIES.values() for name in family.classes)
-
-
-def examine(model: nn.Module) -> Anatomy:
-    """Finds the parts of a model.
-
-    Raises:
-        ValueError: the model is no plain ViT that vitprune knows; lists those that work.
-    """
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{type(model).__name__} is no transformers model; supported are: {supported()}")
-    model_type = model.config.model_type
-    family = FAMILIES.get(model_type)
-    names = {cls.__name__ for cls in type(model).__mro__}
-    if family is None or names.isdisjoint(family.classes):
-        raise ValueError(
-            f"{type(model).__name__} (model type '{model_type}') is not a ViT that vitprune can prune; "
-            f"supported are: {supported()}"
-        )
-    backbone = model.base_model
-    assert isinstance(backbone, PreTrainedModel)
-    blocks = find_blocks(backbone)
-    return Anatomy(
-        model_type=model_type,
-        backbone=backbone,
-        blocks=blocks,
-        final_norm=backbone.get_submodule(family.final_norm),
-        num_prefix_tokens=family.num_prefix_tokens(model.config),
-        cost=_cost(model, blocks),
-    )
-
-
-def find_blocks(backbone: PreTrainedModel) -> tuple[nn.Module, ...]:
-    """The blocks in order: instances of the class that the model records hidden states from."""
-    declared = next(
-        (m._can_record_outputs for m in backbone.modules() if isinstance(m, PreTrainedModel) and m._can_record_outputs),
-        None,
-    )
-    block_class = (declared or {}).get("hidden_states")
-    assert isinstance(block_class, type), f"{type(backbone).__name__} declares no block class"
-    return tuple(module for module in backbone.modules() if isinstance(module, block_class))
-
-
-def _cost(model: PreTrainedModel, blocks: tuple[nn.Module, ...]) -> CostModel:
-    """Linear layers inside blocks work on every token; those outside once an image; the convolution on every patch."""
-    inside = {id(module) for block in blocks for module in block.modules()}
-    outside = [module for module in model.modules() if id(module) not in inside]
-    config = model.config
-    heads = config.num_attention_heads
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return CostModel(
-        linear=tuple(_linear_macs(list(block.modules())) for block in blocks),
-        width=heads * head_width,
-        head_width=head_width,
-        patch=sum(m.weight.numel() for m in outside if isinstance(m, nn.Conv2d)),
-        head=_linear_macs(outside),
-    )
-
-
-def _linear_macs(modules: list[nn.Module]) -> int:
-    return sum(module.weight.numel() for module in modules if isinstance(module, nn.Linear))

@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
+from vitprune.answers import Answers
 from vitprune.data import Images
-from vitprune.losses import budget_loss, distillation_loss
+from vitprune.losses import budget_loss, distillation_loss, embedding_loss
 from vitprune.pruner import Trace, pruning_of, trace
 from vitprune.recipe import FinetuneSpec
 
@@ -40,8 +41,8 @@ class History:
 
 
 def finetune(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
+    model: PreTrainedModel | Answers,
+    teacher: PreTrainedModel | Answers,
     images: Images,
     spec: FinetuneSpec,
     budget: float,
@@ -51,14 +52,17 @@ def finetune(
 ) -> History:
     """Fine-tunes a pruned model and its thresholds to a compute budget, in place.
 
-    teacher: the dense model; frozen, for the distillation loss. images: labelled or not (then the task loss is left
-        out). budget: MACs of the pruned pass ÷ dense, in (0, 1].
+    teacher: the dense model; frozen, for the distillation loss: of logits, or of embeddings (cosine) where the model
+        has no classes. images: labelled or not (then the task loss is left out). budget: MACs of the pruned pass ÷
+        dense, in (0, 1].
 
     Raises:
         ValueError: no images for a single batch, no loss that could teach the task, or thresholds without a start.
         NonFiniteLoss: names the step; the model has its weights from up to `SNAPSHOT_STEPS` steps before.
     """
-    require_trainable(images, spec)
+    answers, taught_by = Answers.of(model), Answers.of(teacher)
+    model = answers.model
+    require_trainable(images, spec, has_classes=answers.are_logits)
     if not pruning_of(model).levels.isfinite().all():
         raise ValueError("thresholds have no start to learn from; call calibrate first, or give them in the spec")
     accelerator = Accelerator(
@@ -70,17 +74,17 @@ def finetune(
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
     torch.manual_seed(seed + accelerator.process_index)
-    teacher.to(accelerator.device).eval().requires_grad_(False)
-    model.to(accelerator.device).train()
+    taught_by.to(accelerator.device).eval().requires_grad_(False)
+    answers.to(accelerator.device).train()
     if spec.gradient_checkpointing:
         model.activation_checkpointing_enable()
     loader = images.loader(spec.batch_size, shuffle=True, seed=seed, augmentation=spec.augmentation)
     optimizer = build_optimizer(model, spec)
-    prepared, optimizer, loader = accelerator.prepare(model, optimizer, loader)
+    prepared, optimizer, loader = accelerator.prepare(answers, optimizer, loader)
     steps = _steps(spec, images, accelerator)
     scheduler = get_cosine_schedule_with_warmup(optimizer.optimizer, math.ceil(spec.warmup * steps), steps)
     history = History()
-    loop = _Loop(accelerator, prepared, teacher, optimizer, spec, budget)
+    loop = _Loop(accelerator, prepared, taught_by, answers.are_logits, optimizer, spec, budget)
     shown = progress and accelerator.is_main_process
     try:
         with tqdm(total=steps, desc="fine-tuning", unit="step", disable=not shown) as bar:
@@ -98,24 +102,25 @@ def finetune(
                     break
     except NonFiniteLoss:
         if loop.good_weights:  # none yet: nothing has changed either
-            model.load_state_dict(loop.good_weights)
+            answers.load_state_dict(loop.good_weights)
         raise
     finally:
         # prepare() puts an autocast around forward, as an attribute of the instance; back to the class's own
         accelerator.unwrap_model(prepared, keep_fp32_wrapper=False)
-        vars(model).pop("forward", None)
+        vars(answers).pop("forward", None)
         if spec.gradient_checkpointing:
             model.activation_checkpointing_disable()
         model.eval()
     return history
 
 
-def require_trainable(images: Images, spec: FinetuneSpec) -> None:
+def require_trainable(images: Images, spec: FinetuneSpec, *, has_classes: bool) -> None:
     """Raises ValueError where images and losses don't go together; to be asked before anything is run."""
     if images.streamed:
         raise ValueError("data.streaming: fine-tuning needs to know how long an epoch is; set data.streaming: false")
-    if not images.labelled and not spec.losses.distillation:
-        raise ValueError("finetune.losses: images without labels need losses.distillation > 0")
+    if not spec.losses.distillation and not (images.labelled and has_classes):
+        lacking = "images without labels need" if has_classes else "a model without classes needs"
+        raise ValueError(f"finetune.losses: {lacking} losses.distillation > 0")
 
 
 def build_optimizer(model: PreTrainedModel, spec: FinetuneSpec) -> AdamW:
@@ -144,7 +149,8 @@ class _Loop:
 
     accelerator: Accelerator
     model: nn.Module
-    teacher: PreTrainedModel
+    teacher: Answers
+    are_logits: bool
     optimizer: Optimizer
     spec: FinetuneSpec
     budget: float
@@ -153,8 +159,8 @@ class _Loop:
     def micro_step(self, batch: dict[str, Tensor], step: int) -> dict[str, float]:
         with self.accelerator.accumulate(self.model):
             with trace(self.model) as watched, self.accelerator.autocast():
-                logits = self.model(pixel_values=batch["pixel_values"]).logits
-                losses = self._losses(batch, logits, watched)
+                answers = self.model(batch["pixel_values"])
+                losses = self._losses(batch, answers, watched)
             loss = torch.stack(list(losses.values())).sum()
             if not loss.isfinite():
                 parts = ", ".join(f"{name} {value.item():.4g}" for name, value in losses.items())
@@ -176,15 +182,16 @@ class _Loop:
         parts = {name: value.item() for name, value in losses.items()}
         return {"loss": loss.item(), **parts, "ratio": ratio, "kept": kept}
 
-    def _losses(self, batch: dict[str, Tensor], logits: Tensor, watched: Trace) -> dict[str, Tensor]:
+    def _losses(self, batch: dict[str, Tensor], answers: Tensor, watched: Trace) -> dict[str, Tensor]:
         weights = self.spec.losses
         losses = {"budget": weights.budget * budget_loss(watched.macs, watched.dense_macs, self.budget).float()}
-        if "labels" in batch and weights.task:
-            losses["task"] = weights.task * F.cross_entropy(logits.float(), batch["labels"])
+        if "labels" in batch and weights.task and self.are_logits:
+            losses["task"] = weights.task * F.cross_entropy(answers.float(), batch["labels"])
         if weights.distillation:
             with torch.no_grad():
-                taught = self.teacher(pixel_values=batch["pixel_values"]).logits
-            losses["distillation"] = weights.distillation * distillation_loss(logits, taught)
+                taught = self.teacher(batch["pixel_values"])
+            distil = distillation_loss if self.are_logits else embedding_loss
+            losses["distillation"] = weights.distillation * distil(answers, taught)
         return losses
 
 

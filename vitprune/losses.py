@@ -1,4 +1,4 @@
-"""The two losses that pruning adds to the task's own: compute budget and distillation."""
+"""The losses that pruning adds to the task's own: compute budget and distillation, of logits or of embeddings."""
 
 from __future__ import annotations
 
@@ -19,3 +19,8 @@ def distillation_loss(student_logits_BC: Tensor, teacher_logits_BC: Tensor) -> T
         reduction="batchmean",
         log_target=True,
     )
+
+
+def embedding_loss(student_BE: Tensor, teacher_BE: Tensor) -> Tensor:
+    """1 − cosine of each image's two embeddings, averaged: distillation where there are no classes."""
+    return 1.0 - F.cosine_similarity(student_BE.float(), teacher_BE.float(), dim=-1).mean()

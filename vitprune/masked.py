@@ -37,19 +37,25 @@ class MaskedPass:
         self.observers = observers
         self.keep_masks: list[Tensor] = []
         self.macs_B: Tensor | None = None
+        self.dense_tokens_B = torch.empty(0)
         self.num_tokens = 0
         self._mask_BN: Tensor | None = None  # with gradient
         self._seen_BN: Tensor | None = None  # the same as bool, well-defined also where a score is NaN
         self._sizes_BN: Tensor | None = None
+        self._valid_BN: Tensor | None = None
         self._gifts: list[_Gift] = []
         self._call = AttentionCall()
 
-    def enter_block(self, block: int, hidden_states: Tensor) -> tuple[Tensor, AttentionCall]:
-        """What block `block` gets: all hidden states, (B, N, D), and the mask for its attention."""
+    def enter_block(
+        self, block: int, hidden_states: Tensor, valid_BN: Tensor | None = None
+    ) -> tuple[Tensor, AttentionCall]:
+        """What block `block` gets: all hidden states, (B, N, D), and the mask for its attention.
+
+        valid_BN: False for patches that are padding: nobody ever sees them.
+        """
         policy = self.policy
         if block == 0:
-            self.num_tokens = hidden_states.shape[1]
-            self.macs_B = torch.zeros(hidden_states.shape[0], dtype=torch.float64, device=hidden_states.device)
+            self._begin(hidden_states, valid_BN)
         if block in policy.before_blocks:
             hidden_states = self._prune(policy.before_blocks.index(block), hidden_states)
         if self.observers:
@@ -58,15 +64,43 @@ class MaskedPass:
         stage_follows = block + 1 in policy.before_blocks
         self._call = AttentionCall(
             tokens=None if self._mask_BN is None else MaskedTokens(self._mask_BN, self._sizes_BN),
-            wants_scores=stage_follows and policy.needs_class_attention,
+            scores_of=policy.scores_of if stage_follows else None,
             wants_metric=stage_follows and policy.needs_metric,
         )
         return hidden_states, self._call
+
+    def _begin(self, hidden_states: Tensor, valid_BN: Tensor | None) -> None:
+        images, self.num_tokens = hidden_states.shape[:2]
+        self.macs_B = torch.zeros(images, dtype=torch.float64, device=hidden_states.device)
+        self.dense_tokens_B = torch.full_like(self.macs_B, self.num_tokens)
+        if valid_BN is not None:
+            self.dense_tokens_B = valid_BN.sum(1).double()
+            self._valid_BN = valid_BN
+            self._seen_BN = valid_BN
+            self._mask_BN = valid_BN.float()
+
+    def positions(self) -> Tensor | None:
+        """As `PackedPass.positions`; here rows differ from the dense sequence where `fuse` added some."""
+        if self._mask_BN is None or self._mask_BN.shape[1] == self.num_tokens:
+            return None
+        index_N = torch.arange(self._mask_BN.shape[1], device=self._mask_BN.device)
+        return torch.where(index_N < self.num_tokens, index_N, NOBODY)
+
+    def absent_BN(self) -> Tensor | None:
+        """As `PackedPass.absent_BN`. Attention pooling gives thresholds no gradient."""
+        if self._seen_BN is None or self._gifts:
+            return None
+        return ~self._seen_BN[:, : self.num_tokens]
 
     def unpack(self, hidden_states: Tensor) -> Tensor:
         """Hidden states behind the last block as the packed pass gives them out, (B, N, D) of the dense sequence."""
         if self._mask_BN is None:
             return hidden_states
+        y_BND = self._stand_in(hidden_states)
+        return y_BND if self._valid_BN is None else y_BND * self._valid_BN[..., None]
+
+    def _stand_in(self, hidden_states: Tensor) -> Tensor:
+        assert self._mask_BN is not None
         if self.policy.spec.dropped == "leave":
             mask_BN1 = self._mask_BN[..., None].to(hidden_states.dtype)
             patches = slice(self.policy.num_prefix_tokens, None)
@@ -88,7 +122,7 @@ class MaskedPass:
     def _seen_B(self) -> Tensor:
         assert self.macs_B is not None
         if self._mask_BN is None:
-            return torch.full_like(self.macs_B, self.num_tokens)
+            return self.dense_tokens_B
         return self._mask_BN.sum(1).double()
 
     def _prune(self, stage: int, x_BND: Tensor) -> Tensor:
@@ -169,7 +203,7 @@ class MaskedPass:
 
 
 def _at(findings: Findings, index_BM: Tensor) -> Findings:
-    scores, metric = findings.class_attention_scores_BM, findings.metric_BMK
+    scores, metric = findings.attention_scores_BM, findings.metric_BMK
     return Findings(
         None if scores is None else scores.gather(1, index_BM),
         None if metric is None else metric.gather(1, index_BM[..., None].expand(-1, -1, metric.shape[-1])),

@@ -10,13 +10,14 @@ from torch import Tensor
 
 from vitprune.attention import AttentionCall
 from vitprune.stage import Observer, Policy, decide, fuse_weights, stage_macs
-from vitprune.tokens import Departure, TokenBatch, depart
+from vitprune.tokens import NOBODY, Departure, TokenBatch, depart
 
 
 class PackedPass:
     """The state of one forward. Belongs to that forward alone.
 
     keep_masks: after each stage so far, bool (B, patches): the patches that are still tokens of their own.
+    dense_tokens_B: tokens that the dense model has, padding not counted, float64.
     macs_B: multiply-accumulates of the blocks and stages so far, float64.
     """
 
@@ -25,17 +26,24 @@ class PackedPass:
         self.observers = observers
         self.keep_masks: list[Tensor] = []
         self.macs_B: Tensor | None = None
+        self.dense_tokens_B = torch.empty(0)
         self.num_tokens = 0
         self._batch: TokenBatch | None = None
+        self._valid_BN: Tensor | None = None
+        self._last: Tensor | None = None
         self._call = AttentionCall()
         self._batches: list[TokenBatch | None] = []
 
-    def enter_block(self, block: int, hidden_states: Tensor) -> tuple[Tensor, AttentionCall]:
-        """What block `block` gets: hidden states, (B, N, D) before the first stage and (1, T, D) after it."""
+    def enter_block(
+        self, block: int, hidden_states: Tensor, valid_BN: Tensor | None = None
+    ) -> tuple[Tensor, AttentionCall]:
+        """What block `block` gets: hidden states, (B, N, D) before anything left and (1, T, D) after it.
+
+        valid_BN: False for patches that are padding: they leave before the first block.
+        """
         policy = self.policy
         if block == 0:
-            self.num_tokens = hidden_states.shape[1]
-            self.macs_B = torch.zeros(hidden_states.shape[0], dtype=torch.float64, device=hidden_states.device)
+            hidden_states = self._begin(hidden_states, valid_BN)
         if block in policy.before_blocks:
             hidden_states = self._prune(policy.before_blocks.index(block), hidden_states)
         if self.observers:
@@ -44,32 +52,64 @@ class PackedPass:
         stage_follows = block + 1 in policy.before_blocks
         self._call = AttentionCall(
             tokens=self._batch,
-            wants_scores=stage_follows and policy.needs_class_attention,
+            scores_of=policy.scores_of if stage_follows else None,
             wants_metric=stage_follows and policy.needs_metric,
         )
         self._batches.append(self._batch)
         return hidden_states, self._call
 
+    def _begin(self, hidden_states: Tensor, valid_BN: Tensor | None) -> Tensor:
+        images, self.num_tokens = hidden_states.shape[:2]
+        self.macs_B = torch.zeros(images, dtype=torch.float64, device=hidden_states.device)
+        self.dense_tokens_B = torch.full_like(self.macs_B, self.num_tokens)
+        if valid_BN is None:
+            return hidden_states
+        self._valid_BN = valid_BN
+        self.dense_tokens_B = valid_BN.sum(1).double()
+        self._batch, x_TD = depart(self._dense(hidden_states), hidden_states.flatten(0, 1), Departure(valid_BN))
+        return x_TD[None]
+
+    def positions(self) -> Tensor | None:
+        """Index in the dense sequence of each row of the hidden states; None while they are the dense sequence."""
+        return None if self._batch is None else self._batch.positions_T
+
+    def absent_BN(self) -> Tensor | None:
+        """True for tokens of the dense sequence that nobody stands for; None where somebody stands for each."""
+        if self._batch is None:
+            return None
+        absent_BN = self._batch.carriers_BN == NOBODY
+        return absent_BN if absent_BN.any() else None
+
     def unpack(self, hidden_states: Tensor) -> Tensor:
-        """Hidden states behind the last block in the dense sequence, (B, N, D)."""
-        return hidden_states if self._batch is None else self._batch.unpack(hidden_states[0])
+        """Hidden states behind the last block in the dense sequence, (B, N, D); zero for padding."""
+        self._last = self._unpack(self._batch, hidden_states)
+        return self._last
 
     def unpack_block_output(self, block: int, hidden_states: Tensor) -> Tensor:
         """What block `block` gave out, in the dense sequence, (B, N, D)."""
-        batch = self._batches[block]
-        return hidden_states if batch is None else batch.unpack(hidden_states[0])
+        # where no norm follows, the last block's output has been unpacked already
+        return hidden_states if hidden_states is self._last else self._unpack(self._batches[block], hidden_states)
+
+    def _unpack(self, batch: TokenBatch | None, hidden_states: Tensor) -> Tensor:
+        if batch is None:
+            return hidden_states
+        y_BND = batch.unpack(hidden_states[0])
+        return y_BND if self._valid_BN is None else y_BND * self._valid_BN[..., None]
+
+    def _dense(self, hidden_states: Tensor) -> TokenBatch:
+        images, tokens = hidden_states.shape[:2]
+        return TokenBatch.dense(images, tokens, self.policy.num_prefix_tokens, hidden_states.device)
 
     def _lengths_B(self) -> Tensor:
         assert self.macs_B is not None
         if self._batch is None:
-            return torch.full_like(self.macs_B, self.num_tokens)
+            return self.dense_tokens_B
         return self._batch.lengths_B.double()
 
     def _prune(self, stage: int, hidden_states: Tensor) -> Tensor:
         policy, batch = self.policy, self._batch
         if batch is None:
-            images, tokens = hidden_states.shape[:2]
-            batch = TokenBatch.dense(images, tokens, policy.num_prefix_tokens, hidden_states.device)
+            batch = self._dense(hidden_states)
         findings = self._call.findings
         positions_BM = batch.pad(batch.positions_T)
         decision = decide(policy, stage, findings, batch.valid_BM, positions_BM, self.observers)

@@ -1,9 +1,10 @@
 """`prune_(model, spec)` and `restore_(model)`: the only place that changes a model.
 
 A pruned model is the same modules under the same names, plus one submodule `vitprune` that holds what is learned, and
-hooks: on the backbone (one forward begins and ends), on each block (tokens leave before it) and on the final norm
-(the dense sequence comes back). The state of a forward is a `PackedPass` (eval mode) or a `MaskedPass` (train mode); it
-reaches the hooks through a context variable and the attention function as a keyword of its layer.
+hooks: on the backbone (one forward begins and ends), on each block (tokens leave before it), on the final norm (the
+dense sequence comes back) and on an attention pooling. The state of a forward is a `PackedPass` (eval mode) or a
+`MaskedPass` (train mode). What a block's attention is to do reaches its `forward` as a keyword, so that gradient
+checkpointing repeats it, and the attention function from there through a context variable.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from vitprune import attention
-from vitprune.families import Anatomy, examine
+from vitprune.anatomy import Anatomy, examine, find_backbone
+from vitprune.blocks import BlockForward, Removable, RunningForward, pack_rope, running_forward
 from vitprune.masked import MaskedPass
 from vitprune.packed import PackedPass
 from vitprune.recipe import PruningSpec
@@ -33,12 +34,11 @@ PUBLISHED_TEMPERATURE = 1e-4
 KEEPS_ALL = -torch.inf
 _QUANTIZER_MARKS = ("hf_quantizer", "quantization_method", "is_quantized")
 
-_forward: ContextVar[PackedPass | MaskedPass | None] = ContextVar("vitprune_forward", default=None)
 _traces: ContextVar[tuple[Trace, ...]] = ContextVar("vitprune_traces", default=())
 
 
 class Pruning(nn.Module):
-    """What a pruned model knows beyond the dense one: `model.vitprune`.
+    """What a pruned model knows beyond the dense one: `model.vitprune`, with timm `model.timm_model.vitprune`.
 
     levels: parameter `thresholds` (stages,) for `select: threshold`, else buffer `keep_ratios` (stages,).
     temperatures: (stages,), τ of the straight-through gradient.
@@ -50,11 +50,12 @@ class Pruning(nn.Module):
     def __init__(self, spec: PruningSpec, anatomy: Anatomy) -> None:
         super().__init__()
         self.spec = spec
-        self.before_blocks = spec.stages(len(anatomy.blocks))
+        self.before_blocks = anatomy.stages(spec)
         self.num_prefix_tokens = anatomy.num_prefix_tokens
+        self.has_class_token = anatomy.has_class_token
         self.cost = anatomy.cost
         self.dense_attention = anatomy.backbone.config._attn_implementation or "sdpa"
-        self.handles: list[RemovableHandle] = []
+        self.handles: list[Removable] = []
         count = len(self.before_blocks)
         if spec.select == "threshold":
             given = [KEEPS_ALL] * count if spec.thresholds == "calibrated" else list(spec.thresholds)
@@ -70,7 +71,15 @@ class Pruning(nn.Module):
         return self.get_parameter("thresholds") if self.spec.select == "threshold" else self.get_buffer("keep_ratios")
 
     def policy(self) -> Policy:
-        return Policy(self.spec, self.before_blocks, self.num_prefix_tokens, self.cost, self.levels, self.temperatures)
+        return Policy(
+            self.spec,
+            self.before_blocks,
+            self.num_prefix_tokens,
+            self.has_class_token,
+            self.cost,
+            self.levels,
+            self.temperatures,
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pruning:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -119,11 +128,10 @@ class Trace:
     def record(self, state: PackedPass | MaskedPass) -> None:
         """Takes over what a forward that ended well did."""
         assert state.macs_B is not None
-        patches = state.num_tokens - self.pruning.num_prefix_tokens
+        patches_B = state.dense_tokens_B - self.pruning.num_prefix_tokens
         self._keep_masks.append(state.keep_masks)
-        self._macs.append(state.macs_B + self.pruning.cost.outside(patches))
-        dense = self.pruning.cost.dense(patches, self.pruning.num_prefix_tokens)
-        self._dense_macs.append(torch.full_like(state.macs_B, dense))
+        self._macs.append(state.macs_B + self.pruning.cost.outside(patches_B))
+        self._dense_macs.append(self.pruning.cost.dense(patches_B, self.pruning.num_prefix_tokens))
 
 
 def pruning_of(model: nn.Module) -> Pruning:
@@ -193,9 +201,11 @@ def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
         )
     pruning = Pruning(spec, anatomy)
     device = next(model.parameters()).device
-    model.add_module(SUBMODULE, pruning if device.type == "meta" else pruning.to(device))
+    owner = model if anatomy.inner is None else anatomy.inner
+    owner.add_module(SUBMODULE, pruning if device.type == "meta" else pruning.to(device))
     pruning.handles = _attach(pruning, anatomy)
-    model.set_attn_implementation(attention.NAME)
+    if anatomy.family.has_interface:
+        anatomy.backbone.set_attn_implementation(attention.NAME)
     # what `plugin` reads when the model comes back through from_pretrained
     model.config.quantization_config = {"quant_method": SUBMODULE, "format": 1, "pruning": spec.model_dump(mode="json")}
     return model
@@ -210,29 +220,40 @@ def restore_(model: PreTrainedModel) -> PreTrainedModel:
     pruning = pruning_of(model)
     for handle in pruning.handles:
         handle.remove()
-    model.set_attn_implementation(pruning.dense_attention)
-    delattr(model, SUBMODULE)
+    backbone = find_backbone(model)
+    if backbone.config._attn_implementation == attention.NAME:
+        backbone.set_attn_implementation(pruning.dense_attention)
+    delattr(next(module for module in model.modules() if SUBMODULE in module._modules), SUBMODULE)
     # also what from_pretrained left on a model that it brought back
     for owner, name in [(model.config, "quantization_config"), *((model, name) for name in _QUANTIZER_MARKS)]:
         vars(owner).pop(name, None)
     return model
 
 
-def _attach(pruning: Pruning, anatomy: Anatomy) -> list[RemovableHandle]:
+def _attach(pruning: Pruning, anatomy: Anatomy) -> list[Removable]:
     """Hooks are objects, not closures, so that a copy of the model has hooks of its own."""
-    handles = [
-        anatomy.backbone.register_forward_pre_hook(_Begin(pruning), with_kwargs=True),
-        anatomy.backbone.register_forward_hook(_End(pruning), always_call=True),
+    family, backbone = anatomy.family, anatomy.backbone
+    handles: list[Removable] = [
+        backbone.register_forward_pre_hook(_Begin(pruning, family.has_interface, anatomy.inner), with_kwargs=True),
+        backbone.register_forward_hook(_End(pruning, anatomy.inner), always_call=True),
         anatomy.final_norm.register_forward_hook(_unpack),
     ]
+    if anatomy.pooling is not None:
+        handles.append(anatomy.pooling.register_forward_pre_hook(_pool_what_is_there, with_kwargs=True))
     for index, block in enumerate(anatomy.blocks):
-        handles.append(block.register_forward_pre_hook(_EnterBlock(index), with_kwargs=True))
+        enter = _EnterBlock(index, family.rope, family.pads)
+        handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+        handles.append(BlockForward(block, intercept=not family.has_interface).attach())
     return handles
 
 
 @dataclass(frozen=True, eq=False)
 class _Begin:
+    """inner: its own gradient checkpointing would run the blocks' hooks twice, so the blocks do it."""
+
     pruning: Pruning
+    has_interface: bool
+    inner: nn.Module | None
 
     def __call__(self, module: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
         if kwargs.get("attention_mask") is not None or kwargs.get("output_attentions"):
@@ -240,25 +261,35 @@ class _Begin:
                 "a pruned model takes no attention_mask and gives out no attention maps: its images have different "
                 "tokens in every block; call vitprune.restore_(model) for the dense model"
             )
-        if module.config._attn_implementation != attention.NAME:
+        if self.has_interface and module.config._attn_implementation != attention.NAME:
             raise ValueError(
                 f"the pruned model's attention implementation was changed to '{module.config._attn_implementation}'; "
                 f"call model.set_attn_implementation('{attention.NAME}')"
             )
+        if self.inner is not None and kwargs.get("output_hidden_states"):
+            raise ValueError("a pruned timm model gives out no hidden states; call vitprune.restore_(model) first")
         observers = tuple(t for t in _traces.get() if t.pruning is self.pruning)
         kind = MaskedPass if module.training else PackedPass
-        _forward.set(kind(self.pruning.policy(), observers))
+        running = RunningForward(kind(self.pruning.policy(), observers))
+        if self.inner is not None and self.inner.grad_checkpointing:
+            vars(self.inner)["grad_checkpointing"] = False
+            running.checkpoints = True
+        running_forward.set(running)
 
 
 @dataclass(frozen=True, eq=False)
 class _End:
     pruning: Pruning
+    inner: nn.Module | None
 
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        state = _forward.get()
-        _forward.set(None)
-        if state is None or output is None:  # the forward failed
+        running = running_forward.get()
+        running_forward.set(None)
+        if running is not None and running.checkpoints and self.inner is not None:
+            vars(self.inner)["grad_checkpointing"] = True
+        if running is None or output is None:  # the forward failed
             return output
+        state = running.state
         for watched in state.observers:
             assert isinstance(watched, Trace)
             watched.record(state)
@@ -270,22 +301,44 @@ class _End:
 
 
 def _unpacked(state: PackedPass | MaskedPass, hidden_states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    first, *rest = hidden_states
-    return (first, *(state.unpack_block_output(block, x) for block, x in enumerate(rest)))
+    # the first is what block 0 was given: without its padding already
+    return tuple(state.unpack_block_output(max(index - 1, 0), x) for index, x in enumerate(hidden_states))
 
 
 @dataclass(frozen=True, eq=False)
 class _EnterBlock:
     block: int
+    rope: bool
+    pads: bool
 
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        state = _forward.get()
-        if state is None:
+        running = running_forward.get()
+        if running is None:
             return None
-        hidden_states, call = state.enter_block(self.block, args[0])
-        return (hidden_states, *args[1:]), {**kwargs, "pruning": call}
+        state, rest = running.state, args[1:]
+        valid_BN = None
+        if self.pads:  # the layers hand it over right behind the hidden states, (B, 1, N, N)
+            mask, *rest = rest
+            valid_BN = None if mask is None else mask[:, 0, 0]
+            rest = (None, *rest)
+        hidden_states, call = state.enter_block(self.block, args[0], valid_BN)
+        positions = state.positions()
+        if self.rope and positions is not None:
+            tables = pack_rope(kwargs["position_embeddings"], positions, state.policy.num_prefix_tokens)
+            kwargs = {**kwargs, "position_embeddings": tables}
+        return (hidden_states, *rest), {**kwargs, "pruning": call}
 
 
 def _unpack(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-    state = _forward.get()
-    return None if state is None else state.unpack(output)
+    running = running_forward.get()
+    return None if running is None else running.state.unpack(output)
+
+
+def _pool_what_is_there(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Attention pooling over patches that somebody stands for; those merged into another count as often as they are."""
+    running = running_forward.get()
+    absent_BN = None if running is None else running.state.absent_BN()
+    if absent_BN is None:
+        return None
+    bias_BN = torch.zeros(absent_BN.shape, dtype=args[0].dtype, device=absent_BN.device)
+    return args, {**kwargs, "key_padding_mask": bias_BN.masked_fill(absent_BN, -torch.inf)}

@@ -41,11 +41,20 @@ class ModelSpec(_Spec):
     """The dense model to start from."""
 
     checkpoint: HubOrLocal
-    """Hub id or local folder of an image classifier, such as facebook/deit-small-patch16-224."""
+    """Hub id or local folder of a ViT, such as facebook/deit-small-patch16-224."""
     revision: Text | None = None
     """Branch, tag or commit on the Hub."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the model computes in while it is calibrated and evaluated."""
+    prompt: Text | None = None
+    """Text with {} for a class's name: compares a model of two towers by zero-shot classification."""
+
+    @check("prompt")
+    @classmethod
+    def _with_a_place(cls, value: str | None) -> str | None:
+        if value is not None and "{}" not in value:
+            raise ValueError(f"is {value!r}, without {{}} for the class's name; write 'a photo of a {{}}'")
+        return value
 
 
 class SplitSpec(_Spec):
@@ -92,7 +101,7 @@ class PruningSpec(_Spec):
 
     before_blocks: Blocks = "every"
     """Prune before these blocks, counted from 0, or before every block from 1 on."""
-    score: Literal["head-weighted-class-attention", "redundancy"] = "redundancy"
+    score: Literal["head-weighted-class-attention", "head-weighted-mean-attention", "redundancy"] = "redundancy"
     """What a token is judged by: what the class token sees in it (AS-ViT), or how little another one resembles it."""
     redundancy_exponent: NonNegative = 0.5
     """How much class attention counts beside redundancy: r * S^exponent, 0 for redundancy alone."""

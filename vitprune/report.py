@@ -44,7 +44,15 @@ def findings(report: Report) -> list[str]:
             f"{_percent(report.budget)} is {met}."
         )
     sentences += [_quality(name, pair.dense, pair.pruned) for name, pair in result.metrics.items()]
-    sentences.append(f"It gives the dense model's answer for {_percent(result.agreement)} of {result.images} images.")
+    if result.agreement is not None:
+        sentences.append(
+            f"It gives the dense model's answer for {_percent(result.agreement)} of {result.images} images."
+        )
+    if result.similarity is not None:
+        cosine = f"{result.similarity:.4f}"
+        sentences.append(
+            f"Its embeddings of {result.images} images have a cosine of {cosine} with the dense ones on average."
+        )
     sentences += _where_it_pays(report.throughput)
     if result.skipped:
         sentences.append(f"{result.skipped} broken images were left out.")
@@ -105,7 +113,10 @@ def _quality_cells(report: Report) -> Cells:
     for metric, pair in result.metrics.items():
         values = (_percent(comparison.metrics[metric].pruned, 2) for _, comparison in shown)
         cells.append((metric, _percent(pair.dense, 2), *values, f"{100 * pair.difference:+.2f} points"))
-    cells.append(("same answer as dense", "", *(_percent(comparison.agreement) for _, comparison in shown), ""))
+    if result.agreement is not None:
+        cells.append(("same answer as dense", "", *(_percent(c.agreement or 0.0) for _, c in shown), ""))
+    if result.similarity is not None:
+        cells.append(("cosine to dense", "", *(f"{c.similarity or 0.0:.4f}" for _, c in shown), ""))
     macs = (f"{_count(comparison.macs.pruned.mean)} ({_percent(comparison.macs.ratio)})" for _, comparison in shown)
     cells.append(("MACs an image", _count(result.macs.dense), *macs, f"{100 * (result.macs.ratio - 1):+.1f} %"))
     spread = (f"{_count(c.macs.pruned.q05)} to {_count(c.macs.pruned.q95)}" for _, c in shown)

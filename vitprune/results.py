@@ -67,13 +67,15 @@ class KeptPatches(_Result):
 class Comparison(_Result):
     """Dense and pruned model on the same `images`; `skipped` broken ones were left out.
 
-    `agreement`: part of the images with the same top-1 answer. `metrics` is empty for images without labels.
+    `agreement`: part of the images with the same top-1 answer; `similarity`: mean cosine of the two embeddings of an
+    image, of models without classes. `metrics` is empty for images without labels.
     """
 
     images: int
     skipped: int
     metrics: dict[str, MetricPair]
-    agreement: float
+    agreement: float | None
+    similarity: float | None = None
     macs: Macs
     kept: tuple[KeptPatches, ...]
 

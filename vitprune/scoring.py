@@ -10,15 +10,24 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def class_attention(q_BHK: Tensor, k_BHMK: Tensor, scaling: float, log_sizes_BM: Tensor | None = None) -> Tensor:
-    """The class token's row of the attention matrix, (B, H, M), float32: the one extra row that a score costs."""
+def attention_row(q_BHK: Tensor, k_BHMK: Tensor, scaling: float, bias_BHM: Tensor | None = None) -> Tensor:
+    """One query's row of the attention matrix, (B, H, M), float32: the one extra row that a score costs."""
     logits_BHM = (k_BHMK @ q_BHK[..., None]).squeeze(-1).float() * scaling
-    if log_sizes_BM is not None:
-        logits_BHM = logits_BHM + log_sizes_BM[:, None]
+    if bias_BHM is not None:
+        logits_BHM = logits_BHM + bias_BHM
     return logits_BHM.softmax(-1)
 
 
-def head_weighted_class_attention(attention_BHM: Tensor, context_norms_BHM: Tensor) -> Tensor:
+def mean_query(q_BHMK: Tensor, sizes_BM: Tensor) -> Tensor:
+    """The mean of an image's queries by size, (B, H, K): who asks where there is no class token.
+
+    It stands nowhere, so a relative position bias adds nothing to what it asks.
+    """
+    weights_BM = sizes_BM / sizes_BM.sum(1, keepdim=True)
+    return (q_BHMK * weights_BM[:, None, :, None]).sum(2).to(q_BHMK.dtype)
+
+
+def head_weighted_attention(attention_BHM: Tensor, context_norms_BHM: Tensor) -> Tensor:
     """AS-ViT's score (arXiv 2209.13802), (B, M).
 
     S(i) = Σ_h R_h(i)·A_h(cls, i): the class token's attention, each head weighted at each token by its share

@@ -25,11 +25,12 @@ SHOWN = 20  # differing labels that an error shows
 
 @dataclass(frozen=True)
 class Labels:
-    """What a label column holds: class ids, or names that `ids` maps to them."""
+    """What a label column holds: class ids, or names that `ids` maps to them. names: those that the data has, by id."""
 
     column: str
     ids: Mapping[str, int] | None
     count: int | None
+    names: tuple[str, ...] | None = None
 
     def id_of(self, value: Any) -> int:
         """The class id of a row's value. Raises ValueError where the checkpoint has no such class."""
@@ -53,7 +54,7 @@ class Source:
     labels: Labels | None
 
 
-def open_source(data: DataSpec, split: str, id2label: Mapping[int, str] | None) -> Source:
+def open_source(data: DataSpec, split: str, id2label: Mapping[int, str] | None, *, labelled: bool = True) -> Source:
     """Opens a split and finds its columns; labels are checked against `id2label` as far as can be told up front.
 
     Raises ValueError, which names the place and the way out.
@@ -66,7 +67,7 @@ def open_source(data: DataSpec, split: str, id2label: Mapping[int, str] | None) 
     if rows.features is None:
         raise ValueError(f"{place}: what the columns hold can't be told while streaming; set `data.streaming: false`")
     image = _image_column(rows.features, data.image_column, place)
-    labels = _labels(rows.features, data.label_column, id2label, place)
+    labels = _labels(rows.features, data.label_column, id2label, place) if labelled else None
     rows = rows.select_columns([image] if labels is None else [image, labels.column])
     if labels is not None and isinstance(rows, Dataset):
         labels = _checked(labels, rows, place)
@@ -162,7 +163,7 @@ def _labels(features: Features, named: str | None, id2label: Mapping[int, str] |
     if isinstance(feature, ClassLabel):
         if id2label is not None:
             check_label_names(feature.names, id2label, place)
-        return Labels(column, None, len(feature.names))
+        return Labels(column, None, len(feature.names), tuple(feature.names))
     if not _is_label_value(feature):
         raise ValueError(f"{place}: data.label_column {column!r} holds no labels but {_kind(feature)}")
     if "string" not in feature.dtype:

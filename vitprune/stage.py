@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import assert_never
 
-from vitprune.attention import Findings
+from vitprune.attention import Findings, Query
 from vitprune.cost import CostModel
 from vitprune.recipe import PruningSpec
 from vitprune.scoring import most_similar, redundancy, weigh_redundancy
@@ -32,6 +32,7 @@ class Policy:
     spec: PruningSpec
     before_blocks: tuple[int, ...]
     num_prefix_tokens: int
+    has_class_token: bool
     cost: CostModel
     levels: Tensor
     temperatures: Tensor
@@ -45,8 +46,13 @@ class Policy:
         return 0.0 if self.spec.select == "tome" else self.spec.redundancy_exponent
 
     @property
-    def needs_class_attention(self) -> bool:
-        return self.spec.select != "random" and (not self.is_redundancy or self.exponent > 0)
+    def scores_of(self) -> Query | None:
+        """Whose attention the score is made of; None where the score needs no attention."""
+        if self.spec.select == "random" or (self.is_redundancy and self.exponent == 0):
+            return None
+        if self.spec.score == "head-weighted-mean-attention" or not self.has_class_token:
+            return "mean"
+        return "class"
 
     @property
     def needs_metric(self) -> bool:
@@ -114,14 +120,14 @@ def _scores(
         assert findings.metric_BMK is not None
         scores_BM, anchors_BM = redundancy(findings.metric_BMK, valid_BM, prefix)
         if policy.exponent > 0:
-            assert findings.class_attention_scores_BM is not None
-            scores_BM = weigh_redundancy(scores_BM, findings.class_attention_scores_BM, policy.exponent)
+            assert findings.attention_scores_BM is not None
+            scores_BM = weigh_redundancy(scores_BM, findings.attention_scores_BM, policy.exponent)
         return scores_BM, anchors_BM
     if policy.spec.select == "random":
         scores_BM = random_scores(positions_BM, stage)
     else:
-        assert findings.class_attention_scores_BM is not None
-        scores_BM = findings.class_attention_scores_BM
+        assert findings.attention_scores_BM is not None
+        scores_BM = findings.attention_scores_BM
     is_prefix_M = torch.arange(valid_BM.shape[1], device=valid_BM.device) < prefix
     scores_BM = torch.where(is_prefix_M, torch.inf, scores_BM)
     return scores_BM.masked_fill(~valid_BM, -torch.inf), None
@@ -138,8 +144,8 @@ def stage_macs(policy: Policy, tokens_B: Tensor, kept_B: Tensor) -> Tensor:
     """MACs of deciding a stage for each image: attention row and similarities, (B,)."""
     cost, patches_B = policy.cost, tokens_B - policy.num_prefix_tokens
     macs_B = torch.zeros_like(tokens_B)
-    if policy.needs_class_attention:
-        macs_B = macs_B + cost.class_attention(tokens_B)
+    if policy.scores_of is not None:
+        macs_B = macs_B + cost.attention_row(tokens_B)
     if policy.is_redundancy:
         macs_B = macs_B + cost.redundancy(patches_B)
     elif policy.spec.dropped == "merge":

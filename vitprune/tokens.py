@@ -18,8 +18,10 @@ import torch
 from torch import Tensor
 
 NOBODY = -1
-# fused attention on a CPU takes up to 2.5 times as long for 191 keys as for 192 (bfloat16; in float32 a quarter longer)
-KEY_ALIGNMENT = 16
+# an image's rows are a multiple of this: fillers cost matrix products, other numbers of keys slow fused attention down
+KEY_ALIGNMENT = 4
+# on a CPU in half precision fused attention takes up to 2.5 times as long for 191 keys as for 192
+HALF_PRECISION_KEY_ALIGNMENT = 16
 # half-precision matrix products on a CPU are compiled for their shape (milliseconds each): keep to few
 HALF_PRECISION_ROWS = 64
 
@@ -195,7 +197,8 @@ def depart(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[Token
     keep_BM, device = departure.keep_BM, x_TD.device
     slots_BM, lengths_B = _destinations(batch, departure)
     half_on_cpu = device.type == "cpu" and x_TD.dtype != torch.float32
-    layout = Layout(tuple(lengths_B.tolist()), KEY_ALIGNMENT, HALF_PRECISION_ROWS if half_on_cpu else 1)
+    multiples = (HALF_PRECISION_KEY_ALIGNMENT, HALF_PRECISION_ROWS) if half_on_cpu else (KEY_ALIGNMENT, 1)
+    layout = Layout(tuple(lengths_B.tolist()), *multiples)
     starts_B = torch.tensor(layout.starts, device=device)
     rows = batch.index_BM.flatten(), (starts_B[:, None] + slots_BM).flatten()
     before, after = _select(rows, keep_BM)

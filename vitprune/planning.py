@@ -1,0 +1,84 @@
+"""What `apply` would do, without doing any of it."""
+
+from __future__ import annotations
+
+from PIL import Image
+from torch import Tensor
+from transformers.image_processing_utils import BaseImageProcessor
+
+from vitprune.anatomy import Anatomy, count_tokens
+from vitprune.calibration import uniform_rate, uniform_tokens
+from vitprune.checkpoint import load_config, load_processor, model_class, outline
+from vitprune.recipe import Recipe
+from vitprune.results import Plan, PlanRow
+
+
+def plan(recipe: Recipe) -> Plan:
+    """What `apply` would do. Loads no weights and no data."""
+    spec = recipe.model
+    config = load_config(spec.checkpoint, spec.revision)
+    cls = model_class(spec.checkpoint, config)
+    _, anatomy = outline(cls, config)
+    require_images(spec.checkpoint, anatomy)
+    stages = anatomy.stages(recipe.pruning)
+    pixels = _blank_image(load_processor(spec.checkpoint, spec.revision))
+    prefix, cost = anatomy.num_prefix_tokens, anatomy.cost
+    patches = count_tokens(anatomy, pixels.to("meta")) - prefix
+    rate = uniform_rate(cost, stages, patches, prefix, recipe.budget.macs)
+    rows = tuple(
+        PlanRow(
+            block=block,
+            tokens_dense=patches + prefix,
+            tokens_budget=tokens,
+            macs_dense=cost.block(block, float(patches + prefix)),
+            macs_budget=cost.block(block, tokens),
+        )
+        for block, tokens in enumerate(uniform_tokens(stages, len(cost.linear), patches, prefix, rate))
+    )
+    return Plan(
+        checkpoint=spec.checkpoint,
+        family=f"{anatomy.model_type}{', recognised generically' if anatomy.is_generic else ''}",
+        model_class=cls.__name__,
+        num_blocks=len(anatomy.blocks),
+        num_prefix_tokens=prefix,
+        stages=stages,
+        budget=recipe.budget.macs,
+        rows=rows,
+        steps=_steps(recipe),
+    )
+
+
+def require_images(checkpoint: str, anatomy: Anatomy) -> None:
+    """Raises ValueError for a model that a recipe can't feed."""
+    if anatomy.family.media != "images":
+        raise ValueError(
+            f"model.checkpoint {checkpoint}: {type(anatomy.backbone).__name__} takes {anatomy.family.media}, recipes "
+            "read images; use the Python API: prune_, calibrate and a training loop of your own"
+        )
+
+
+def is_calibrated(recipe: Recipe) -> bool:
+    spec = recipe.pruning
+    return (spec.thresholds if spec.select == "threshold" else spec.keep_ratios) == "calibrated"
+
+
+def _blank_image(processor: BaseImageProcessor) -> Tensor:
+    """Pixel values of an empty image, (1, C, H, W): the size that the processor gives every image."""
+    return processor(Image.new("RGB", (256, 256)), return_tensors="pt")["pixel_values"]
+
+
+def _steps(recipe: Recipe) -> tuple[str, ...]:
+    steps = []
+    if is_calibrated(recipe):
+        steps.append(
+            f"calibrate on {recipe.calibration.images} training images to {recipe.budget.macs:.0%} of the MACs"
+        )
+    if (tuning := recipe.finetune) is not None:
+        steps.append(f"fine-tune for {tuning.epochs:g} epochs in batches of {tuning.batch_size}")
+        steps.append(f"meet the budget on {tuning.holdout} training images held out")
+    steps.append(f"compare with the dense model on split '{recipe.data.eval.split}' of {recipe.data.path}")
+    if recipe.evaluate.batch_sizes:
+        sizes = ", ".join(map(str, recipe.evaluate.batch_sizes))
+        steps.append(f"time both at batch sizes {sizes}")
+    steps.append(f"save to {recipe.output.path}")
+    return tuple(steps)
