@@ -21,8 +21,8 @@ import vitprune
 from vitprune import attention
 from vitprune.anatomy import examine, find_backbone
 from vitprune.families import FAMILIES
-from vitprune.pruner import is_pruned, pruning_of
 from vitprune.recipe import PruningSpec
+from vitprune.tracing import is_pruned, pruning_of
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 FLOAT32 = Tolerance(rtol=1e-5, atol=1e-5)

@@ -21,9 +21,9 @@ import vitprune
 from vitprune.apply import apply, evaluate
 from vitprune.finetuning import NonFiniteLoss
 from vitprune.planning import plan
-from vitprune.pruner import is_pruned
 from vitprune.recipe import Recipe, load_recipe
 from vitprune.results import Report
+from vitprune.tracing import is_pruned
 
 FINETUNE = "finetune: {epochs: 1, batch_size: 8, holdout: 24, learning_rate: 1e-3}\n"
 RECIPE = """\
@@ -83,6 +83,7 @@ def test_a_model_without_classes_is_compared_by_its_embeddings(tmp_path: Path, f
     assert report.comparison.agreement is None
     assert report.comparison.similarity is not None
     assert 0 < report.comparison.similarity < 1
+    assert "vitprune.load(" in (tmp_path / "out" / "README.md").read_text()
     assert report.comparison.macs.ratio == pytest.approx(0.6, abs=0.05)
     assert is_pruned(vitprune.load(tmp_path / "out"))
 
@@ -105,7 +106,7 @@ def test_a_prompt_needs_two_towers_and_names(tmp_path: Path) -> None:
         apply(recipe(tmp_path / "a", RECIPE, "vit", "model.prompt=a {}"))
     asked = recipe(tmp_path / "b", RECIPE, "clip-zero-shot", "model.prompt=a {}")
     samples.write_data(tmp_path / "b" / "data", labelled=False)
-    with pytest.raises(ValueError, match=r"model.prompt: the data names no classes"):
+    with pytest.raises(ValueError, match=r"model.prompt: needs names of the classes"):
         apply(asked)
 
 

@@ -20,8 +20,8 @@ from transformers import PreTrainedModel
 import vitprune
 from vitprune import attention, tokens
 from vitprune.anatomy import examine
-from vitprune.pruner import pruning_of
 from vitprune.recipe import PruningSpec
+from vitprune.tracing import pruning_of
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 FLOAT32 = Tolerance(rtol=1e-5, atol=1e-5)

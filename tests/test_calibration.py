@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 import vitprune
 from vitprune.calibration import calibrate, mean_ratio, scale_to_budget
-from vitprune.pruner import Trace, pruning_of, watching
 from vitprune.recipe import PruningSpec
+from vitprune.tracing import Trace, pruning_of, watching
 
 # what the design asks for: ratio of MACs against the budget
 BUDGET = 0.01

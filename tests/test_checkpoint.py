@@ -21,7 +21,7 @@ from transformers import (
 )
 
 import vitprune
-from vitprune.pruner import is_pruned, pruning_of
+from vitprune.tracing import is_pruned, pruning_of
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 

@@ -18,8 +18,8 @@ import vitprune
 from vitprune.calibration import calibrate, mean_ratio, scale_to_budget
 from vitprune.data import Images, load_images
 from vitprune.finetuning import NonFiniteLoss, build_optimizer, finetune
-from vitprune.pruner import pruning_of
 from vitprune.recipe import DataSpec, FinetuneSpec, LossWeights, PruningSpec, SplitSpec
+from vitprune.tracing import pruning_of
 
 BUDGET = 0.6
 SPEC = FinetuneSpec(epochs=1, batch_size=8, learning_rate=1e-3, threshold_learning_rate=0.05, augmentation="none")

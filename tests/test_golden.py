@@ -18,7 +18,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import vitprune
 from vitprune.cost import CostModel
 from vitprune.losses import distillation_loss
-from vitprune.pruner import Trace, pruning_of, watching
+from vitprune.tracing import Trace, pruning_of, watching
 
 pytestmark = pytest.mark.shared
 

@@ -15,8 +15,8 @@ from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification
 import vitprune
 from vitprune import attention
 from vitprune.anatomy import examine
-from vitprune.pruner import Trace, is_pruned, pruning_of, watching
 from vitprune.recipe import PruningSpec
+from vitprune.tracing import Trace, is_pruned, pruning_of, watching
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 # the same images in other batches: sums in another order

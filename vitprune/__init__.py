@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from vitprune.data import load_images as load_images
     from vitprune.evaluation import compare as compare
     from vitprune.finetuning import finetune as finetune
-    from vitprune.pruner import Trace as Trace
     from vitprune.pruner import prune_ as prune_
     from vitprune.pruner import restore_ as restore_
-    from vitprune.pruner import trace as trace
     from vitprune.recipe import DataSpec as DataSpec
     from vitprune.recipe import EvaluateSpec as EvaluateSpec
     from vitprune.recipe import FinetuneSpec as FinetuneSpec
     from vitprune.recipe import PruningSpec as PruningSpec
     from vitprune.recipe import SplitSpec as SplitSpec
+    from vitprune.tracing import Trace as Trace
+    from vitprune.tracing import trace as trace
 
 __version__ = "0.1.0"
 
@@ -41,7 +41,7 @@ _HOMES = {
     "EvaluateSpec": "vitprune.recipe",
     "DataSpec": "vitprune.recipe",
     "PruningSpec": "vitprune.recipe",
-    "Trace": "vitprune.pruner",
+    "Trace": "vitprune.tracing",
     "calibrate": "vitprune.calibration",
     "compare": "vitprune.evaluation",
     "finetune": "vitprune.finetuning",
@@ -49,7 +49,7 @@ _HOMES = {
     "save": "vitprune.checkpoint",
     "prune_": "vitprune.pruner",
     "restore_": "vitprune.pruner",
-    "trace": "vitprune.pruner",
+    "trace": "vitprune.tracing",
 }
 __all__ = [
     "DataSpec",

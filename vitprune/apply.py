@@ -9,7 +9,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,11 +26,12 @@ from vitprune.data import Images, load_images
 from vitprune.evaluation import compare, describe_environment, measure_throughput
 from vitprune.finetuning import NonFiniteLoss, finetune, require_trainable
 from vitprune.planning import is_calibrated, require_images
-from vitprune.pruner import is_pruned, prune_, pruning_of
+from vitprune.pruner import prune_
 from vitprune.recipe import Recipe, SplitSpec
 from vitprune.recipe_errors import Problem, RecipeError
 from vitprune.report import model_card
 from vitprune.results import Comparison, Report
+from vitprune.tracing import is_pruned, pruning_of
 
 # different batches of the largest size that throughput is measured on
 TIMED_BATCHES = 3
@@ -84,6 +85,7 @@ class _Run:
     recipe: Recipe
     dense: PreTrainedModel
     pruned: PreTrainedModel
+    answers: tuple[Answers, Answers]
     processor: BaseImageProcessor
     tokenizer: PreTrainedTokenizerBase | None
     train: Images | None
@@ -120,29 +122,20 @@ class _Run:
             if recipe.finetune is not None:
                 require_trainable(train, recipe.finetune, has_classes=_has_classes(recipe, dense))
                 train, holdout = train.holdout(recipe.finetune.holdout, recipe.seed)
+        compared = read(recipe.data.eval)
+        classes_CE = _embed_classes(recipe, dense, tokenizer, compared)
         return cls(
             recipe=recipe,
             dense=dense,
             pruned=model,
+            answers=(Answers(dense, classes_CE), Answers(model, classes_CE)),
             processor=processor,
             tokenizer=tokenizer,
             train=train,
             holdout=holdout,
-            eval=read(recipe.data.eval),
+            eval=compared,
             is_main=state.is_main_process,
         )
-
-    @cached_property
-    def answers(self) -> tuple[Answers, Answers]:
-        """Dense and pruned model as functions of images."""
-        prompt, classes_CE = self.recipe.model.prompt, None
-        if prompt is not None:
-            names = self.eval.class_names
-            if names is None:
-                raise ValueError("model.prompt: the data names no classes; cast its labels to ClassLabel(names=[...])")
-            assert self.tokenizer is not None
-            classes_CE = embed_classes(self.dense, self.tokenizer, names, prompt)
-        return Answers(self.dense, classes_CE), Answers(self.pruned, classes_CE)
 
     def calibration_batches(self) -> list[Tensor]:
         spec = self.recipe.calibration
@@ -162,7 +155,7 @@ class _Run:
         except NonFiniteLoss as error:
             rescued = output.with_name(f"{output.name}.last-good")
             if self.is_main:
-                save(self.pruned, rescued, processor=self.processor, overwrite=True)
+                save(self.pruned, rescued, processor=self.processor, tokenizer=self.tokenizer, overwrite=True)
             raise NonFiniteLoss(f"{error}; the last good model is in {rescued}") from error
         _moved(self.pruned, _dtype(recipe))
         _moved(self.dense, _dtype(recipe))
@@ -200,6 +193,19 @@ class _Run:
 
 def _has_classes(recipe: Recipe, dense: PreTrainedModel) -> bool:
     return recipe.model.prompt is not None or Answers(dense).are_logits
+
+
+def _embed_classes(
+    recipe: Recipe, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, images: Images
+) -> Tensor | None:
+    """What a prompt says of the data's classes, (C, E); None without a prompt."""
+    if recipe.model.prompt is None:
+        return None
+    if images.class_names is None:
+        text = "needs names of the classes, but the data has none; cast its labels to ClassLabel(names=[...])"
+        raise RecipeError([Problem(("model", "prompt"), text)])
+    assert tokenizer is not None
+    return embed_classes(dense, tokenizer, images.class_names, recipe.model.prompt)
 
 
 def _load_images(recipe: Recipe, processor: BaseImageProcessor, dense: PreTrainedModel, split: SplitSpec) -> Images:

@@ -15,7 +15,7 @@ from tqdm.auto import tqdm
 
 from vitprune.anatomy import Inputs, first_image, run_backbone
 from vitprune.cost import CostModel
-from vitprune.pruner import Pruning, Trace, eval_mode, pruning_of, trace, watching
+from vitprune.tracing import Pruning, Trace, eval_mode, pruning_of, trace, watching
 
 # how near the calibrated ratio of MACs has to come to the budget
 TOLERANCE = 0.002

@@ -25,7 +25,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from vitprune.anatomy import Anatomy, examine
 from vitprune.families import supported
-from vitprune.pruner import SUBMODULE, is_pruned
+from vitprune.pruner import SUBMODULE
+from vitprune.tracing import is_pruned
 
 
 def load_config(checkpoint: str, revision: str | None = None) -> PreTrainedConfig:

@@ -27,9 +27,9 @@ from torch.nn import functional as F
 from vitprune.answers import Answers
 from vitprune.data import Images
 from vitprune.metrics import RANKED, RankedMetric, load_metric
-from vitprune.pruner import Trace, eval_mode, trace
 from vitprune.recipe import EvaluateSpec
 from vitprune.results import Comparison, Distribution, Environment, KeptPatches, Macs, MetricPair, Throughput, Timing
+from vitprune.tracing import Trace, eval_mode, trace
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 WARM_UP = 2  # forwards of each model before any that counts

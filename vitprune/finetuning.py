@@ -22,8 +22,8 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from vitprune.answers import Answers
 from vitprune.data import Images
 from vitprune.losses import budget_loss, distillation_loss, embedding_loss
-from vitprune.pruner import Trace, pruning_of, trace
 from vitprune.recipe import FinetuneSpec
+from vitprune.tracing import Trace, pruning_of, trace
 
 SNAPSHOT_STEPS = 100
 

@@ -148,15 +148,7 @@ CARD = """
 
 ## How to use it
 
-```python
-import vitprune  # teaches transformers to load it pruned
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-model = AutoModelForImageClassification.from_pretrained("{name}")
-processor = AutoImageProcessor.from_pretrained("{name}")
-```
-
-`pipeline("image-classification", "{name}")` works too, after `import vitprune`.
+{usage}
 
 ## Results
 
@@ -174,12 +166,36 @@ processor = AutoImageProcessor.from_pretrained("{name}")
 """
 
 
+CLASSIFIER = """\
+```python
+import vitprune  # teaches transformers to load it pruned
+from transformers import AutoImageProcessor, AutoModelForImageClassification
+
+model = AutoModelForImageClassification.from_pretrained("{name}")
+processor = AutoImageProcessor.from_pretrained("{name}")
+```
+
+`pipeline("image-classification", "{name}")` works too, after `import vitprune`."""
+
+OTHER = """\
+```python
+import vitprune
+from transformers import AutoImageProcessor
+
+model = vitprune.load("{name}")
+processor = AutoImageProcessor.from_pretrained("{name}")
+```
+
+The `from_pretrained` of the model's own class works too, after `import vitprune`."""
+
+
 def model_card(report: Report, name: str) -> str:
     """A Markdown model card with YAML front matter. `name`: how the model is to be loaded, a Hub id or a folder."""
     base, data = _asked(report.recipe, "model", "checkpoint"), _asked(report.recipe, "data", "path")
     body = CARD.format(
         name=name,
         introduction=_introduction(report, base),
+        usage=(CLASSIFIER if _task(report) == "image-classification" else OTHER).format(name=name),
         results=_results(report),
         images=report.comparison.images,
         data=_shown_name(data) or "one data set",
@@ -206,7 +222,7 @@ def _front_matter(report: Report, name: str, base: str | None, data: str | None)
     shown = _shown_name(data) or "unknown"
     results = [
         EvalResult(
-            task_type="image-classification",
+            task_type=_task(report),
             dataset_type=shown,
             dataset_name=shown,
             metric_type=metric,
@@ -216,13 +232,20 @@ def _front_matter(report: Report, name: str, base: str | None, data: str | None)
     ]
     return ModelCardData(
         library_name="transformers",
-        pipeline_tag="image-classification",
+        pipeline_tag=_task(report),
         tags=["vitprune", "token-pruning"],
         base_model=base if base and not _is_local(base) else None,
         datasets=[data] if data and not _is_local(data) else None,
         model_name=Path(name).name,
         eval_results=results or None,
     )
+
+
+def _task(report: Report) -> str:
+    """The Hub's name for what the model is for."""
+    if report.comparison.similarity is not None:
+        return "image-feature-extraction"
+    return "zero-shot-image-classification" if _asked(report.recipe, "model", "prompt") else "image-classification"
 
 
 def _asked(recipe: dict[str, Any], section: str, key: str) -> str | None:

@@ -1,0 +1,171 @@
+"""What a pruned model holds beyond the dense one (`Pruning`), and what its forwards did (`Trace`).
+
+Leaves attaching it to a model to `pruner`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from vitprune.anatomy import Anatomy
+from vitprune.blocks import Removable
+from vitprune.masked import MaskedPass
+from vitprune.packed import PackedPass
+from vitprune.recipe import PruningSpec
+from vitprune.stage import Policy
+
+PUBLISHED_TEMPERATURE = 1e-4
+# a threshold that keeps everything: what a stage has until it is calibrated
+KEEPS_ALL = -torch.inf
+
+watched_traces: ContextVar[tuple[Trace, ...]] = ContextVar("vitprune_traces", default=())
+
+
+class Pruning(nn.Module):
+    """What a pruned model knows beyond the dense one: `model.vitprune`, with timm `model.timm_model.vitprune`.
+
+    levels: parameter `thresholds` (stages,) for `select: threshold`, else buffer `keep_ratios` (stages,).
+    temperatures: (stages,), τ of the straight-through gradient.
+    All stay float32 whatever the model's dtype: thresholds live near 1/N.
+    """
+
+    temperatures: Tensor
+
+    def __init__(self, spec: PruningSpec, anatomy: Anatomy) -> None:
+        super().__init__()
+        self.spec = spec
+        self.before_blocks = anatomy.stages(spec)
+        self.num_prefix_tokens = anatomy.num_prefix_tokens
+        self.has_class_token = anatomy.has_class_token
+        self.cost = anatomy.cost
+        self.dense_attention = anatomy.backbone.config._attn_implementation or "sdpa"
+        self.handles: list[Removable] = []
+        count = len(self.before_blocks)
+        if spec.select == "threshold":
+            given = [KEEPS_ALL] * count if spec.thresholds == "calibrated" else list(spec.thresholds)
+            self.thresholds = nn.Parameter(torch.tensor(given, dtype=torch.float32))
+        else:
+            given = [1.0] * count if spec.keep_ratios == "calibrated" else list(spec.keep_ratios)
+            self.register_buffer("keep_ratios", torch.tensor(given, dtype=torch.float32))
+        temperature = spec.temperature or PUBLISHED_TEMPERATURE
+        self.register_buffer("temperatures", torch.full((count,), temperature, dtype=torch.float32))
+
+    @property
+    def levels(self) -> Tensor:
+        return self.get_parameter("thresholds") if self.spec.select == "threshold" else self.get_buffer("keep_ratios")
+
+    def policy(self) -> Policy:
+        return Policy(
+            self.spec,
+            self.before_blocks,
+            self.num_prefix_tokens,
+            self.has_class_token,
+            self.cost,
+            self.levels,
+            self.temperatures,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pruning:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.spec.score}, {self.spec.select}, {self.spec.dropped}, before blocks {self.before_blocks}"
+
+
+@dataclass(eq=False)
+class Trace:
+    """What forwards of a pruned model did, image after image in the order in which they came.
+
+    keep_masks: for each stage a bool (images, patches) over the original patches: those still tokens of their own.
+    macs: (images,) float64, multiply-accumulates executed for each image (in training: what inference would execute);
+        carries the gradient to the thresholds in training.
+    dense_macs: (images,) float64, the dense model's.
+    before_blocks: the stages.
+    """
+
+    pruning: Pruning
+    before_blocks: tuple[int, ...]
+    _keep_masks: list[list[Tensor]] = field(default_factory=list)
+    _macs: list[Tensor] = field(default_factory=list)
+    _dense_macs: list[Tensor] = field(default_factory=list)
+
+    @property
+    def keep_masks(self) -> list[Tensor]:
+        return [torch.cat(masks) for masks in zip(*self._keep_masks, strict=True)]
+
+    @property
+    def macs(self) -> Tensor:
+        return torch.cat(self._macs)
+
+    @property
+    def dense_macs(self) -> Tensor:
+        return torch.cat(self._dense_macs)
+
+    def level(self, stage: int, scores_BM: Tensor, valid_BM: Tensor, current: Tensor) -> Tensor:
+        """Called at each stage; a subclass may answer with a level of its own (calibration does)."""
+        return current
+
+    def record(self, state: PackedPass | MaskedPass) -> None:
+        """Takes over what a forward that ended well did."""
+        assert state.macs_B is not None
+        patches_B = state.dense_tokens_B - self.pruning.num_prefix_tokens
+        self._keep_masks.append(state.keep_masks)
+        self._macs.append(state.macs_B + self.pruning.cost.outside(patches_B))
+        self._dense_macs.append(self.pruning.cost.dense(patches_B, self.pruning.num_prefix_tokens))
+
+
+def pruning_of(model: nn.Module) -> Pruning:
+    """The `Pruning` of a model, also of one that is wrapped for distributed training.
+
+    Raises:
+        ValueError: the model isn't pruned.
+    """
+    found = next((module for module in model.modules() if isinstance(module, Pruning)), None)
+    if found is None:
+        raise ValueError(f"{type(model).__name__} isn't pruned; call vitprune.prune_(model, spec) first")
+    return found
+
+
+def is_pruned(model: nn.Module) -> bool:
+    return any(isinstance(module, Pruning) for module in model.modules())
+
+
+@contextmanager
+def trace(model: nn.Module) -> Iterator[Trace]:
+    """Records what the model's forwards inside the `with` do. Belongs to the thread that enters it."""
+    pruning = pruning_of(model)
+    with watching(Trace(pruning, pruning.before_blocks)) as watched:
+        yield watched
+
+
+@contextmanager
+def watching(watched: Trace) -> Iterator[Trace]:
+    """As `trace`, with a trace of one's own making."""
+    token = watched_traces.set((*watched_traces.get(), watched))
+    try:
+        yield watched
+    finally:
+        watched_traces.reset(token)
+
+
+@contextmanager
+def eval_mode(*models: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; afterwards each part has its own mode again, also when a forward fails."""
+    modes = [(module, module.training) for model in models for module in model.modules()]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
