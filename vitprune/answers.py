@@ -6,6 +6,7 @@ Knows where each kind of model keeps its answer; leaves what is done with it to 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -50,7 +51,11 @@ class Answers(nn.Module):
             if output.get(name) is not None:
                 return output[name]
         sequence_BND = output.last_hidden_state
-        return sequence_BND[:, 0] if examine(self.model).has_class_token else sequence_BND.mean(1)
+        return sequence_BND[:, 0] if self._has_class_token else sequence_BND.mean(1)
+
+    @cached_property
+    def _has_class_token(self) -> bool:
+        return examine(self.model).has_class_token
 
     def _classified(self, image_BE: Tensor) -> Tensor:
         if self.classes_CE is None:

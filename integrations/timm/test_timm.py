@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import samples
 import tiny
 import torch
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
@@ -48,6 +49,9 @@ tiny.FAMILIES_AND_POLICIES = [(family, policy) for family in tiny.FAMILIES for p
 import test_behaviour  # noqa: E402 - the suite reads what it runs over when it is imported
 
 import vitprune  # noqa: E402
+from vitprune.apply import apply  # noqa: E402
+from vitprune.planning import plan  # noqa: E402
+from vitprune.recipe import load_recipe  # noqa: E402
 
 # timm's wrapper has hidden states from another forward; two tests run over "vit" alone
 ELSEWHERE = {
@@ -58,6 +62,15 @@ ELSEWHERE = {
 globals().update({n: t for n, t in vars(test_behaviour).items() if n.startswith("test_") and n not in ELSEWHERE})
 
 EXACT = test_behaviour.EXACT
+RECIPE = """\
+version: 1
+model: {checkpoint: checkpoint}
+data: {path: data}
+pruning: {before_blocks: [2, 4]}
+budget: {macs: 60%}
+calibration: {images: 24, batch_size: 8}
+evaluate: {batch_sizes: []}
+"""
 
 
 def test_hidden_states_are_refused() -> None:
@@ -81,3 +94,17 @@ def test_what_is_no_plain_vision_transformer_is_refused() -> None:
         vitprune.prune_(
             TimmWrapperForImageClassification(config("swin_tiny_patch4_window7_224", {})), tiny.POLICIES["as-vit"]
         )
+
+
+def test_a_recipe_becomes_a_checkpoint(tmp_path: Path) -> None:
+    model = timm_model()
+    model.config.id2label = dict(enumerate(samples.NAMES))
+    model.config.pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
+    model.save_pretrained(tmp_path / "checkpoint")
+    samples.write_data(tmp_path / "data")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(RECIPE)
+    assert plan(load_recipe(recipe)).family == "timm_wrapper"
+    report = apply(load_recipe(recipe, [f"output.path={tmp_path / 'out'}"]))
+    assert report.comparison.macs.ratio == pytest.approx(0.6, abs=0.05)
+    assert vitprune.load(tmp_path / "out")(tiny.images(1)).logits.shape == (1, 5)
