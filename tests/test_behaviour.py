@@ -223,7 +223,7 @@ def test_hidden_states_are_dense_sequences(family: str, policy: str) -> None:
     own = trace.keep_masks[-1]
     last = hidden_states[-1]
     with torch.no_grad():
-        if anatomy.family.final_norm is not None:
+        if anatomy.final_norm is not anatomy.blocks[-1]:
             last = anatomy.final_norm(last)
         output = anatomy.backbone(**x).last_hidden_state
     assert_close(output[:, prefix:][own], last[:, prefix:][own], **FLOAT32)

@@ -125,16 +125,16 @@ def _dissect(model: PreTrainedModel, backbone: PreTrainedModel, family: Family, 
     path = family.blocks
     blocks = find_blocks(backbone) if path is None else tuple(backbone.get_submodule(path).children())
     assert blocks, f"{type(backbone).__name__} declares no block class"
-    pooling = None
-    if family.pooling is not None and getattr(backbone, family.pooling.split(".")[0], None) is not None:
-        pooling = backbone.get_submodule(family.pooling)
+    # some models have these or not, as their config says
+    modules = dict(backbone.named_modules())
+    final_norm = None if family.final_norm is None else modules.get(family.final_norm)
     return Anatomy(
         model_type=backbone.config.model_type,
         family=family,
         backbone=backbone,
         blocks=blocks,
-        final_norm=blocks[-1] if family.final_norm is None else backbone.get_submodule(family.final_norm),
-        pooling=pooling,
+        final_norm=final_norm or blocks[-1],
+        pooling=None if family.pooling is None else modules.get(family.pooling),
         inner=backbone.get_submodule(family.inner) if family.inner is not None else None,
         num_prefix_tokens=family.num_prefix_tokens(backbone),
         has_class_token=family.has_class_token(backbone),

@@ -19,7 +19,7 @@ class Family:
     classes: the model classes that work; the last hidden state means one thing to all of them.
     num_prefix_tokens: class, distillation and register tokens, which are never pruned; the class token is the first.
     final_norm: module of the backbone that works token by token behind the blocks, as does all before it; behind it the
-        dense sequence is wanted back. None: wanted back behind the last block.
+        dense sequence is wanted back. None, or one that the model doesn't have: behind the last block.
     has_class_token: without one, tokens are scored by the mean query's attention.
     blocks: path of the list of blocks, where the model declares no block class.
     has_interface: attention goes through transformers' interface; else the blocks' calls of torch's fused attention are
@@ -126,7 +126,9 @@ FAMILIES = {
     # Mean of the kept patches.
     "ijepa": Family(("IJepaForImageClassification", "IJepaModel"), _none, has_class_token=_never),
     # Mean of the kept tubes, or class token.
-    "videomae": Family(("VideoMAEForVideoClassification", "VideoMAEModel"), _none, None, _never, media="videos"),
+    "videomae": Family(
+        ("VideoMAEForVideoClassification", "VideoMAEModel"), _none, has_class_token=_never, media="videos"
+    ),
     "vivit": Family(("VivitForVideoClassification", "VivitModel"), media="videos"),
     # Mean of class and distillation token.
     "audio-spectrogram-transformer": Family(
