@@ -323,3 +323,10 @@ def test_a_stage_outside_the_blocks_is_named(family: str) -> None:
     assert anatomy.stages(PruningSpec(before_blocks=[1, 5])) == (1, 5)
     with pytest.raises(ValueError, match=r"before_blocks: stage 6 is outside the model's 6 blocks \(1 to 5\)"):
         anatomy.stages(PruningSpec(before_blocks=[2, 6]))
+
+
+def test_data2vec_needs_fused_attention() -> None:
+    config = hf.Data2VecVisionConfig(**tiny.BEIT)
+    config._attn_implementation = "eager"
+    with pytest.raises(ValueError, match="Data2VecVisionModel has eager attention; load it with attn_implementation"):
+        examine(hf.Data2VecVisionModel(config))

@@ -84,6 +84,8 @@ def examine(model: nn.Module) -> Anatomy:
         wrapped: Any = backbone.get_submodule(family.inner)
         if type(wrapped).__name__ != "VisionTransformer" or wrapped.attn_pool is not None:
             raise _unsupported(model, f"wraps timm's {type(wrapped).__name__}, no VisionTransformer that pools plainly")
+    elif not family.has_interface and backbone.config._attn_implementation == "eager":
+        raise ValueError(f"{type(model).__name__} has eager attention; load it with attn_implementation='sdpa'")
     return _dissect(model, backbone, family)
 
 
