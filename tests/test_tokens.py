@@ -10,7 +10,8 @@ from tiny import Tolerance
 from torch import Tensor
 from torch.testing import assert_close
 
-from vitprune.tokens import HALF_PRECISION_ROWS, NOBODY, Departure, Layout, TokenBatch, depart
+from vitprune.departure import Departure, depart
+from vitprune.tokens import HALF_PRECISION_ROWS, NOBODY, Layout, TokenBatch
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 # sums of a dozen float32 numbers, in another order

@@ -23,8 +23,9 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from vitprune.ghost_attention import GhostKeys, ghost_attention
 from vitprune.scoring import attention_row, head_weighted_attention, key_metric, mean_query
-from vitprune.tokens import HALF_PRECISION_KEY_ALIGNMENT, TokenBatch
+from vitprune.tokens import HALF_PRECISION_KEY_ALIGNMENT, Layout, Learning, TokenBatch
 
 NAME = "vitprune"
 MASKED_SOFTMAX_EPS = 1e-6
@@ -147,6 +148,7 @@ def attend(
             elif call.scores_of == "mean":
                 _record_scores(call, _masked_mean_row(query, key, scale, tokens), output)
         case TokenBatch() as batch:
+            assert not dropout, "finetuning refuses attention dropout"
             output_1THK, scores_T = packed_attention(query, key, value, batch, scale, bias_1HNN, call.scores_of)
             if scores_T is not None:
                 call.findings.attention_scores_BM = batch.pad(scores_T)
@@ -236,28 +238,41 @@ def packed_attention(
     bias_1HNN: added to the logits of each pair of tokens of the dense sequence.
     Returns the context vectors (1, T, H, K) and, if asked for, AS-ViT's score of each token (T,).
     """
-    layout = batch.layout
+    layout, learning = batch.layout, batch.learning
     outputs, rows = [], []
     # tokens before heads is how linear layers and the kernel lay them out
     queries, keys, values = (layout.split(x_1HTK[0].transpose(0, 1)) for x_1HTK in (q_1HTK, k_1HTK, v_1HTK))
     biases, positions = layout.split(batch.key_bias_T), layout.split(batch.positions_T)
+    ghosts = [None] * len(biases) if learning is None else _ghost_keys(layout, biases, learning)
     # nothing is added for a token without a position: −1 is the row and column of zeros at the end
     pairs_HPP = None if bias_1HNN is None else F.pad(bias_1HNN[0], (0, 1, 0, 1))
-    for q, k, v, key_bias_GL, positions_GL in zip(queries, keys, values, biases, positions, strict=True):
+    for q, k, v, key_bias_GL, positions_GL, ghost_keys in zip(
+        queries, keys, values, biases, positions, ghosts, strict=True
+    ):
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        bias = key_bias_GL[:, None, None]
-        if pairs_HPP is not None:
-            bias = bias + _pairs(pairs_HPP, positions_GL)
-        mask = bias.to(q.dtype).expand(-1, -1, q.shape[2], -1)
-        outputs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling).transpose(1, 2))
+        pairs = None if pairs_HPP is None else _pairs(pairs_HPP, positions_GL)
+        bias = key_bias_GL[:, None, None] if pairs is None else key_bias_GL[:, None, None] + pairs
+        if ghost_keys is not None:
+            output = ghost_attention(q, k, v, ghost_keys, scaling, pairs)
+        else:
+            mask = bias.to(q.dtype).expand(-1, -1, q.shape[2], -1)
+            output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+        outputs.append(output.transpose(1, 2))
+        seen_GL = None if ghost_keys is None else ghost_keys.mask_GL
         if scores_of == "class":
-            rows.append(attention_row(q[:, :, 0], k, scaling, bias[:, :, 0]).transpose(1, 2))
+            rows.append(attention_row(q[:, :, 0], k, scaling, bias[:, :, 0], seen_GL).transpose(1, 2))
         elif scores_of == "mean":
-            query = mean_query(q, key_bias_GL.exp())
-            rows.append(attention_row(query, k, scaling, key_bias_GL[:, None]).transpose(1, 2))
+            weights_GL = key_bias_GL.exp() if seen_GL is None else key_bias_GL.exp() * seen_GL
+            query = mean_query(q, weights_GL)
+            rows.append(attention_row(query, k, scaling, key_bias_GL[:, None], seen_GL).transpose(1, 2))
     output_THK = layout.join(outputs)
     scores_T = head_weighted_attention(layout.join(rows), _norms(output_THK)) if rows else None
     return output_THK[None], scores_T
+
+
+def _ghost_keys(layout: Layout, biases: list[Tensor], learning: Learning) -> list[GhostKeys]:
+    parts = (layout.split(x_T) for x_T in (learning.mask_T, learning.seen_T, learning.learns_T))
+    return [GhostKeys(*bucket) for bucket in zip(biases, *parts, strict=True)]
 
 
 def _pairs(bias_HPP: Tensor, positions_GL: Tensor) -> Tensor:

@@ -1,4 +1,7 @@
-"""One inference forward of a pruned model: tokens leave, the rest travels packed, (1, T, D).
+"""One forward of a pruned model in which tokens leave and the rest travels packed, (1, T, D).
+
+In inference those that leave are gone. A pass that learns keeps those near their threshold until the next stage, as
+ghosts, so that the gradient of the straight-through mask is the masked pass's but for what lies beyond `thresholds.BAND`.
 
 Shapes: B images, N tokens of an image in the dense sequence, T tokens of the batch laid end to end, D width.
 """
@@ -9,8 +12,10 @@ import torch
 from torch import Tensor
 
 from vitprune.attention import AttentionCall
-from vitprune.stage import Observer, Policy, decide, fuse_weights, stage_macs
-from vitprune.tokens import NOBODY, Departure, TokenBatch, depart
+from vitprune.departure import Departure, Teaching, depart
+from vitprune.stage import Decision, Observer, Policy, decide, fuse_weights, stage_macs
+from vitprune.thresholds import near_threshold, straight_through
+from vitprune.tokens import TokenBatch
 
 
 class PackedPass:
@@ -21,13 +26,15 @@ class PackedPass:
     macs_B: multiply-accumulates of the blocks and stages so far, float64.
     """
 
-    def __init__(self, policy: Policy, observers: tuple[Observer, ...]) -> None:
+    def __init__(self, policy: Policy, observers: tuple[Observer, ...], *, learns: bool = False) -> None:
         self.policy = policy
         self.observers = observers
+        self.learns = learns
         self.keep_masks: list[Tensor] = []
         self.macs_B: Tensor | None = None
         self.dense_tokens_B = torch.empty(0)
         self.num_tokens = 0
+        self._tokens_B = self.dense_tokens_B  # that are seen; with gradient where the pass learns
         self._batch: TokenBatch | None = None
         self._valid_BN: Tensor | None = None
         self._last: Tensor | None = None
@@ -48,7 +55,7 @@ class PackedPass:
             hidden_states = self._prune(policy.before_blocks.index(block), hidden_states)
         if self.observers:
             assert self.macs_B is not None
-            self.macs_B = self.macs_B + policy.cost.block(block, self._lengths_B())
+            self.macs_B = self.macs_B + policy.cost.block(block, self._tokens_B)
         stage_follows = block + 1 in policy.before_blocks
         self._call = AttentionCall(
             tokens=self._batch,
@@ -61,11 +68,11 @@ class PackedPass:
     def _begin(self, hidden_states: Tensor, valid_BN: Tensor | None) -> Tensor:
         images, self.num_tokens = hidden_states.shape[:2]
         self.macs_B = torch.zeros(images, dtype=torch.float64, device=hidden_states.device)
-        self.dense_tokens_B = torch.full_like(self.macs_B, self.num_tokens)
+        self._tokens_B = self.dense_tokens_B = torch.full_like(self.macs_B, self.num_tokens)
         if valid_BN is None:
             return hidden_states
         self._valid_BN = valid_BN
-        self.dense_tokens_B = valid_BN.sum(1).double()
+        self._tokens_B = self.dense_tokens_B = valid_BN.sum(1).double()
         self._batch, x_TD = depart(self._dense(hidden_states), hidden_states.flatten(0, 1), Departure(valid_BN))
         return x_TD[None]
 
@@ -77,7 +84,7 @@ class PackedPass:
         """True for tokens of the dense sequence that nobody stands for; None where somebody stands for each."""
         if self._batch is None:
             return None
-        absent_BN = self._batch.carriers_BN == NOBODY
+        absent_BN = ~self._batch.present_BN
         return absent_BN if absent_BN.any() else None
 
     def unpack(self, hidden_states: Tensor) -> Tensor:
@@ -100,25 +107,32 @@ class PackedPass:
         images, tokens = hidden_states.shape[:2]
         return TokenBatch.dense(images, tokens, self.policy.num_prefix_tokens, hidden_states.device)
 
-    def _lengths_B(self) -> Tensor:
-        assert self.macs_B is not None
-        if self._batch is None:
-            return self.dense_tokens_B
-        return self._batch.lengths_B.double()
-
     def _prune(self, stage: int, hidden_states: Tensor) -> Tensor:
         policy, batch = self.policy, self._batch
         if batch is None:
             batch = self._dense(hidden_states)
-        findings = self._call.findings
         positions_BM = batch.pad(batch.positions_T)
-        decision = decide(policy, stage, findings, batch.valid_BM, positions_BM, self.observers)
+        decision = decide(
+            policy, stage, self._call.findings, batch.valid_BM, positions_BM, self.observers, ask_all=self.learns
+        )
         weights_BM = fuse_weights(policy, decision) if policy.spec.dropped == "fuse" else None
-        departure = Departure(decision.keep_BM, decision.takers_BM, weights_BM)
+        teaching = self._teaching(stage, decision) if self.learns else None
+        departure = Departure(decision.keep_BM, decision.takers_BM, weights_BM, teaching)
         self._batch, x_TD = depart(batch, hidden_states.flatten(0, 1), departure)
         if self.observers:
             assert self.macs_B is not None
-            kept_B = decision.keep_BM.sum(1).double()
-            self.macs_B = self.macs_B + stage_macs(policy, batch.lengths_B.double(), kept_B)
+            counted_BM = decision.keep_BM if teaching is None else teaching.mask_BM
+            kept_B = counted_BM.sum(1).double()
+            self.macs_B = self.macs_B + stage_macs(policy, self._tokens_B, kept_B)
+            # `fuse` adds one
+            self._tokens_B = kept_B + (self._batch.lengths_B - decision.keep_BM.sum(1))
             self.keep_masks.append(self._batch.kept_patches())
         return x_TD[None]
+
+    def _teaching(self, stage: int, decision: Decision) -> Teaching:
+        policy = self.policy
+        if policy.spec.select != "threshold":
+            return Teaching(decision.keep_BM.float(), torch.zeros_like(decision.keep_BM))
+        level, temperature = decision.level, policy.temperatures[stage]
+        mask_BM = straight_through(decision.scores_BM, level, temperature, decision.keep_BM)
+        return Teaching(mask_BM, near_threshold(decision.scores_BM.detach(), level.detach(), temperature))

@@ -117,8 +117,11 @@ class _Begin:
         if self.inner is not None and kwargs.get("output_hidden_states"):
             raise ValueError("a pruned timm model gives out no hidden states; call vitprune.restore_(model) first")
         observers = tuple(t for t in watched_traces.get() if t.pruning is self.pruning)
-        kind = MaskedPass if module.training else PackedPass
-        running = RunningForward(kind(self.pruning.policy(), observers))
+        policy = self.pruning.policy()
+        if module.training and self.pruning.execution == "masked":
+            running = RunningForward(MaskedPass(policy, observers))
+        else:
+            running = RunningForward(PackedPass(policy, observers, learns=module.training))
         if self.inner is not None and self.inner.grad_checkpointing:
             vars(self.inner)["grad_checkpointing"] = False
             running.checkpoints = True

@@ -37,6 +37,9 @@ class _Spec(BaseModel):
     )
 
 
+Execution = Literal["packed", "masked"]
+
+
 class ModelSpec(_Spec):
     """The dense model to start from."""
 
@@ -223,6 +226,8 @@ class FinetuneSpec(_Spec):
     """What the training computes in beside float32."""
     augmentation: Literal["none", "light", "strong"] = "light"
     """How much training images are varied."""
+    execution: Execution = "packed"
+    """packed: tokens that no threshold learns from leave while training, too; masked: all stay, as published."""
     gradient_checkpointing: bool = False
     """Less memory for more time."""
     holdout: PositiveInt = 256

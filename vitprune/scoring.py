@@ -10,12 +10,21 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def attention_row(q_BHK: Tensor, k_BHMK: Tensor, scaling: float, bias_BHM: Tensor | None = None) -> Tensor:
-    """One query's row of the attention matrix, (B, H, M), float32: the one extra row that a score costs."""
+def attention_row(
+    q_BHK: Tensor, k_BHMK: Tensor, scaling: float, bias_BHM: Tensor | None = None, mask_BM: Tensor | None = None
+) -> Tensor:
+    """One query's row of the attention matrix, (B, H, M), float32: the one extra row that a score costs.
+
+    mask_BM: 0/1 with gradient, keys that are seen.
+    """
     logits_BHM = (k_BHMK @ q_BHK[..., None]).squeeze(-1).float() * scaling
     if bias_BHM is not None:
         logits_BHM = logits_BHM + bias_BHM
-    return logits_BHM.softmax(-1)
+    row_BHM = logits_BHM.softmax(-1)
+    if mask_BM is None:
+        return row_BHM
+    row_BHM = row_BHM * mask_BM[:, None]
+    return row_BHM / row_BHM.sum(-1, keepdim=True)
 
 
 def mean_query(q_BHMK: Tensor, sizes_BM: Tensor) -> Tensor:

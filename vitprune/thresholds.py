@@ -10,6 +10,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+# of a threshold's gradient on evenly spread scores the part 2/(1 + e^BAND) is left out: 0.2 %
+BAND = 7.0
+
 
 def above_threshold(scores_BM: Tensor, threshold: Tensor, at_least: int) -> Tensor:
     """bool (B, M): tokens with S(i) > θ, and in any case the `at_least` best of each image (prefix included)."""
@@ -40,6 +43,14 @@ def straight_through(scores_BM: Tensor, threshold: Tensor, temperature: Tensor, 
     gone_BM = scores_BM == -torch.inf  # against a threshold of −inf the difference would be NaN
     soft_BM = torch.sigmoid((scores_BM - threshold).masked_fill(gone_BM, -torch.inf) / temperature)
     return keep_BM.to(soft_BM.dtype) - soft_BM.detach() + soft_BM
+
+
+def near_threshold(scores_BM: Tensor, threshold: Tensor, temperature: Tensor) -> Tensor:
+    """bool (B, M): tokens whose mask has a gradient that matters, |S − θ| < `BAND`·τ.
+
+    Beyond it the gradient m(1 − m)/τ of each token is less than e^−BAND/τ, a part 4·e^−BAND of what it is at θ.
+    """
+    return (scores_BM - threshold).abs() < BAND * temperature
 
 
 def random_scores(positions_BM: Tensor, stage: int) -> Tensor:

@@ -17,7 +17,7 @@ from vitprune.anatomy import Anatomy
 from vitprune.blocks import Removable
 from vitprune.masked import MaskedPass
 from vitprune.packed import PackedPass
-from vitprune.recipe import PruningSpec
+from vitprune.recipe import Execution, PruningSpec
 from vitprune.stage import Policy
 
 PUBLISHED_TEMPERATURE = 1e-4
@@ -32,7 +32,8 @@ class Pruning(nn.Module):
 
     levels: parameter `thresholds` (stages,) for `select: threshold`, else buffer `keep_ratios` (stages,).
     temperatures: (stages,), τ of the straight-through gradient.
-    All stay float32 whatever the model's dtype: thresholds live near 1/N.
+    execution: how it trains: `masked` as published, or `packed`, where tokens leave that no threshold learns from.
+    All tensors stay float32 whatever the model's dtype: thresholds live near 1/N.
     """
 
     temperatures: Tensor
@@ -45,6 +46,7 @@ class Pruning(nn.Module):
         self.has_class_token = anatomy.has_class_token
         self.cost = anatomy.cost
         self.dense_attention = anatomy.backbone.config._attn_implementation or "sdpa"
+        self.execution: Execution = "masked"
         self.handles: list[Removable] = []
         count = len(self.before_blocks)
         if spec.select == "threshold":

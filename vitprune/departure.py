@@ -1,0 +1,213 @@
+"""How tokens leave a packed batch: those that stay move together, the others are left, merged or fused.
+
+Knows what becomes of hidden states, sizes and carriers; leaves to `stage` who leaves and to whom. In a training pass
+tokens near their threshold take part on both sides: those that leave linger as ghosts until the next stage, and what is
+given away has the gradient of 1 − m.
+
+Shapes: B images, N tokens of one image in the dense sequence, T rows before and T' after the stage, M tokens of the
+longest image before it, D width, X tokens that a mask names, in the order of their images.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from vitprune.tokens import NOBODY, Layout, Learning, TokenBatch
+
+
+@dataclass(frozen=True)
+class Teaching:
+    """What a threshold learns from at a stage.
+
+    mask_BM: 0/1 with the gradient of the straight-through mask.
+    near_BM: bool, tokens near enough to the threshold for that gradient to matter.
+    """
+
+    mask_BM: Tensor
+    near_BM: Tensor
+
+
+@dataclass(frozen=True)
+class Departure:
+    """Who leaves at a stage and who takes over. Tokens are numbered within their image.
+
+    keep_BM: bool, tokens that stay; False where there is none.
+    takers_BM: for a token that leaves, the token that stays and takes it in (`merge`); None for `leave` and `fuse`.
+    fuse_weights_BM: weights of the mean that becomes the extra token (`fuse`); None otherwise.
+    teaching: in training; None in inference.
+    """
+
+    keep_BM: Tensor
+    takers_BM: Tensor | None = None
+    fuse_weights_BM: Tensor | None = None
+    teaching: Teaching | None = None
+
+    @property
+    def leaves(self) -> bool:
+        """Whether what leaves is gone for good."""
+        return self.takers_BM is None and self.fuse_weights_BM is None
+
+
+@dataclass(frozen=True)
+class _Move:
+    """Which row before becomes which row after.
+
+    rows: of each place of the padded view, before and after: its own, or its taker's where it leaves.
+    ghosts: rows before and after of tokens that linger.
+    """
+
+    layout: Layout
+    slots_BM: Tensor
+    rows: tuple[Tensor, Tensor]
+    kept: tuple[Tensor, Tensor]
+    ghosts: tuple[Tensor, Tensor] | None
+
+
+def depart(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[TokenBatch, Tensor]:
+    """Removes tokens from a packed batch; returns the new batch and its hidden states (T', D)."""
+    move = _plan(batch, x_TD, departure)
+    before, after = move.kept
+    # what isn't a token that stays, fillers and tokens that `fuse` adds, begins as a copy of the image's first
+    source_T = batch.starts_B.index_select(0, move.layout.images(x_TD.device)).index_copy_(0, after, before)
+    positions_T = torch.full_like(source_T, NOBODY)
+    positions_T.index_copy_(0, after, batch.positions_T.index_select(0, before))
+    if move.ghosts is not None:
+        source_T.index_copy_(0, move.ghosts[1], move.ghosts[0])
+        positions_T.index_copy_(0, move.ghosts[1], batch.positions_T.index_select(0, move.ghosts[0]))
+    y_TD = x_TD.index_select(0, source_T)
+    sizes_T = learns_T = None
+    if not departure.leaves:
+        y_TD, sizes_T, learns_T = _give(batch, x_TD, y_TD, departure, move)
+    carriers_BN = _redirect(batch, move.slots_BM)
+    learning = None
+    if departure.teaching is not None:
+        learning = _learning(departure, departure.teaching, move, learns_T)
+        if departure.leaves and move.ghosts is not None:
+            # nobody takes a ghost in: it stands for itself
+            images_T, slots_T = move.layout.images(x_TD.device), move.layout.slots(x_TD.device)
+            carriers_BN[images_T[move.ghosts[1]], positions_T[move.ghosts[1]]] = slots_T[move.ghosts[1]]
+    return TokenBatch(move.layout, batch.num_prefix_tokens, positions_T, sizes_T, carriers_BN, learning), y_TD
+
+
+def _plan(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> _Move:
+    keep_BM = departure.keep_BM
+    slots_BM, lengths_B = _destinations(batch, departure)
+    linger_BM = ghosts_B = None
+    if departure.teaching is not None:
+        linger_BM = departure.teaching.near_BM & ~keep_BM
+        ghosts_B = linger_BM.sum(1)
+        lengths, ghosts = torch.stack([lengths_B, ghosts_B]).tolist()
+    else:
+        lengths, ghosts = lengths_B.tolist(), ()
+    layout = Layout.fitting(lengths, ghosts, x_TD)
+    starts_B1 = torch.tensor(layout.starts, device=x_TD.device)[:, None]
+    before = batch.index_BM.flatten()
+    rows = before, (starts_B1 + slots_BM).flatten()
+    lingering = None
+    if linger_BM is not None:
+        ghost_slots_BM = lengths_B[:, None] + linger_BM.cumsum(1) - 1
+        lingering = _select((before, (starts_B1 + ghost_slots_BM).flatten()), linger_BM)
+    return _Move(layout, slots_BM, rows, _select(rows, keep_BM), lingering)
+
+
+def _destinations(batch: TokenBatch, departure: Departure) -> tuple[Tensor, Tensor]:
+    """Which of its image's tokens each token is or becomes part of, (B, M), and how many an image has then, (B,)."""
+    keep_BM, takers_BM = departure.keep_BM, departure.takers_BM
+    slots_BM = keep_BM.cumsum(1) - 1
+    kept_B = slots_BM[:, -1] + 1
+    if takers_BM is not None:
+        return torch.where(keep_BM, slots_BM, slots_BM.gather(1, takers_BM)), kept_B
+    if departure.fuse_weights_BM is not None:  # one more at the end of an image that loses something
+        return torch.where(keep_BM, slots_BM, kept_B[:, None]), kept_B + (kept_B < batch.lengths_B)
+    return torch.where(keep_BM, slots_BM, NOBODY), kept_B
+
+
+def _give(
+    batch: TokenBatch, x_TD: Tensor, y_TD: Tensor, departure: Departure, move: _Move
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Hands tokens that leave to their takers; returns hidden states, sizes and, in training, whose sizes learn."""
+    leave_BM, teaching = batch.valid_BM & ~departure.keep_BM, departure.teaching
+    gives_BM, takers = leave_BM, move.rows[1]
+    if teaching is not None:  # those that stay give nothing, but with a gradient
+        gives_BM = leave_BM | (teaching.near_BM & leave_BM.any(1, keepdim=True))
+        takers = _takers_of_all(batch, departure, move)
+    left, takers = _select((move.rows[0], takers), gives_BM)
+    old_sizes_T = x_TD.new_ones(len(x_TD), dtype=torch.float32) if batch.sizes_T is None else batch.sizes_T
+    given = old_sizes_T.index_select(0, left)
+    if teaching is not None:
+        amounts = 1 - teaching.mask_BM[gives_BM]
+        given = given * amounts
+    sizes_T = old_sizes_T.new_zeros(len(y_TD))
+    for moved in (move.kept, move.ghosts):
+        if moved is not None:
+            sizes_T = sizes_T.index_copy(0, moved[1], old_sizes_T.index_select(0, moved[0]))
+    sizes_T = sizes_T.index_add(0, takers, given)
+    states = x_TD.index_select(0, left)
+    if departure.fuse_weights_BM is None:
+        _merge_(y_TD, states, takers, given / sizes_T.index_select(0, takers))
+    else:
+        weights = departure.fuse_weights_BM[gives_BM] + torch.finfo(torch.float32).tiny
+        _fuse_(y_TD, states, takers, weights if teaching is None else weights * amounts)
+    if teaching is None:
+        return y_TD, sizes_T, None
+    learns_T = torch.zeros(len(y_TD), dtype=torch.bool, device=y_TD.device)
+    if batch.learning is not None:
+        learns_T.index_copy_(0, move.kept[1], batch.learning.learns_T.index_select(0, move.kept[0]))
+    learns_T[takers[teaching.near_BM[gives_BM]]] = True
+    # who takes in a token whose own size learns, learns too
+    if batch.learning is not None:
+        learns_T[takers[batch.learning.learns_T.index_select(0, left)]] = True
+    return y_TD, sizes_T, learns_T
+
+
+def _takers_of_all(batch: TokenBatch, departure: Departure, move: _Move) -> Tensor:
+    """Row after the stage that takes each token in, or would if it left, (B·M,)."""
+    starts_B1 = torch.tensor(move.layout.starts, device=move.slots_BM.device)[:, None]
+    if departure.takers_BM is None:  # `fuse`: the extra token behind those that stay
+        return (starts_B1 + departure.keep_BM.sum(1, keepdim=True)).expand_as(move.slots_BM).flatten()
+    return (starts_B1 + move.slots_BM.gather(1, departure.takers_BM)).flatten()
+
+
+def _learning(departure: Departure, teaching: Teaching, move: _Move, learns_T: Tensor | None) -> Learning:
+    images_T, slots_T = move.layout.images(teaching.mask_BM.device), move.layout.slots(teaching.mask_BM.device)
+    # tokens that `fuse` adds are seen too, though no mask speaks of them
+    seen_T = slots_T < torch.tensor(move.layout.lengths, device=slots_T.device).index_select(0, images_T)
+    mask_T = seen_T.float().index_copy(0, move.kept[1], teaching.mask_BM[departure.keep_BM])
+    learns_T = torch.zeros_like(seen_T) if learns_T is None else learns_T
+    near_X = teaching.near_BM[departure.keep_BM]
+    learns_T = learns_T.index_copy(0, move.kept[1], near_X | learns_T.index_select(0, move.kept[1]))
+    if move.ghosts is not None:
+        linger_BM = teaching.near_BM & ~departure.keep_BM
+        mask_T = mask_T.index_copy(0, move.ghosts[1], teaching.mask_BM[linger_BM])
+        learns_T = learns_T.index_fill(0, move.ghosts[1], True)
+    return Learning(mask_T, seen_T, learns_T)
+
+
+def _select(rows: tuple[Tensor, Tensor], mask_BM: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows before and after a stage of the tokens in a mask."""
+    index = mask_BM.flatten().nonzero().squeeze(1)
+    return rows[0].index_select(0, index), rows[1].index_select(0, index)
+
+
+def _merge_(y_TD: Tensor, left: Tensor, takers: Tensor, shares: Tensor) -> None:
+    """Makes takers the mean by size; written as a change of theirs, so that only what leaves is touched."""
+    y_TD.index_add_(0, takers, (left - y_TD.index_select(0, takers)) * shares[:, None].to(y_TD.dtype))
+
+
+def _fuse_(y_TD: Tensor, left: Tensor, takers: Tensor, weights: Tensor) -> None:
+    """Makes takers the weighted mean of what leaves, summed in float32 (EViT, arXiv 2202.07800)."""
+    extra, index = takers.unique_consecutive(return_inverse=True)
+    totals = weights.new_zeros(len(extra)).index_add(0, index, weights)
+    shares = weights / totals.index_select(0, index)
+    means = weights.new_zeros(len(extra), y_TD.shape[1]).index_add(0, index, left * shares[:, None])
+    y_TD.index_copy_(0, extra, means.to(y_TD.dtype))
+
+
+def _redirect(batch: TokenBatch, slots_BM: Tensor) -> Tensor:
+    carriers_BN = batch.carriers_BN
+    if batch.learning is not None:  # ghosts of the stage before are gone now
+        carriers_BN = torch.where(batch.present_BN, carriers_BN, NOBODY)
+    return torch.where(carriers_BN == NOBODY, NOBODY, slots_BM.gather(1, carriers_BN.clamp(min=0)))
