@@ -5,11 +5,12 @@ from __future__ import annotations
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import tiny
 import torch
+import transformers as hf
 from tiny import Inputs, Tolerance
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -18,9 +19,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 import vitprune
-from vitprune import attention, tokens
+from vitprune import attention, thresholds, tokens
 from vitprune.anatomy import examine
-from vitprune.recipe import PruningSpec
+from vitprune.recipe import Execution, PruningSpec
 from vitprune.tracing import pruning_of
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
@@ -29,6 +30,8 @@ FLOAT32 = Tolerance(rtol=1e-5, atol=1e-5)
 PUBLISHED_EPS = Tolerance(rtol=1e-2, atol=5e-3)
 # a batch's similarity matrices are padded to its largest image, which MACs per image leave out
 PADDING = Tolerance(rtol=3e-3, atol=0.0)
+# of each parameter, against its largest: sums in another order
+GRADIENTS = Tolerance(rtol=1e-3, atol=2e-4)
 COUNTED = Tolerance(rtol=1e-9, atol=0.0)
 BFLOAT16 = Tolerance(rtol=0.1, atol=0.1)
 
@@ -50,16 +53,18 @@ def run(model: PreTrainedModel, x: Inputs) -> tuple[Tensor, vitprune.Trace]:
 
 @every_family
 @pytest.mark.parametrize("dropped", ["leave", "fuse", "merge"])
-@pytest.mark.parametrize("mode", ["train", "eval"])
+@pytest.mark.parametrize("mode", ["masked", "packed", "eval"])
 def test_keeping_everything_is_the_dense_model(
-    family: str, dropped: Literal["leave", "fuse", "merge"], mode: str
+    family: str, dropped: Literal["leave", "fuse", "merge"], mode: Literal["masked", "packed", "eval"]
 ) -> None:
     spec = PruningSpec(score="head-weighted-class-attention", before_blocks=[2, 4], dropped=dropped)
     model, x = pruned(family, spec), tiny.inputs(family, 3)
-    ours, trace = run(model.train(mode == "train"), x)
+    if mode != "eval":
+        pruning_of(model).execution = mode
+    ours, trace = run(model.train(mode != "eval"), x)
     with torch.no_grad():
         dense = tiny.answer(tiny.forward(tiny.build(family), x))
-    assert_close(ours, dense, **(PUBLISHED_EPS if mode == "train" else FLOAT32))
+    assert_close(ours, dense, **(PUBLISHED_EPS if mode == "masked" else FLOAT32))
     patches = x.get("pixel_attention_mask", torch.ones_like(trace.keep_masks[0])).bool()
     assert all(torch.equal(mask, patches) for mask in trace.keep_masks)
 
@@ -116,10 +121,54 @@ def test_dense_macs_are_what_is_executed(family: str) -> None:
     assert_close(trace.dense_macs.sum().item(), counter.get_total_flops() / 2, **COUNTED)
 
 
+def gradients(model: PreTrainedModel, x: Inputs, execution: Execution) -> tuple[Tensor, dict[str, Tensor]]:
+    """What a training pass answers, and all gradients of a loss with a share for the MACs."""
+    pruning_of(model).execution = execution
+    model.zero_grad()
+    with vitprune.trace(model) as trace:
+        answer = tiny.answer(tiny.forward(model.train(), x))
+    torch.manual_seed(0)
+    loss = (answer * torch.randn_like(answer)).mean() + (trace.macs / trace.dense_macs).mean()
+    loss.backward()
+    return answer.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
 @every_family_and_policy
-def test_a_training_step_reaches_what_it_should(family: str, policy: str) -> None:
+def test_packed_training_has_the_gradients_of_masked(family: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # with every token near its threshold nothing is left out, and the two are the same function
+    monkeypatch.setattr(attention, "MASKED_SOFTMAX_EPS", 0.0)
+    monkeypatch.setattr(thresholds, "BAND", 1e20)
+    spec = tiny.POLICIES[policy].model_copy(update={"temperature": 1e-2})
+    model, x = pruned(family, spec), tiny.inputs(family, 3)
+    masked, masked_gradients = gradients(model, x, "masked")
+    packed, packed_gradients = gradients(model, x, "packed")
+    assert_close(packed, masked, **FLOAT32)
+    assert packed_gradients.keys() == masked_gradients.keys()
+    largest = max(expected.abs().max().item() for expected in masked_gradients.values())
+    for name, expected in masked_gradients.items():
+        # some are 0 but for rounding: nothing depends on the bias of all keys
+        scale = max(expected.abs().max().item(), 1e-2 * largest)
+        assert_close(packed_gradients[name] / scale, expected / scale, **GRADIENTS, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@every_family_and_policy
+def test_packed_training_sees_what_inference_sees(family: str, policy: str) -> None:
+    model, x = pruned(family, policy), tiny.inputs(family, 4)
+    inferred, trace = run(model.eval(), x)
+    pruning_of(model).execution = "packed"
+    trained, training = run(model.train(), x)
+    assert_close(trained, inferred, **FLOAT32)
+    assert_close(training.macs, trace.macs, **COUNTED)
+    for ours, theirs in zip(training.keep_masks, trace.keep_masks, strict=True):
+        assert torch.equal(ours, theirs)
+
+
+@every_family_and_policy
+@pytest.mark.parametrize("execution", get_args(Execution))
+def test_a_training_step_reaches_what_it_should(family: str, policy: str, execution: Execution) -> None:
     spec = tiny.POLICIES[policy].model_copy(update={"temperature": 1e-2})
     model = pruned(family, spec).train()
+    pruning_of(model).execution = execution
     with vitprune.trace(model) as trace:
         loss = (
             tiny.answer(tiny.forward(model, tiny.inputs(family, 3))).square().mean()
@@ -140,15 +189,31 @@ def test_a_training_step_reaches_what_it_should(family: str, policy: str) -> Non
 
 @every_family
 @pytest.mark.parametrize("policy", ["as-vit-merge", "redundancy-merge", "as-vit-fuse"])
-def test_gradient_checkpointing_changes_nothing(family: str, policy: str) -> None:
-    gradients = []
+@pytest.mark.parametrize("execution", get_args(Execution))
+def test_gradient_checkpointing_changes_nothing(family: str, policy: str, execution: Execution) -> None:
+    found = []
     for checkpointing in (False, True):
-        model = pruned(family, policy).train()
+        model = pruned(family, policy)
         if checkpointing:
             model.activation_checkpointing_enable()
-        tiny.answer(tiny.forward(model, tiny.inputs(family, 3))).square().mean().backward()
-        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
-    assert_close(gradients[0], gradients[1], **FLOAT32)
+        found.append(gradients(model, tiny.inputs(family, 3), execution))
+    assert_close(found[0], found[1], **FLOAT32)
+
+
+@pytest.mark.parametrize("execution", get_args(Execution))
+def test_stochastic_depth_is_drawn_for_each_image(execution: Execution) -> None:
+    """An image whose every residual branch is dropped leaves the blocks as it came, whatever its neighbours do."""
+    model = hf.Dinov2Model(hf.Dinov2Config(**tiny.SHAPE, mlp_ratio=2, drop_path_rate=0.9))
+    vitprune.prune_(model, tiny.POLICIES["as-vit-merge"])
+    pruning_of(model).execution = execution
+    x = tiny.inputs("dinov2", 64)
+    with torch.no_grad():
+        embedded = model.embeddings(**x)
+        torch.manual_seed(0)
+        output = model.train()(**x, output_hidden_states=True).hidden_states
+    # of the class token, behind blocks 4 and 5, where tokens have left
+    unchanged = torch.isclose(output[-1][:, 0], output[-2][:, 0]).all(-1)
+    assert 0 < unchanged.sum() < len(embedded)
 
 
 @every_family

@@ -30,7 +30,7 @@ class Anatomy:
     backbone: the innermost module whose forward takes the image.
     blocks: the transformer blocks in order.
     final_norm: behind its output the dense sequence comes back; the last block where there is none.
-    pooling, inner: as in `Family`.
+    pooling, inner, reads_patches: as in `Family`.
     is_generic: no entry names the model; its parts were found by looking.
     """
 
@@ -43,6 +43,7 @@ class Anatomy:
     inner: nn.Module | None
     num_prefix_tokens: int
     has_class_token: bool
+    reads_patches: bool
     cost: CostModel
     is_generic: bool = False
 
@@ -140,6 +141,7 @@ def _dissect(model: PreTrainedModel, backbone: PreTrainedModel, family: Family, 
         inner=backbone.get_submodule(family.inner) if family.inner is not None else None,
         num_prefix_tokens=family.num_prefix_tokens(backbone),
         has_class_token=family.has_class_token(backbone),
+        reads_patches=family.reads_patches(model),
         cost=_cost(model, blocks, *family.heads(backbone)),
         is_generic=is_generic,
     )

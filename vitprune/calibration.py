@@ -20,8 +20,11 @@ from vitprune.tracing import Pruning, Trace, eval_mode, pruning_of, trace, watch
 # how near the calibrated ratio of MACs has to come to the budget
 TOLERANCE = 0.002
 MAX_PASSES = 10
-# τ as a part of the score's spread: the paper's 1e-4 for a class-attention score at 196 patches
-TEMPERATURE_OF_SPREAD = 0.02
+# τ is so wide that this part of a stage's scores lies within τ to one side of the threshold: about what the paper's
+# 1e-4 holds at 196 patches
+TEMPERATURE_SHARE = 0.005
+# how far around a threshold its scores' density is looked at, as a part of the scores
+NEIGHBOURHOOD = 0.1
 
 
 @dataclass(frozen=True)
@@ -137,18 +140,18 @@ class _LevelSetter(Trace):
 
     rate: float = 0.0
     found: dict[int, list[Tensor]] = field(default_factory=dict)
-    spreads: dict[int, list[Tensor]] = field(default_factory=dict)
+    temperatures: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def level(self, stage: int, scores_BM: Tensor, valid_BM: Tensor, current: Tensor) -> Tensor:
         rate = torch.tensor(self.rate, device=scores_BM.device)
         scores = scores_BM[scores_BM.isfinite()]
-        if len(scores) > 1:
-            self.spreads.setdefault(stage, []).append(scores.std())
         if self.pruning.spec.select == "threshold":
             if not len(scores):  # anchors only: nothing can leave, whatever the level
                 return current
             patches = valid_BM.sum() - len(valid_BM) * self.pruning.num_prefix_tokens
-            level = scores.quantile((rate * patches / len(scores)).clamp(0, 1).float())
+            place = (rate * patches / len(scores)).clamp(0, 1).float()
+            level = scores.quantile(place)
+            self.temperatures.setdefault(stage, []).append(_temperature(scores, place))
         else:
             level = 1 - rate
         self.found.setdefault(stage, []).append(level)
@@ -159,9 +162,16 @@ class _LevelSetter(Trace):
         with torch.no_grad():
             for stage, levels in self.found.items():
                 self.pruning.levels[stage] = torch.stack(levels).mean()
-                if self.pruning.spec.temperature is None and stage in self.spreads:
-                    spread = torch.stack(self.spreads[stage]).mean()
-                    self.pruning.temperatures[stage] = TEMPERATURE_OF_SPREAD * spread
+                if self.pruning.spec.temperature is None and stage in self.temperatures:
+                    temperature = torch.stack(self.temperatures[stage]).mean()
+                    if temperature > 0:
+                        self.pruning.temperatures[stage] = temperature
+
+
+def _temperature(scores: Tensor, place: Tensor) -> Tensor:
+    """Distance from the score at quantile `place` within which `TEMPERATURE_SHARE` of the scores lie, to one side."""
+    low, high = (place - NEIGHBOURHOOD).clamp(min=0), (place + NEIGHBOURHOOD).clamp(max=1)
+    return TEMPERATURE_SHARE * (scores.quantile(high) - scores.quantile(low)) / (high - low)
 
 
 def _scale(pruning: Pruning, passes: _Passes, budget: float) -> float:

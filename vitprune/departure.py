@@ -1,8 +1,8 @@
 """How tokens leave a packed batch: those that stay move together, the others are left, merged or fused.
 
 Knows what becomes of hidden states, sizes and carriers; leaves to `stage` who leaves and to whom. In a training pass
-tokens near their threshold take part on both sides: those that leave linger as ghosts until the next stage, and what is
-given away has the gradient of 1 − m.
+tokens near their threshold take part on both sides: those that leave linger as ghosts, and what is given away has the
+gradient of 1 − m.
 
 Shapes: B images, N tokens of one image in the dense sequence, T rows before and T' after the stage, M tokens of the
 longest image before it, D width, X tokens that a mask names, in the order of their images.
@@ -24,10 +24,12 @@ class Teaching:
 
     mask_BM: 0/1 with the gradient of the straight-through mask.
     near_BM: bool, tokens near enough to the threshold for that gradient to matter.
+    lasting: ghosts stay to the end instead of until the next stage.
     """
 
     mask_BM: Tensor
     near_BM: Tensor
+    lasting: bool = False
 
 
 @dataclass(frozen=True)
@@ -56,27 +58,31 @@ class _Move:
     """Which row before becomes which row after.
 
     rows: of each place of the padded view, before and after: its own, or its taker's where it leaves.
-    ghosts: rows before and after of tokens that linger.
+    lingering, lasting: rows of ghosts that come into being and of those that were ghosts before.
     """
 
     layout: Layout
     slots_BM: Tensor
     rows: tuple[Tensor, Tensor]
     kept: tuple[Tensor, Tensor]
-    ghosts: tuple[Tensor, Tensor] | None
+    lingering: tuple[Tensor, Tensor] | None = None
+    lasting: tuple[Tensor, Tensor] | None = None
+
+    @property
+    def itself(self) -> list[tuple[Tensor, Tensor]]:
+        """Everything that goes on as what it was: tokens that stay and ghosts."""
+        return [moved for moved in (self.kept, self.lingering, self.lasting) if moved is not None]
 
 
 def depart(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[TokenBatch, Tensor]:
     """Removes tokens from a packed batch; returns the new batch and its hidden states (T', D)."""
     move = _plan(batch, x_TD, departure)
-    before, after = move.kept
     # what isn't a token that stays, fillers and tokens that `fuse` adds, begins as a copy of the image's first
-    source_T = batch.starts_B.index_select(0, move.layout.images(x_TD.device)).index_copy_(0, after, before)
+    source_T = batch.starts_B.index_select(0, move.layout.images(x_TD.device))
     positions_T = torch.full_like(source_T, NOBODY)
-    positions_T.index_copy_(0, after, batch.positions_T.index_select(0, before))
-    if move.ghosts is not None:
-        source_T.index_copy_(0, move.ghosts[1], move.ghosts[0])
-        positions_T.index_copy_(0, move.ghosts[1], batch.positions_T.index_select(0, move.ghosts[0]))
+    for before, after in move.itself:
+        source_T.index_copy_(0, after, before)
+        positions_T.index_copy_(0, after, batch.positions_T.index_select(0, before))
     y_TD = x_TD.index_select(0, source_T)
     sizes_T = learns_T = None
     if not departure.leaves:
@@ -85,32 +91,39 @@ def depart(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[Token
     learning = None
     if departure.teaching is not None:
         learning = _learning(departure, departure.teaching, move, learns_T)
-        if departure.leaves and move.ghosts is not None:
+        if departure.leaves and move.lingering is not None:
             # nobody takes a ghost in: it stands for itself
             images_T, slots_T = move.layout.images(x_TD.device), move.layout.slots(x_TD.device)
-            carriers_BN[images_T[move.ghosts[1]], positions_T[move.ghosts[1]]] = slots_T[move.ghosts[1]]
+            after = move.lingering[1]
+            carriers_BN[images_T[after], positions_T[after]] = slots_T[after]
     return TokenBatch(move.layout, batch.num_prefix_tokens, positions_T, sizes_T, carriers_BN, learning), y_TD
 
 
 def _plan(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> _Move:
-    keep_BM = departure.keep_BM
+    keep_BM, teaching = departure.keep_BM, departure.teaching
     slots_BM, lengths_B = _destinations(batch, departure)
-    linger_BM = ghosts_B = None
-    if departure.teaching is not None:
-        linger_BM = departure.teaching.near_BM & ~keep_BM
-        ghosts_B = linger_BM.sum(1)
-        lengths, ghosts = torch.stack([lengths_B, ghosts_B]).tolist()
-    else:
-        lengths, ghosts = lengths_B.tolist(), ()
-    layout = Layout.fitting(lengths, ghosts, x_TD)
-    starts_B1 = torch.tensor(layout.starts, device=x_TD.device)[:, None]
     before = batch.index_BM.flatten()
-    rows = before, (starts_B1 + slots_BM).flatten()
-    lingering = None
-    if linger_BM is not None:
-        ghost_slots_BM = lengths_B[:, None] + linger_BM.cumsum(1) - 1
-        lingering = _select((before, (starts_B1 + ghost_slots_BM).flatten()), linger_BM)
-    return _Move(layout, slots_BM, rows, _select(rows, keep_BM), lingering)
+    if teaching is None:
+        layout = Layout.fitting(lengths_B.tolist(), (), x_TD)
+        starts_B = torch.tensor(layout.starts, device=x_TD.device)
+        rows = before, (starts_B[:, None] + slots_BM).flatten()
+        return _Move(layout, slots_BM, rows, _select(rows, keep_BM))
+    linger_BM = teaching.near_BM & ~keep_BM
+    counts_B = linger_BM.sum(1)
+    lengths, counts = torch.stack([lengths_B, counts_B]).tolist()
+    old_counts = batch.layout.ghosts if teaching.lasting else ()
+    ghosts = [sum(pair) for pair in zip(counts, old_counts, strict=True)] if old_counts else counts
+    layout = Layout.fitting(lengths, ghosts, x_TD)
+    starts_B = torch.tensor(layout.starts, device=x_TD.device)
+    rows = before, (starts_B[:, None] + slots_BM).flatten()
+    first_ghosts_B = starts_B + lengths_B
+    lingering = _select((before, (first_ghosts_B[:, None] + linger_BM.cumsum(1) - 1).flatten()), linger_BM)
+    lasting = None
+    if old_counts:
+        old, images = batch.ghost_rows
+        places = old - (batch.starts_B + batch.lengths_B).index_select(0, images)
+        lasting = old, (first_ghosts_B + counts_B).index_select(0, images) + places
+    return _Move(layout, slots_BM, rows, _select(rows, keep_BM), lingering, lasting)
 
 
 def _destinations(batch: TokenBatch, departure: Departure) -> tuple[Tensor, Tensor]:
@@ -132,7 +145,9 @@ def _give(
     leave_BM, teaching = batch.valid_BM & ~departure.keep_BM, departure.teaching
     gives_BM, takers = leave_BM, move.rows[1]
     if teaching is not None:  # those that stay give nothing, but with a gradient
-        gives_BM = leave_BM | (teaching.near_BM & leave_BM.any(1, keepdim=True))
+        gives_BM = leave_BM | teaching.near_BM
+        if departure.takers_BM is None:  # nobody is there to take where nothing is fused
+            gives_BM = gives_BM & leave_BM.any(1, keepdim=True)
         takers = _takers_of_all(batch, departure, move)
     left, takers = _select((move.rows[0], takers), gives_BM)
     old_sizes_T = x_TD.new_ones(len(x_TD), dtype=torch.float32) if batch.sizes_T is None else batch.sizes_T
@@ -141,9 +156,8 @@ def _give(
         amounts = 1 - teaching.mask_BM[gives_BM]
         given = given * amounts
     sizes_T = old_sizes_T.new_zeros(len(y_TD))
-    for moved in (move.kept, move.ghosts):
-        if moved is not None:
-            sizes_T = sizes_T.index_copy(0, moved[1], old_sizes_T.index_select(0, moved[0]))
+    for before, after in move.itself:
+        sizes_T = sizes_T.index_copy(0, after, old_sizes_T.index_select(0, before))
     sizes_T = sizes_T.index_add(0, takers, given)
     states = x_TD.index_select(0, left)
     if departure.fuse_weights_BM is None:
@@ -179,10 +193,10 @@ def _learning(departure: Departure, teaching: Teaching, move: _Move, learns_T: T
     learns_T = torch.zeros_like(seen_T) if learns_T is None else learns_T
     near_X = teaching.near_BM[departure.keep_BM]
     learns_T = learns_T.index_copy(0, move.kept[1], near_X | learns_T.index_select(0, move.kept[1]))
-    if move.ghosts is not None:
+    if move.lingering is not None:
         linger_BM = teaching.near_BM & ~departure.keep_BM
-        mask_T = mask_T.index_copy(0, move.ghosts[1], teaching.mask_BM[linger_BM])
-        learns_T = learns_T.index_fill(0, move.ghosts[1], True)
+        mask_T = mask_T.index_copy(0, move.lingering[1], teaching.mask_BM[linger_BM])
+        learns_T = learns_T.index_fill(0, move.lingering[1], True)
     return Learning(mask_T, seen_T, learns_T)
 
 
@@ -202,7 +216,7 @@ def _fuse_(y_TD: Tensor, left: Tensor, takers: Tensor, weights: Tensor) -> None:
     extra, index = takers.unique_consecutive(return_inverse=True)
     totals = weights.new_zeros(len(extra)).index_add(0, index, weights)
     shares = weights / totals.index_select(0, index)
-    means = weights.new_zeros(len(extra), y_TD.shape[1]).index_add(0, index, left * shares[:, None])
+    means = weights.new_zeros(len(extra), y_TD.shape[1]).index_add(0, index, left.float() * shares[:, None])
     y_TD.index_copy_(0, extra, means.to(y_TD.dtype))
 
 

@@ -30,6 +30,7 @@ class Family:
     inner: timm's model inside transformers' wrapper: state dicts have its names, and it checkpoints in its own way.
     pooling: the `nn.MultiheadAttention` by which the head pools patches.
     heads: number of heads and head width.
+    reads_patches: whether the model's answer depends on the patches behind the last block; to say so is never wrong.
     """
 
     classes: tuple[str, ...]
@@ -44,6 +45,7 @@ class Family:
     media: Literal["images", "images of several shapes", "videos", "sounds"] = "images"
     pooling: str | None = None
     heads: Callable[[PreTrainedModel], tuple[int, int]] = lambda backbone: _heads_of_config(backbone)
+    reads_patches: Callable[[PreTrainedModel], bool] = lambda model: True
 
 
 def _none(backbone: PreTrainedModel) -> int:
@@ -63,6 +65,11 @@ def _heads_of_config(backbone: PreTrainedModel) -> tuple[int, int]:
     return heads, getattr(backbone.config, "head_dim", None) or backbone.config.hidden_size // heads
 
 
+def _all_but_class_heads(model: PreTrainedModel) -> bool:
+    """Where a classifier reads the prefix tokens; a bare model gives out everything."""
+    return "Classification" not in type(model).__name__
+
+
 def _timm(backbone: PreTrainedModel) -> Any:
     return backbone.get_submodule("timm_model")
 
@@ -75,11 +82,13 @@ def _heads_of_timm(backbone: PreTrainedModel) -> tuple[int, int]:
 # by the model type of the backbone
 FAMILIES = {
     # The class token's head, or the class token itself.
-    "vit": Family(("ViTForImageClassification", "ViTModel")),
-    "vit_msn": Family(("ViTMSNForImageClassification", "ViTMSNModel")),
+    "vit": Family(("ViTForImageClassification", "ViTModel"), reads_patches=_all_but_class_heads),
+    "vit_msn": Family(("ViTMSNForImageClassification", "ViTMSNModel"), reads_patches=_all_but_class_heads),
     # Class and distillation token, a head each or one.
     "deit": Family(
-        ("DeiTForImageClassification", "DeiTForImageClassificationWithTeacher", "DeiTModel"), lambda backbone: 2
+        ("DeiTForImageClassification", "DeiTForImageClassificationWithTeacher", "DeiTModel"),
+        lambda backbone: 2,
+        reads_patches=_all_but_class_heads,
     ),
     # Class token beside the mean of the patches, those that are kept, by size.
     "dinov2": Family(("Dinov2ForImageClassification", "Dinov2Model")),

@@ -76,6 +76,7 @@ def finetune(
     torch.manual_seed(seed + accelerator.process_index)
     taught_by.to(accelerator.device).eval().requires_grad_(False)
     answers.to(accelerator.device).train()
+    pruning_of(model).execution = spec.execution
     if spec.gradient_checkpointing:
         model.activation_checkpointing_enable()
     loader = images.loader(spec.batch_size, shuffle=True, seed=seed, augmentation=spec.augmentation)

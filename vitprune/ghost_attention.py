@@ -7,7 +7,7 @@ only. Leaves who is a ghost to `departure`.
 A ghost's output reaches nobody but itself, and it is gone at the next stage; so no gradient comes back through it, and
 none is computed.
 
-Shapes: G images of as many rows, H heads, L rows of an image, C rows of an image whose mask or size learns, K head width.
+Shapes: G images of as many rows, H heads, L rows of an image, C of them whose mask or size learns, K head width.
 """
 
 from __future__ import annotations

@@ -198,7 +198,9 @@ class MaskedPass:
         self._sizes_BN = torch.cat([sizes_BN, size_B1], 1)
         self._mask_BN = torch.cat([self._mask_BN, fuses_B1.float()], 1)
         self._seen_BN = torch.cat([self._seen_BN, fuses_B1], 1)
-        self._gifts.append(_Gift(amounts_BN, torch.full_like(amounts_BN, x_BND.shape[1], dtype=torch.long)))
+        # where nothing is fused there is nothing to hold instead
+        given_BN = torch.where(fuses_B1, amounts_BN, 0.0)
+        self._gifts.append(_Gift(given_BN, torch.full_like(amounts_BN, x_BND.shape[1], dtype=torch.long)))
         return torch.cat([x_BND, fused_BD[:, None].to(x_BND.dtype)], 1)
 
 

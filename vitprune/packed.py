@@ -1,7 +1,8 @@
 """One forward of a pruned model in which tokens leave and the rest travels packed, (1, T, D).
 
-In inference those that leave are gone. A pass that learns keeps those near their threshold until the next stage, as
-ghosts, so that the gradient of the straight-through mask is the masked pass's but for what lies beyond `thresholds.BAND`.
+In inference those that leave are gone. A pass that learns keeps those near their threshold as ghosts, so that the
+gradient of the straight-through mask is the masked pass's but for what lies beyond `thresholds.BAND`: until the next
+stage, or to the end where what they would have become matters there.
 
 Shapes: B images, N tokens of an image in the dense sequence, T tokens of the batch laid end to end, D width.
 """
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from vitprune.attention import AttentionCall
 from vitprune.departure import Departure, Teaching, depart
+from vitprune.gifts import Gift, give_gradients, record
 from vitprune.stage import Decision, Observer, Policy, decide, fuse_weights, stage_macs
 from vitprune.thresholds import near_threshold, straight_through
 from vitprune.tokens import TokenBatch
@@ -40,6 +42,7 @@ class PackedPass:
         self._last: Tensor | None = None
         self._call = AttentionCall()
         self._batches: list[TokenBatch | None] = []
+        self._gifts: list[Gift] = []
 
     def enter_block(
         self, block: int, hidden_states: Tensor, valid_BN: Tensor | None = None
@@ -90,6 +93,9 @@ class PackedPass:
     def unpack(self, hidden_states: Tensor) -> Tensor:
         """Hidden states behind the last block in the dense sequence, (B, N, D); zero for padding."""
         self._last = self._unpack(self._batch, hidden_states)
+        if self._gifts:
+            assert self._batch is not None
+            self._last = give_gradients(self._last, hidden_states[0], self._batch, self._gifts)
         return self._last
 
     def unpack_block_output(self, block: int, hidden_states: Tensor) -> Tensor:
@@ -118,7 +124,11 @@ class PackedPass:
         weights_BM = fuse_weights(policy, decision) if policy.spec.dropped == "fuse" else None
         teaching = self._teaching(stage, decision) if self.learns else None
         departure = Departure(decision.keep_BM, decision.takers_BM, weights_BM, teaching)
+        if teaching is not None and teaching.lasting:
+            self._gifts.append(record(batch, departure))
         self._batch, x_TD = depart(batch, hidden_states.flatten(0, 1), departure)
+        if self.learns:
+            _ = self._batch.key_bias_T  # now, since checkpointing repeats only what a block computes itself
         if self.observers:
             assert self.macs_B is not None
             counted_BM = decision.keep_BM if teaching is None else teaching.mask_BM
@@ -135,4 +145,5 @@ class PackedPass:
             return Teaching(decision.keep_BM.float(), torch.zeros_like(decision.keep_BM))
         level, temperature = decision.level, policy.temperatures[stage]
         mask_BM = straight_through(decision.scores_BM, level, temperature, decision.keep_BM)
-        return Teaching(mask_BM, near_threshold(decision.scores_BM.detach(), level.detach(), temperature))
+        near_BM = near_threshold(decision.scores_BM.detach(), level.detach(), temperature)
+        return Teaching(mask_BM, near_BM, lasting=policy.reads_patches and policy.spec.dropped != "leave")

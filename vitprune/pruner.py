@@ -23,6 +23,7 @@ from vitprune.blocks import BlockForward, Removable, RunningForward, pack_rope, 
 from vitprune.masked import MaskedPass
 from vitprune.packed import PackedPass
 from vitprune.recipe import PruningSpec
+from vitprune.tokens import TokenBatch
 from vitprune.tracing import Pruning, Trace, is_pruned, pruning_of, watched_traces
 
 SUBMODULE = "vitprune"
@@ -88,6 +89,9 @@ def _attach(pruning: Pruning, anatomy: Anatomy) -> list[Removable]:
     ]
     if anatomy.pooling is not None:
         handles.append(anatomy.pooling.register_forward_pre_hook(_pool_what_is_there, with_kwargs=True))
+    # transformers and timm have a class of that name for stochastic depth
+    drops = (module for module in backbone.modules() if type(module).__name__.endswith("DropPath"))
+    handles += [module.register_forward_hook(_drop_by_image) for module in drops]
     for index, block in enumerate(anatomy.blocks):
         enter = _EnterBlock(index, family.rope, family.pads)
         handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
@@ -178,6 +182,17 @@ class _EnterBlock:
             tables = pack_rope(kwargs["position_embeddings"], positions, state.policy.num_prefix_tokens)
             kwargs = {**kwargs, "position_embeddings": tables}
         return (hidden_states, *rest), {**kwargs, "pruning": call}
+
+
+def _drop_by_image(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    """Stochastic depth drops whole images, which packed tokens don't show it."""
+    call = attention.block_call.get()
+    if not module.training or call is None or not isinstance(call.tokens, TokenBatch):
+        return None
+    keep: Any = 1 - module.drop_prob
+    layout = call.tokens.layout
+    drawn_B = args[0].new_empty(len(layout.lengths)).bernoulli_(keep) / keep
+    return args[0] * drawn_B.index_select(0, layout.images(args[0].device))[:, None]
 
 
 def _unpack(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:

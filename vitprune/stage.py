@@ -27,6 +27,7 @@ class Policy:
 
     levels: one a stage: thresholds for `select: threshold`, else the part of its patches that an image keeps.
     temperatures: one a stage, τ of the straight-through gradient.
+    reads_patches: the model's answer depends on the patches behind the last block, not on the prefix tokens alone.
     """
 
     spec: PruningSpec
@@ -36,6 +37,7 @@ class Policy:
     cost: CostModel
     levels: Tensor
     temperatures: Tensor
+    reads_patches: bool = True
 
     @property
     def is_redundancy(self) -> bool:

@@ -191,7 +191,7 @@ class TokenBatch:
 
     def kept_patches(self) -> Tensor:
         """bool (B, N − P): which patches of the dense sequence are still tokens of their own."""
-        positions_BN = self.positions_T.index_select(0, self._carrier_rows()).view_as(self.carriers_BN)
+        positions_BN = self.positions_T.index_select(0, self.carrier_rows_BN.flatten()).view_as(self.carriers_BN)
         own_BN = positions_BN == torch.arange(self.carriers_BN.shape[1], device=positions_BN.device)
         return (own_BN & self.present_BN)[:, self.num_prefix_tokens :]
 
@@ -200,13 +200,23 @@ class TokenBatch:
         """bool (B, N): tokens of the dense sequence that a token that is seen stands for."""
         return (self.carriers_BN != NOBODY) & (self.carriers_BN < self.lengths_B[:, None])
 
+    @property
+    def ghost_rows(self) -> tuple[Tensor, Tensor]:
+        """Rows of all ghosts and the image of each of them."""
+        device = self.positions_T.device
+        images_T, slots_T = self.layout.images(device), self.layout.slots(device)
+        ghosts_B = torch.tensor(self.layout.ghosts or (0,) * len(self.lengths), device=device)
+        beyond_T = slots_T - self.lengths_B.index_select(0, images_T)
+        rows = ((beyond_T >= 0) & (beyond_T < ghosts_B.index_select(0, images_T))).nonzero().squeeze(1)
+        return rows, images_T.index_select(0, rows)
+
     def unpack(self, x_TD: Tensor) -> Tensor:
         """Hidden states back in the dense sequence, (T, D) to (B, N, D).
 
         A patch that left holds the state of the token that stands for it (ToMe's unmerge); where nobody does, the
         mean of the image's remaining patches. So a head that averages the patches averages the kept ones, by size.
         """
-        rows_X = self._carrier_rows()
+        rows_X = self.carrier_rows_BN.flatten()
         y_BND = x_TD.index_select(0, rows_X).unflatten(0, self.carriers_BN.shape)
         if self.sizes_T is not None:  # with sizes every token has a carrier
             return y_BND
@@ -222,6 +232,7 @@ class TokenBatch:
         means_B1D = (y_BND[:, prefix:] * patches_BN1).sum(1, keepdim=True) / patches_BN1.sum(1, keepdim=True)
         return y_BND + ((1 - mask_BN1) * (means_B1D - y_BND)).to(x_TD.dtype)
 
-    def _carrier_rows(self) -> Tensor:
-        """Row that stands for each token of the dense sequence, (B·N,); its image's first where nobody does."""
-        return (self.starts_B[:, None] + self.carriers_BN.clamp(min=0)).flatten()
+    @property
+    def carrier_rows_BN(self) -> Tensor:
+        """Row that stands for each token of the dense sequence, (B, N); its image's first where nobody does."""
+        return self.starts_B[:, None] + self.carriers_BN.clamp(min=0)

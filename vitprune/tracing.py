@@ -44,6 +44,7 @@ class Pruning(nn.Module):
         self.before_blocks = anatomy.stages(spec)
         self.num_prefix_tokens = anatomy.num_prefix_tokens
         self.has_class_token = anatomy.has_class_token
+        self.reads_patches = anatomy.reads_patches
         self.cost = anatomy.cost
         self.dense_attention = anatomy.backbone.config._attn_implementation or "sdpa"
         self.execution: Execution = "masked"
@@ -71,6 +72,7 @@ class Pruning(nn.Module):
             self.cost,
             self.levels,
             self.temperatures,
+            self.reads_patches,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pruning:
