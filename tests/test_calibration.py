@@ -14,7 +14,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 import vitprune
-from vitprune.calibration import calibrate, mean_ratio, scale_to_budget
+from vitprune.calibration import TEMPERATURE_SHARE, calibrate, mean_ratio, scale_to_budget
 from vitprune.recipe import PruningSpec
 from vitprune.tracing import Trace, pruning_of, watching
 
@@ -100,31 +100,29 @@ def test_the_mean_ratio_is_the_mean_over_images_not_batches() -> None:
 
 
 @dataclass(eq=False)
-class Spread(Trace):
-    """Spread of the scores of each batch at the first stage, where nothing has left yet."""
+class FirstScores(Trace):
+    """Scores at the first stage, where nothing has left yet."""
 
-    spreads: list[float] = field(default_factory=list)
+    seen: list[Tensor] = field(default_factory=list)
 
     def level(self, stage: int, scores_BM: Tensor, valid_BM: Tensor, current: Tensor) -> Tensor:
         if stage == 0:
-            scores = [score for row in scores_BM.tolist() for score in row if abs(score) != float("inf")]
-            mean = sum(scores) / len(scores)
-            variance = sum((score - mean) ** 2 for score in scores) / (len(scores) - 1)
-            self.spreads.append(variance**0.5)
+            self.seen.append(scores_BM[scores_BM.isfinite()])
         return current
 
 
 @pytest.mark.parametrize("spec", [tiny.AS_VIT, {}], ids=["as-vit", "redundancy"])
-def test_temperatures_follow_the_spread_of_the_scores(spec: dict[str, Any]) -> None:
+def test_temperatures_follow_the_density_of_the_scores(spec: dict[str, Any]) -> None:
     model = pruned(**spec)
     pruning = pruning_of(model)
-    seen = Spread(pruning, pruning.before_blocks)
+    calibrate(model, batches(), 0.7, progress=False)
+    seen = FirstScores(pruning, pruning.before_blocks)
     with torch.no_grad(), watching(seen):
         for batch in batches():
             model(batch)
-    calibrate(model, batches(), 0.7, progress=False)
-    # 2 % of it: 1e-4, the paper's, where scores live near 1/196
-    assert_close(pruning.temperatures[0].item(), 0.02 * sum(seen.spreads) / len(seen.spreads), **FLOAT32)
+    # half a percent within τ to either side, so ten within 10·τ; some images are few scores
+    near = (torch.cat(seen.seen) - pruning.levels[0]).abs() < 10 * pruning.temperatures[0]
+    assert near.float().mean().item() == pytest.approx(20 * TEMPERATURE_SHARE, rel=0.4)
     assert (pruning.temperatures > 0).all()
     assert pruning.temperatures.isfinite().all()
 

@@ -10,7 +10,7 @@ from tiny import Tolerance
 from torch import Tensor
 from torch.testing import assert_close
 
-from vitprune.thresholds import above_threshold, random_scores, straight_through, top_counts
+from vitprune.thresholds import BAND, above_threshold, near_threshold, random_scores, straight_through, top_counts
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 FLOAT32 = Tolerance(rtol=1e-5, atol=1e-7)
@@ -109,3 +109,23 @@ def test_ties_among_those_that_always_stay_do_not_depend_on_the_batch() -> None:
     beside_a_longer_image = torch.cat([alone, torch.full((1, 60), -INF)], 1)
     assert stays(alone, 9.0, at_least=3) == [[0, 1, 2]]
     assert stays(beside_a_longer_image, 9.0, at_least=3) == [[0, 1, 2]]
+
+
+def test_near_a_threshold_is_where_its_mask_has_a_gradient() -> None:
+    temperature, threshold = torch.tensor(0.01), torch.tensor(0.5, requires_grad=True)
+    scores = torch.linspace(0.0, 1.0, 1001)[None]
+    (gradient,) = torch.autograd.grad(
+        straight_through(scores, threshold, temperature, scores > threshold).sum(), threshold
+    )
+    near = near_threshold(scores, threshold.detach(), temperature)
+    assert near.sum() == pytest.approx(2 * BAND * 10, abs=2)
+    (gradient_near,) = torch.autograd.grad(
+        (straight_through(scores, threshold, temperature, scores > threshold) * near).sum(), threshold
+    )
+    assert abs(1 - gradient_near / gradient) < 2 / (1 + math.exp(BAND - 0.1))
+
+
+def test_what_always_stays_or_is_not_there_is_near_no_threshold() -> None:
+    scores = torch.tensor([[torch.inf, -torch.inf, torch.nan, 0.5]])
+    assert near_threshold(scores, torch.tensor(0.5), torch.tensor(1e-4)).tolist() == [[False, False, False, True]]
+    assert not near_threshold(scores, torch.tensor(-torch.inf), torch.tensor(1e-4)).any()

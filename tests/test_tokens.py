@@ -1,243 +1,18 @@
-"""Packed tokens against lists of tokens, one Python list an image."""
+"""How images lie in a packed batch."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import pytest
 import torch
 from tiny import Tolerance
-from torch import Tensor
 from torch.testing import assert_close
 
-from vitprune.departure import Departure, depart
-from vitprune.tokens import HALF_PRECISION_ROWS, NOBODY, Layout, TokenBatch
+from vitprune.tokens import Layout, TokenBatch
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
-# sums of a dozen float32 numbers, in another order
-FLOAT32 = Tolerance(rtol=1e-5, atol=1e-6)
-
-IMAGES, TOKENS, PREFIX, WIDTH = 4, 14, 2, 3
+WIDTH = 3
 # no fillers, few, and more than tokens
 every_alignment = pytest.mark.parametrize("alignment", [1, 4, 16])
-every_kind = pytest.mark.parametrize("dropped", ["leave", "merge", "fuse"])
-
-
-@dataclass
-class Token:
-    """A token as the papers speak of it: where it is from, its state, and the dense tokens that it stands for."""
-
-    position: int
-    state: Tensor
-    stands_for: list[int]
-
-    @property
-    def size(self) -> int:
-        return len(self.stands_for)
-
-
-def mean(tokens: list[Token], weights: list[float]) -> Tensor:
-    return sum((w * t.state for w, t in zip(weights, tokens, strict=True)), torch.zeros(WIDTH)) / sum(weights)
-
-
-def reference_stage(tokens: list[Token], keep: list[bool], takers: list[int], weights: list[float], dropped: str):
-    """One image, one stage. takers: indices into `tokens`."""
-    left = [i for i, stays in enumerate(keep) if not stays]
-    kept = [Token(t.position, t.state, list(t.stands_for)) for t, stays in zip(tokens, keep, strict=True) if stays]
-    if dropped == "merge":
-        new_index = {old: new for new, old in enumerate(i for i, stays in enumerate(keep) if stays)}
-        for old, new in new_index.items():
-            group = [tokens[old], *(tokens[i] for i in left if takers[i] == old)]
-            kept[new].state = mean(group, [t.size for t in group])
-            kept[new].stands_for = [patch for t in group for patch in t.stands_for]
-    if dropped == "fuse" and left:
-        state = mean([tokens[i] for i in left], [weights[i] for i in left])
-        kept.append(Token(NOBODY, state, [patch for i in left for patch in tokens[i].stands_for]))
-    return kept
-
-
-def random_stage(images: list[list[Token]], stage: int) -> tuple[list[list[bool]], list[list[int]], list[list[float]]]:
-    """About a third leaves; image 0 loses nothing at the first stage, image 1 all but one patch at the second."""
-    keeps, takers, weights = [], [], []
-    for number, tokens in enumerate(images):
-        keep = [i < PREFIX or bool(torch.rand(()) > 0.35) for i in range(len(tokens))]
-        if (number, stage) == (0, 0):
-            keep = [True] * len(tokens)
-        if (number, stage) == (1, 1):
-            keep = [i < PREFIX or i == PREFIX + 1 for i in range(len(tokens))]
-        keep[PREFIX] |= not any(keep[PREFIX:])
-        staying = [i for i in range(PREFIX, len(tokens)) if keep[i]]
-        takers.append([staying[int(torch.randint(len(staying), ()))] for _ in tokens])
-        weights.append([float(torch.rand(())) + 0.1 for _ in tokens])
-        keeps.append(keep)
-    return keeps, takers, weights
-
-
-def dense() -> tuple[TokenBatch, Tensor, list[list[Token]]]:
-    x_BND = torch.randn(IMAGES, TOKENS, WIDTH)
-    batch = TokenBatch.dense(IMAGES, TOKENS, PREFIX, x_BND.device)
-    return batch, x_BND.flatten(0, 1), [[Token(n, x_BND[b, n], [n]) for n in range(TOKENS)] for b in range(IMAGES)]
-
-
-def flat(lists: list[list]) -> Tensor:
-    return torch.tensor([value for values in lists for value in values])
-
-
-def padded(lists: list[list]) -> Tensor:
-    longest = max(len(values) for values in lists)
-    return torch.tensor([values + [type(values[0])()] * (longest - len(values)) for values in lists])
-
-
-def of_images(batch: TokenBatch, values_T: Tensor) -> Tensor:
-    """The values of all images' tokens in the order of the images, without fillers."""
-    images = zip(batch.layout.starts, batch.lengths, strict=True)
-    return torch.cat([values_T[start : start + length] for start, length in images])
-
-
-def run_stages(
-    dropped: str, stages: int, dtype: torch.dtype = torch.float32
-) -> tuple[TokenBatch, Tensor, list[list[Token]]]:
-    batch, x_TD, images = dense()
-    x_TD = x_TD.to(dtype)
-    for stage in range(stages):
-        keeps, takers, weights = random_stage(images, stage)
-        departure = Departure(
-            padded(keeps),
-            takers_BM=padded(takers) if dropped == "merge" else None,
-            fuse_weights_BM=padded(weights) if dropped == "fuse" else None,
-        )
-        batch, x_TD = depart(batch, x_TD, departure)
-        decisions = zip(images, keeps, takers, weights, strict=True)
-        images = [reference_stage(*decision, dropped) for decision in decisions]
-    return batch, x_TD, images
-
-
-@every_kind
-@pytest.mark.parametrize("stages", [1, 2, 3])
-def test_departing_is_what_it_is_for_each_image_alone(dropped: str, stages: int) -> None:
-    batch, x_TD, images = run_stages(dropped, stages)
-    assert batch.lengths == tuple(len(tokens) for tokens in images)
-    assert batch.num_prefix_tokens == PREFIX
-    assert torch.equal(of_images(batch, batch.positions_T), flat([[t.position for t in tokens] for tokens in images]))
-    assert_close(of_images(batch, x_TD), torch.stack([t.state for tokens in images for t in tokens]), **FLOAT32)
-    if dropped == "leave":
-        assert batch.sizes_T is None
-    else:
-        assert batch.sizes_T is not None
-        assert_close(
-            of_images(batch, batch.sizes_T), flat([[float(t.size) for t in tokens] for tokens in images]), **EXACT
-        )
-
-
-@every_kind
-@pytest.mark.parametrize("stages", [1, 2, 3])
-def test_each_dense_token_knows_who_stands_for_it(dropped: str, stages: int) -> None:
-    batch, _, images = run_stages(dropped, stages)
-    for image, tokens in enumerate(images):
-        expected = [NOBODY] * TOKENS
-        for index, token in enumerate(tokens):
-            for patch in token.stands_for:
-                expected[patch] = index
-        assert batch.carriers_BN[image].tolist() == expected
-        own = [any(t.position == n for t in tokens) for n in range(PREFIX, TOKENS)]
-        assert batch.kept_patches()[image].tolist() == own
-
-
-@every_kind
-@pytest.mark.parametrize("stages", [0, 1, 3])
-def test_unpacking_puts_each_token_where_it_stood(dropped: str, stages: int) -> None:
-    batch, x_TD, images = run_stages(dropped, stages)
-    y_BND = batch.unpack(x_TD)
-    for image, tokens in enumerate(images):
-        # nobody stands for what left: the mean of the remaining patches does
-        expected = torch.stack([t.state for t in tokens[PREFIX:]]).mean(0).repeat(TOKENS, 1)
-        for token in tokens:
-            expected[token.stands_for] = token.state
-        assert_close(y_BND[image], expected, **FLOAT32)
-
-
-@every_kind
-def test_a_mean_over_unpacked_patches_is_the_mean_over_tokens_by_size(dropped: str) -> None:
-    batch, x_TD, images = run_stages(dropped, 3)
-    means_BD = batch.unpack(x_TD)[:, PREFIX:].mean(1)
-    for image, tokens in enumerate(images):
-        patches = tokens[PREFIX:]
-        weights = [1.0 if dropped == "leave" else float(t.size) for t in patches]
-        assert_close(means_BD[image], mean(patches, weights), **FLOAT32)
-
-
-@pytest.mark.parametrize("dropped", ["merge", "fuse"])
-def test_sizes_add_up_to_the_dense_tokens(dropped: str) -> None:
-    batch, _, _ = run_stages(dropped, 3)
-    assert batch.sizes_T is not None
-    for sizes in of_images(batch, batch.sizes_T).split(list(batch.lengths)):
-        assert sizes.sum() == TOKENS
-        assert (sizes[:PREFIX] == 1).all()
-
-
-def test_fusing_nothing_adds_nothing() -> None:
-    batch, x_TD, _ = dense()
-    everything = torch.ones(IMAGES, TOKENS, dtype=torch.bool)
-    fused, y_TD = depart(batch, x_TD, Departure(everything, fuse_weights_BM=torch.ones(IMAGES, TOKENS)))
-    assert fused.lengths == batch.lengths
-    assert_close(of_images(fused, y_TD), x_TD, **EXACT)
-
-
-def test_fusing_tokens_without_weight_gives_their_mean() -> None:
-    batch = TokenBatch.dense(1, 5, 1, torch.device("cpu"))
-    x_TD = torch.randn(5, WIDTH)
-    keep_BM = torch.tensor([[True, True, False, False, False]])
-    fused, y_TD = depart(batch, x_TD, Departure(keep_BM, fuse_weights_BM=torch.zeros(1, 5)))
-    assert_close(of_images(fused, y_TD)[-1], x_TD[2:].mean(0), **FLOAT32)
-
-
-@every_kind
-def test_states_keep_their_dtype_and_sizes_are_float32(dropped: str) -> None:
-    batch, x_TD, _ = dense()
-    keep_BM = (torch.arange(TOKENS) < TOKENS - 2).expand(IMAGES, -1)
-    takers_BM = torch.full((IMAGES, TOKENS), PREFIX) if dropped == "merge" else None
-    weights_BM = torch.rand(IMAGES, TOKENS) if dropped == "fuse" else None
-    pruned, y_TD = depart(batch, x_TD.bfloat16(), Departure(keep_BM, takers_BM, weights_BM))
-    assert y_TD.dtype == pruned.unpack(y_TD).dtype == torch.bfloat16
-    assert pruned.sizes_T is None or pruned.sizes_T.dtype == torch.float32
-
-
-@every_alignment
-@every_kind
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_is_no_token_is_a_copy_of_its_images_first(
-    dtype: torch.dtype, dropped: str, alignment: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("vitprune.tokens.KEY_ALIGNMENT", alignment)
-    batch, x_TD, _ = run_stages(dropped, 3, dtype)
-    is_filler = torch.ones(len(x_TD), dtype=torch.bool)
-    for start, length in zip(batch.layout.starts, batch.lengths, strict=True):
-        assert start % alignment == 0
-        is_filler[start : start + length] = False
-    assert len(x_TD) == len(batch.positions_T) == sum(batch.layout.rows) + batch.layout.padding
-    assert len(x_TD) % (HALF_PRECISION_ROWS if dtype == torch.bfloat16 else alignment) == 0
-    assert (batch.positions_T[is_filler] == NOBODY).all()
-    assert (batch.key_bias_T[is_filler] == -torch.inf).all()
-    assert batch.key_bias_T[~is_filler].isfinite().all()
-    first = batch.starts_B.index_select(0, batch.layout.images(x_TD.device))
-    assert_close(x_TD[is_filler], x_TD[first[is_filler]], **EXACT)
-
-
-@every_alignment
-@every_kind
-def test_an_image_that_is_not_finite_stays_alone(dropped: str, alignment: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitprune.tokens.KEY_ALIGNMENT", alignment)
-    batch, x_TD, images = dense()
-    x_TD[TOKENS : 2 * TOKENS] = torch.nan
-    keeps, takers, weights = random_stage(images, 0)
-    departure = Departure(
-        padded(keeps),
-        takers_BM=padded(takers) if dropped == "merge" else None,
-        fuse_weights_BM=padded(weights) if dropped == "fuse" else None,
-    )
-    batch, y_TD = depart(batch, x_TD, departure)
-    assert torch.equal(y_TD.isnan().all(1), batch.layout.images(x_TD.device) == 1)
-    assert torch.equal(batch.unpack(y_TD).isnan().flatten(1).any(1), torch.arange(IMAGES) == 1)
 
 
 @every_alignment
@@ -268,3 +43,14 @@ def test_buckets_are_views_of_images_of_as_many_rows() -> None:
     joined = layout.join(buckets)
     assert_close(joined[:36], values_TD[:36], **EXACT)
     assert_close(joined[36:], torch.zeros(12, WIDTH), **EXACT)
+
+
+def test_ghosts_lie_behind_their_images_tokens() -> None:
+    layout = Layout((5, 2, 7), alignment=4, ghosts=(1, 3, 1))
+    assert layout.rows == [8, 8, 8]
+    assert layout.slots(torch.device("cpu")).tolist() == [*range(8)] * 3
+    batch = TokenBatch(layout, 1, torch.zeros(24), None, torch.zeros(3, 1))
+    rows, images = batch.ghost_rows
+    assert rows.tolist() == [5, 10, 11, 12, 23]
+    assert images.tolist() == [0, 1, 1, 1, 2]
+    assert batch.valid_BM.sum(1).tolist() == [5, 2, 7]

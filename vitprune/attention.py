@@ -148,7 +148,11 @@ def attend(
             elif call.scores_of == "mean":
                 _record_scores(call, _masked_mean_row(query, key, scale, tokens), output)
         case TokenBatch() as batch:
-            assert not dropout, "finetuning refuses attention dropout"
+            if dropout:
+                raise ValueError(
+                    f"attention dropout ({dropout:g}) isn't done while tokens are packed; train with "
+                    "finetune.execution: masked, or set the dropout in the checkpoint's config.json to 0"
+                )
             output_1THK, scores_T = packed_attention(query, key, value, batch, scale, bias_1HNN, call.scores_of)
             if scores_T is not None:
                 call.findings.attention_scores_BM = batch.pad(scores_T)

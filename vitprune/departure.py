@@ -142,19 +142,15 @@ def _give(
     batch: TokenBatch, x_TD: Tensor, y_TD: Tensor, departure: Departure, move: _Move
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hands tokens that leave to their takers; returns hidden states, sizes and, in training, whose sizes learn."""
-    leave_BM, teaching = batch.valid_BM & ~departure.keep_BM, departure.teaching
-    gives_BM, takers = leave_BM, move.rows[1]
+    gives_BM, takers, teaching = batch.valid_BM & ~departure.keep_BM, move.rows[1], departure.teaching
     if teaching is not None:  # those that stay give nothing, but with a gradient
-        gives_BM = leave_BM | teaching.near_BM
-        if departure.takers_BM is None:  # nobody is there to take where nothing is fused
-            gives_BM = gives_BM & leave_BM.any(1, keepdim=True)
+        is_fused_B1 = gives_BM.any(1, keepdim=True) | (departure.takers_BM is not None)
+        gives_BM = gives_BM | (teaching.near_BM & is_fused_B1)
         takers = _takers_of_all(batch, departure, move)
     left, takers = _select((move.rows[0], takers), gives_BM)
     old_sizes_T = x_TD.new_ones(len(x_TD), dtype=torch.float32) if batch.sizes_T is None else batch.sizes_T
-    given = old_sizes_T.index_select(0, left)
-    if teaching is not None:
-        amounts = 1 - teaching.mask_BM[gives_BM]
-        given = given * amounts
+    amounts = old_sizes_T.new_ones(()) if teaching is None else 1 - teaching.mask_BM[gives_BM]
+    given = old_sizes_T.index_select(0, left) * amounts
     sizes_T = old_sizes_T.new_zeros(len(y_TD))
     for before, after in move.itself:
         sizes_T = sizes_T.index_copy(0, after, old_sizes_T.index_select(0, before))
@@ -164,15 +160,14 @@ def _give(
         _merge_(y_TD, states, takers, given / sizes_T.index_select(0, takers))
     else:
         weights = departure.fuse_weights_BM[gives_BM] + torch.finfo(torch.float32).tiny
-        _fuse_(y_TD, states, takers, weights if teaching is None else weights * amounts)
+        _fuse_(y_TD, states, takers, weights * amounts)
     if teaching is None:
         return y_TD, sizes_T, None
     learns_T = torch.zeros(len(y_TD), dtype=torch.bool, device=y_TD.device)
-    if batch.learning is not None:
-        learns_T.index_copy_(0, move.kept[1], batch.learning.learns_T.index_select(0, move.kept[0]))
     learns_T[takers[teaching.near_BM[gives_BM]]] = True
-    # who takes in a token whose own size learns, learns too
-    if batch.learning is not None:
+    if batch.learning is not None:  # whose size learned goes on to, and so does who takes it in
+        before, after = move.kept
+        learns_T[after[batch.learning.learns_T.index_select(0, before)]] = True
         learns_T[takers[batch.learning.learns_T.index_select(0, left)]] = True
     return y_TD, sizes_T, learns_T
 

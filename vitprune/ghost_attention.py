@@ -56,7 +56,7 @@ def _explicit(
     logits_GHLL = (q_GHLK @ k_GHLK.transpose(-1, -2)).float() * scaling + pairs_GHLL + keys.bias_GL[:, None, None]
     alone_LL = torch.eye(logits_GHLL.shape[-1], dtype=torch.bool, device=logits_GHLL.device)
     seen_GLL = torch.where(alone_LL, 1.0, keys.mask_GL[:, None])
-    weights = (logits_GHLL - logits_GHLL.amax(-1, keepdim=True)).exp() * seen_GLL[:, None]
+    weights = (logits_GHLL - logits_GHLL.detach().amax(-1, keepdim=True)).exp() * seen_GLL[:, None]
     return (weights / weights.sum(-1, keepdim=True)).to(v_GHLK.dtype) @ v_GHLK
 
 
@@ -110,27 +110,32 @@ def _expanded(bias_GL: Tensor, q_GHLK: Tensor) -> Tensor:
 
 def _fused(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
     """Context vectors and, float32, the logarithm of the softmax's denominator, (G, H, L)."""
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, False, attn_mask=bias, scale=scaling
-        )
-    logits = (q @ k.transpose(-1, -2)).float() * scaling + bias
-    lse = logits.logsumexp(-1)
-    return (logits - lse[..., None]).exp().to(v.dtype) @ v, lse
+    if not has_fused_kernel(q.device):
+        logits = (q @ k.transpose(-1, -2)).float() * scaling + bias
+        lse = logits.logsumexp(-1)
+        return (logits - lse[..., None]).exp().to(v.dtype) @ v, lse
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        q, k, v, 0.0, False, attn_mask=bias, scale=scaling
+    )
 
 
 def _fused_backward(
     gradient: Tensor, q: Tensor, k: Tensor, v: Tensor, output: Tensor, lse: Tensor, bias: Tensor, scaling: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of queries, keys and values, as far as those keys go; `output` and `lse` may know of more."""
-    if q.device.type == "cpu":
-        return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            gradient, q, k, v, output, lse, 0.0, False, attn_mask=bias, scale=scaling
-        )
-    weights = ((q @ k.transpose(-1, -2)).float() * scaling + bias - lse[..., None]).exp()
-    own = (gradient.float() * output.float()).sum(-1, keepdim=True)
-    dlogits = (weights * ((gradient @ v.transpose(-1, -2)).float() - own) * scaling).to(q.dtype)
-    return dlogits @ k, dlogits.transpose(-1, -2) @ q, weights.to(v.dtype).transpose(-1, -2) @ gradient
+    if not has_fused_kernel(q.device):
+        weights = ((q @ k.transpose(-1, -2)).float() * scaling + bias - lse[..., None]).exp()
+        own = (gradient.float() * output.float()).sum(-1, keepdim=True)
+        dlogits = (weights * ((gradient @ v.transpose(-1, -2)).float() - own) * scaling).to(q.dtype)
+        return dlogits @ k, dlogits.transpose(-1, -2) @ q, weights.to(v.dtype).transpose(-1, -2) @ gradient
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradient, q, k, v, output, lse, 0.0, False, attn_mask=bias, scale=scaling
+    )
+
+
+def has_fused_kernel(device: torch.device) -> bool:
+    """Whether there is a fused kernel that takes a bias and tells the softmax's denominator; else plain products."""
+    return device.type == "cpu"
 
 
 def _with_themselves(

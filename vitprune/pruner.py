@@ -189,7 +189,8 @@ def _drop_by_image(module: nn.Module, args: Any, output: Tensor) -> Tensor | Non
     call = attention.block_call.get()
     if not module.training or call is None or not isinstance(call.tokens, TokenBatch):
         return None
-    keep: Any = 1 - module.drop_prob
+    drops: Any = module
+    keep = 1 - drops.drop_prob
     layout = call.tokens.layout
     drawn_B = args[0].new_empty(len(layout.lengths)).bernoulli_(keep) / keep
     return args[0] * drawn_B.index_select(0, layout.images(args[0].device))[:, None]
