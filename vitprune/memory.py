@@ -3,6 +3,8 @@
 Knows bytes of working memory: what torch allocates at its peak beyond what was there before the call, so neither
 weights nor the batch. Exact, the same in every run, and not what the operating system shows: that also has libraries,
 and memory that the allocator keeps for later. Leaves seconds to `timing`.
+
+Tensor suffixes: B images, C channels, H height, W width.
 """
 
 from __future__ import annotations
@@ -14,8 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+GIB = 2**30
+PROBED = 2  # images
 _CGROUP = Path("/sys/fs/cgroup")
 _OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|not enough memory", re.IGNORECASE)
 
@@ -48,6 +53,19 @@ def _peak_on_cpu(call: Callable[[], object]) -> int:
         held += event.nbytes()  # pyright: ignore[reportAttributeAccessIssue] — their stub lacks it
         peak = max(peak, held)
     return peak
+
+
+def require_memory(call: Callable[[Tensor], object], x_BCHW: Tensor, batch_size: int) -> None:
+    """Raises MemoryError if a call on so many images would take more working memory than there is.
+
+    Told from what it takes on one image and on two, of `x_BCHW`: where memory runs out a process may be killed unasked.
+    """
+    if len(x_BCHW) < PROBED or batch_size <= PROBED:
+        return
+    one, two = (peak_memory(lambda count=count: call(x_BCHW[:count]), x_BCHW.device) for count in (1, PROBED))
+    needed, free = one + (batch_size - 1) * (two - one), free_memory(x_BCHW.device)
+    if needed > free:
+        raise MemoryError(f"it would take {needed / GIB:.1f} GiB of working memory, {free / GIB:.1f} GiB are free")
 
 
 def free_memory(device: torch.device) -> float:

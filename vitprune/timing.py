@@ -30,18 +30,18 @@ class Runner(NamedTuple):
 
 
 def time_in_turn(
-    runners: Mapping[str, Runner], repeats: int, *, warm_up: int = WARM_UP, shortest: float = SHORTEST
+    runners: Mapping[str, Runner], repeats: int, *, warm_up: int = WARM_UP, shortest: float | None = None
 ) -> tuple[dict[str, Timing], int]:
     """Seconds of one call for each name, and on how many of the batches, from the first on, they were measured.
 
     The calls take turns, and who goes first takes turns too, so that a machine that slows down or speeds up treats all
-    alike. Each repeat goes on to the next batch; what takes less than `shortest` seconds is repeated within one, on one
-    batch after the other. All have as many batches, of the same images. warm_up: calls of each before any that counts,
-    on one batch after the other.
+    alike. Each repeat goes on to the next batch; what takes less than `shortest` seconds (`SHORTEST`) is repeated
+    within one, on one batch after the other. All have as many batches, of the same images. warm_up: calls of each
+    before any that counts, on one batch after the other.
     """
     names = list(runners)
     warm = min(_seconds(runners[name], turn, 1) for name in names for turn in range(max(1, warm_up)))
-    times = max(1, math.ceil(shortest / warm))
+    times = max(1, math.ceil((SHORTEST if shortest is None else shortest) / warm))
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(repeats):
         for turn in range(len(names)):
