@@ -25,6 +25,7 @@ Cells = list[tuple[str, ...]]
 
 def print_benchmark(benchmark: Benchmark, console: Console) -> None:
     """A table for each setting, where pruning pays, steps of fine-tuning, what failed, and what it all comes to."""
+    console.print(f"Timed on {escape(benchmark.images)}; medians of {benchmark.repeats}, ± half of their spread.")
     for title, cells in _tables(benchmark):
         console.print(_table(title, cells))
     for failure in benchmark.failures:
@@ -54,14 +55,11 @@ def headlines(benchmark: Benchmark) -> list[str]:
 def _tables(benchmark: Benchmark) -> list[tuple[str, Cells]]:
     settings = dict.fromkeys(case.setting for case in benchmark.cases)
     tables = [
-        (f"{_named(setting)}; {benchmark.images}", _case_cells([c for c in benchmark.cases if c.setting == setting]))
-        for setting in settings
+        (_named(setting), _case_cells([c for c in benchmark.cases if c.setting == setting])) for setting in settings
     ]
     if benchmark.cases:
         tables.append(("Pays from this batch size on", _break_even_cells(benchmark.verdicts)))
-    if benchmark.training:
-        tables.append(("A step of fine-tuning, the teacher's forward included", _training_cells(benchmark.training)))
-    return tables
+    return tables + _training_tables(benchmark.training)
 
 
 def _case_cells(cases: Sequence[Case]) -> Cells:
@@ -73,9 +71,8 @@ def _case_cells(cases: Sequence[Case]) -> Cells:
         speedup, memory = f"{first.attached_speedup:.2f}x", _mib(first.attached_peak_memory)
         cells.append(("", "attached", _ms(first.attached), speedup, "", "", memory))
         for row in rows:
-            gains = (f"{row.speedup:.2f}x", f"{row.ideal_speedup:.2f}x", f"{100 * row.efficiency:.0f} %")
             macs = _macs(row.macs_ratio, row.target)
-            cells.append(("", macs, _ms(row.pruned), *gains, _mib(row.pruned_peak_memory)))
+            cells.append(("", macs, _ms(row.pruned), *_gains(row), _mib(row.pruned_peak_memory)))
     return cells
 
 
@@ -89,16 +86,23 @@ def _break_even_cells(verdicts: Sequence[Verdict]) -> Cells:
     return cells
 
 
-def _training_cells(steps: Sequence[TrainingStep]) -> Cells:
-    cells: Cells = [("", "batch", "student", "MACs", "ms", "speed-up", "MiB")]
-    seen: set[tuple[Setting, int]] = set()
+def _training_tables(steps: Sequence[TrainingStep]) -> list[tuple[str, Cells]]:
+    groups: dict[tuple[Setting, int], list[TrainingStep]] = {}
     for step in steps:
-        where = (f"{step.image_size} px, {step.dtype}", str(step.batch_size))
-        if (step.setting, step.batch_size) not in seen:
-            seen.add((step.setting, step.batch_size))
-            cells.append((*where, "dense", "", _ms(step.dense), "", _mib(step.dense_peak_memory)))
-        macs, speedup = _macs(step.macs_ratio, step.target), f"{step.speedup:.2f}x"
-        cells.append(("", "", step.execution, macs, _ms(step.pruned), speedup, _mib(step.pruned_peak_memory)))
+        groups.setdefault((step.setting, step.batch_size), []).append(step)
+    return [
+        (f"A step of fine-tuning, {setting.image_size} px, {setting.dtype}, batch size {size}", _training_cells(group))
+        for (setting, size), group in groups.items()
+    ]
+
+
+def _training_cells(steps: Sequence[TrainingStep]) -> Cells:
+    first = steps[0]
+    cells: Cells = [("student", "MACs", "ms", "speed-up", "allowed", "efficiency", "MiB")]
+    cells.append(("dense", "", _ms(first.dense), "", "", "", _mib(first.dense_peak_memory)))
+    for step in steps:
+        macs, memory = _macs(step.macs_ratio, step.target), _mib(step.pruned_peak_memory)
+        cells.append((step.execution, macs, _ms(step.pruned), *_gains(step), memory))
     return cells
 
 
@@ -118,6 +122,10 @@ def _macs(ratio: float, target: float | None) -> str:
 def _ms(timing: Timing) -> str:
     """The median, and half of what lies between fastest and slowest."""
     return f"{1e3 * timing.median:.1f} ± {500 * (timing.slowest - timing.fastest):.1f}"
+
+
+def _gains(row: Case | TrainingStep) -> tuple[str, str, str]:
+    return f"{row.speedup:.2f}x", f"{row.ideal_speedup:.2f}x", f"{100 * row.efficiency:.0f} %"
 
 
 def _mib(peak: int) -> str:

@@ -139,12 +139,15 @@ class _Sweep:
 
     def _infer(self, contest: Contest, setting: Setting, levels: Mapping[float | None, Levels]) -> None:
         eager = Lineup.of(contest, levels, setting, self.images.timed(setting.image_size))
+        lineups = {"eager": lambda: eager, "compiled": lambda: eager.compiled(contest, levels)}
         for mode in self.settings.modes:
-            lineup = eager if mode == "eager" else eager.compiled(contest, levels)
+            found = setting.model_copy(update={"mode": mode})
             # what torch.compile can't do is a finding too
-            also = ValueError if mode == "eager" else Exception
+            also = None if mode == "eager" else Exception
+            lineup: Lineup | None = None
             for batch_size in sorted(self.settings.batch_sizes):
-                with self._step(lineup.setting, "inference", batch_size=batch_size, also=also):
+                with self._step(found, "inference", batch_size=batch_size, also=also):
+                    lineup = lineup or lineups[mode]()
                     self.cases += lineup.measure(batch_size, self.settings.repeats)
             if mode == "compiled":
                 torch.compiler.reset()

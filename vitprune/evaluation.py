@@ -11,6 +11,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -20,7 +21,6 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitprune import __version__
 from vitprune.answers import Answers
 from vitprune.data import Images
 from vitprune.metrics import RANKED, RankedMetric, load_metric
@@ -171,7 +171,7 @@ def describe_environment(model: nn.Module) -> Environment:
     first = next(model.parameters())
     on_cuda = first.device.type == "cuda"
     return Environment(
-        vitprune=__version__,
+        vitprune=version("vitprune"),
         torch=torch.__version__,
         transformers=transformers.__version__,
         python=platform.python_version(),

@@ -84,7 +84,7 @@ class Lineup:
             for name in (DENSE, ATTACHED):
                 require_memory(self.answers[name], batches[0], batch_size)
             runners = {name: Runner(model, batches) for name, model in self.answers.items()}
-            timings, measured = time_in_turn(runners, repeats, warm_up=self._warm_up(len(batches), repeats))
+            timings, measured = time_in_turn(runners, repeats, warm_up=self._warm_up(len(batches)))
             first = batches[0]
             peaks = {name: peak_memory(lambda name=name: self.answers[name](first), first.device) for name in runners}
         images = min(measured * batch_size, len(self.x_BCHW))
@@ -104,6 +104,6 @@ class Lineup:
             for name, target in self.targets.items()
         ]
 
-    def _warm_up(self, batches: int, repeats: int) -> int:
+    def _warm_up(self, batches: int) -> int:
         """A compiled model may compile anew for a batch with other numbers of tokens: that is no part of its time."""
-        return WARM_UP if self.setting.mode == "eager" else max(WARM_UP, min(batches, repeats))
+        return WARM_UP if self.setting.mode == "eager" else max(WARM_UP, batches)

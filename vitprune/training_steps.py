@@ -116,8 +116,9 @@ def measure_training(
 ) -> list[TrainingStep]:
     """A step of fine-tuning with a dense student and with pruned ones, in turn on the same batches.
 
-    contest: float32; `setting.dtype` is what forward and backward compute in beside it (autocast). Raises ValueError for
-    float16, and MemoryError for a batch that would take more memory than there is.
+    contest: float32; `setting.dtype` is what forward and backward compute in beside it (autocast).
+
+    Raises ValueError for float16, and MemoryError for a batch that would take more memory than there is.
     """
     if setting.dtype == "float16":
         raise ValueError("in float16 the loss has to be scaled, which isn't timed; use float32 or bfloat16")
@@ -125,6 +126,7 @@ def measure_training(
     batches = PlacedBatches(whole_batches(x_BCHW, batch_size), contest.dense)
     for step in steps.values():
         step(batches[0][:1])  # the optimizer's state comes with the first step
+    for step in list(steps.values())[:2]:  # dense, and one for all that are pruned
         require_memory(step, batches[0], batch_size)
     timings, _ = time_in_turn({name: Runner(step, batches) for name, step in steps.items()}, repeats)
     first = batches[0]
