@@ -98,6 +98,7 @@ def make_steps(contest: Contest, levels: Mapping[float | None, Levels], autocast
 
 
 def _student(contest: Contest, levels: Levels, execution: str) -> Answers:
+    """The one place that says how a student is trained."""
     assert execution in EXECUTIONS
     return Answers(contest.pruned(levels))
 
