@@ -62,8 +62,8 @@ def test_a_sweep(run: Bench, tmp_path: Path) -> None:
         # calibrated on other images than those that are timed, of which there are few here
         assert case.macs_ratio == pytest.approx(case.target, abs=0.08)
         assert case.mode == "eager"
-    assert [(s.dtype, s.image_size, s.target) for s in result.training] == [
-        (*size, target) for size in sizes for target in (0.8, 0.5)
+    assert [(s.dtype, s.image_size, s.execution, s.target) for s in result.training] == [
+        (*size, execution, target) for size in sizes for execution in ("packed", "masked") for target in (0.8, 0.5)
     ]
     assert result.environment.dtype == "float32, bfloat16"
     assert result.pruning["score"] == "redundancy"

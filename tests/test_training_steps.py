@@ -37,6 +37,8 @@ def test_steps(family: str, autocast: torch.dtype) -> None:
     for name, step in steps.items():
         assert is_pruned(step.student) is (name != "dense")
         assert step.student.model.training
+        if is_pruned(step.student):
+            assert pruning_of(step.student).execution == name.split()[0]
         assert not step.teacher.model.training
         step(tiny.images(2))
         # the optimizer has seen a gradient of everything that the student's answer needs
@@ -70,11 +72,16 @@ def test_every_loss_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_measure_training() -> None:
     contest, levels = contest_of("vit")
     setting = Setting(image_size=32, dtype="bfloat16")
-    (row,) = measure_training(contest, levels, setting, tiny.images(6), 4, repeats=2)
-    assert (row.batch_size, row.execution, row.target, row.dtype) == (4, "masked", 0.65, "bfloat16")
-    assert 0 < row.dense.fastest <= row.dense.median
-    assert 0 < row.macs_ratio < 1
-    assert row.pruned_peak_memory > row.dense_peak_memory > 0
+    rows = measure_training(contest, levels, setting, tiny.images(6), 4, repeats=2)
+    assert [row.execution for row in rows] == ["packed", "masked"]
+    for row in rows:
+        assert (row.batch_size, row.target, row.dtype) == (4, 0.65, "bfloat16")
+        assert 0 < row.dense.fastest <= row.dense.median
+        assert 0 < row.macs_ratio < 1
+    packed, masked = rows
+    # masks beside full-length sequences
+    assert masked.pruned_peak_memory > masked.dense_peak_memory > 0
+    assert masked.pruned_peak_memory > packed.pruned_peak_memory > 0
 
 
 def test_float16() -> None:

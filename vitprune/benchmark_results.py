@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from itertools import takewhile
 from pathlib import PurePath
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import computed_field
 
@@ -78,7 +78,7 @@ class TrainingStep(Setting):
     """
 
     batch_size: int
-    execution: str
+    execution: Literal["packed", "masked"]
     target: float | None
     dense: Timing
     pruned: Timing

@@ -22,11 +22,11 @@ from vitprune.benchmark_results import Setting, TrainingStep
 from vitprune.contestants import Contest, Levels, twin
 from vitprune.losses import budget_loss, distillation_loss, embedding_loss
 from vitprune.memory import peak_memory, require_memory
-from vitprune.recipe import FinetuneSpec
+from vitprune.recipe import Execution, FinetuneSpec
 from vitprune.timing import PlacedBatches, Runner, time_in_turn, whole_batches
-from vitprune.tracing import is_pruned, trace
+from vitprune.tracing import is_pruned, pruning_of, trace
 
-EXECUTIONS = ("masked",)
+EXECUTIONS: tuple[Execution, ...] = ("packed", "masked")
 """How a pruned student can be trained."""
 DENSE = "dense"
 TASK = FinetuneSpec()
@@ -97,10 +97,10 @@ def make_steps(contest: Contest, levels: Mapping[float | None, Levels], autocast
     }
 
 
-def _student(contest: Contest, levels: Levels, execution: str) -> Answers:
-    """The one place that says how a student is trained."""
-    assert execution in EXECUTIONS
-    return Answers(contest.pruned(levels))
+def _student(contest: Contest, levels: Levels, execution: Execution) -> Answers:
+    student = contest.pruned(levels)
+    pruning_of(student).execution = execution
+    return Answers(student)
 
 
 def _name(execution: str, target: float | None) -> str:
@@ -127,8 +127,9 @@ def measure_training(
     batches = PlacedBatches(whole_batches(x_BCHW, batch_size), contest.dense)
     for step in steps.values():
         step(batches[0][:1])  # the optimizer's state comes with the first step
-    for step in list(steps.values())[:2]:  # dense, and one for all that are pruned
-        require_memory(step, batches[0], batch_size)
+    largest = max(levels, key=lambda target: 1.0 if target is None else target)
+    for name in (DENSE, *(_name(execution, largest) for execution in EXECUTIONS)):
+        require_memory(steps[name], batches[0], batch_size)
     timings, _ = time_in_turn({name: Runner(step, batches) for name, step in steps.items()}, repeats)
     first = batches[0]
     peaks = {name: peak_memory(lambda step=step: step(first), first.device) for name, step in steps.items()}
