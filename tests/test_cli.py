@@ -13,8 +13,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from vitprune import __version__
+from vitprune.bench_settings import BenchSettings
 from vitprune.cli import app
-from vitprune.recipe import Recipe, json_schema
+from vitprune.recipe import Recipe, RecipeError, json_schema, load_recipe
 
 RECIPE = """\
 version: 1
@@ -27,7 +28,7 @@ budget: {macs: 65%}
 
 
 class Heavy:
-    """Stands in for `vitprune.apply`, `planning` and `report`: records calls, raises what it is told to."""
+    """Stands in for the modules that do the work and show it: records calls, raises what it is told to."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[Any, ...]] = []
@@ -46,14 +47,20 @@ def heavy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Heavy:
     monkeypatch.delenv("VITPRUNE_DEBUG", raising=False)
     Path("recipe.yaml").write_text(RECIPE)
     heavy = Heavy()
-    work, planning, report = (ModuleType(f"vitprune.{name}") for name in ("apply", "planning", "report"))
-    for module, verb in ((work, "apply"), (planning, "plan"), (work, "evaluate")):
+    names = ("apply", "planning", "benchmarking", "report", "bench_report")
+    modules = {name: ModuleType(f"vitprune.{name}") for name in names}
+    work = modules["apply"]
+    for module, verb in ((work, "apply"), (modules["planning"], "plan"), (work, "evaluate")):
         setattr(module, verb, lambda *arguments, verb=verb: heavy.run(verb, *arguments))
+    vars(modules["benchmarking"])["bench"] = lambda settings, output: heavy.run("bench", settings, output)
     for name in ("print_report", "print_plan"):
-        setattr(report, name, lambda result, console, name=name: console.print(f"{name}: {result}"))
-    monkeypatch.setitem(sys.modules, "vitprune.apply", work)
-    monkeypatch.setitem(sys.modules, "vitprune.planning", planning)
-    monkeypatch.setitem(sys.modules, "vitprune.report", report)
+        setattr(modules["report"], name, lambda result, console, name=name: console.print(f"{name}: {result}"))
+    vars(modules["bench_report"]).update(
+        print_benchmark=lambda result, console: console.print(f"print_benchmark: {result}"),
+        print_files=lambda result, folder, console: console.print(f"print_files: {result} in {folder}"),
+    )
+    for module in modules.values():
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     return heavy
 
 
@@ -77,6 +84,73 @@ def test_verbs(heavy: Heavy, verb: str, arguments: tuple[str, ...], printed: str
     assert isinstance(recipe, Recipe)
     assert recipe.finetune
     assert (recipe.finetune.epochs, recipe.data.name) == (2.0, "a=b")
+
+
+def test_bench(heavy: Heavy) -> None:
+    several = ["--macs", "80%", "--macs", "0.5", "--batch-size", "1", "--batch-size", "64", "--dtype", "bfloat16"]
+    sizes = ["--image-size", "224", "--image-size", "448", "--mode", "eager", "--mode", "compiled", "--repeats", "5"]
+    training = ["--training", "--training-batch-size", "8", "--output", "here", "--set", "pruning.dropped=fuse"]
+    result = invoke("bench", "facebook/dinov2-small", *several, *sizes, *training)
+    printed = "print_benchmark: result of bench\nprint_files: result of bench in here\n"
+    assert (result.exit_code, result.stdout, result.stderr) == (0, printed, "")
+    ((_, settings, output),) = heavy.calls
+    assert output == Path("here")
+    assert settings == BenchSettings(
+        settings.recipe,
+        True,
+        targets=(0.8, 0.5),
+        batch_sizes=(1, 64),
+        dtypes=("bfloat16",),
+        image_sizes=(224, 448),
+        modes=("eager", "compiled"),
+        repeats=5,
+        training=True,
+        training_batch_size=8,
+    )
+    assert settings.recipe.model.checkpoint == "facebook/dinov2-small"
+    assert settings.recipe.pruning.dropped == "fuse"
+
+
+def test_bench_of_a_recipe_by_default(heavy: Heavy) -> None:
+    assert invoke("bench", "recipe.yaml").exit_code == 0
+    ((_, settings, output),) = heavy.calls
+    assert settings == BenchSettings(settings.recipe)
+    assert settings.recipe.data.path == "fashion_mnist"
+    assert output == Path("runs/bench")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["recipe.yaml", "--macs", "65"], "is 65; write 65% or 0.65"),
+        (["recipe.yaml", "--batch-size", "0"], "--batch-size"),
+        (["recipe.yaml", "--dtype", "int8"], "--dtype"),
+        (["recipe.yaml", "--mode", "fast"], "--mode"),
+        (["recipe.yaml", "--set", "seed=x"], "--set seed=x: seed: should be a whole number"),
+        (["a/b", "--set", "sed=1"], "--set sed=1: sed: unknown key"),
+        (["./nowhere"], "./nowhere: model.checkpoint: './nowhere' is not there"),
+        ([], "Missing argument"),
+    ],
+)
+def test_bench_wrong_usage(heavy: Heavy, arguments: list[str], message: str) -> None:
+    result = invoke("bench", *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.replace("│", " ").split())
+    assert not heavy.calls
+
+
+def test_bench_failures(heavy: Heavy) -> None:
+    heavy.error = ValueError("ViT takes no images of 225 px")
+    result = invoke("bench", "a/b")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "failed: ViT takes no images of 225 px (VITPRUNE_DEBUG=1 shows where)\n"
+    recipe = load_recipe("recipe.yaml")
+    with pytest.raises(RecipeError) as caught:
+        recipe.pruning.stages(12)
+    heavy.error = caught.value
+    assert invoke("bench", "recipe.yaml").stderr.startswith("recipe.yaml:5: pruning.before_blocks: stage 99 is outside")
+    result = invoke("bench", "a/b", "--set", "pruning.before_blocks=[4, 99]")
+    assert (result.exit_code, result.stderr.startswith("pruning.before_blocks: stage 99 is outside")) == (2, True)
 
 
 @pytest.mark.parametrize("error", [ValueError("no labels"), OSError(28, "No space left"), RuntimeError("no labels")])
@@ -176,7 +250,8 @@ def test_recipes_cp_of_an_unknown_name(shelf: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["schema"], ["recipes", "ls"], ["plan", "missing.yaml"], ["--version"]]
+    "arguments",
+    [["--help"], ["schema"], ["recipes", "ls"], ["plan", "missing.yaml"], ["bench", "--help"], ["--version"]],
 )
 def test_light_verbs_leave_torch_alone(arguments: list[str]) -> None:
     code = """

@@ -1,7 +1,8 @@
 """The command line: verbs, their words of help, and what a failure looks like.
 
 Knows arguments and exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 130 interrupted. Leaves the work to
-`apply.py` and showing it to `report.py`; both bring torch along and are imported by the verbs that need them.
+`apply.py` and its like, and showing it to `report.py`; they bring torch along and are imported by the verbs that need
+them.
 """
 
 from __future__ import annotations
@@ -9,8 +10,9 @@ from __future__ import annotations
 import json
 import os
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
@@ -18,6 +20,7 @@ import typer
 from rich.console import Console
 
 from vitprune import __version__, recipes
+from vitprune.bench_settings import BATCH_SIZES, BenchSettings, is_recipe, read_part, read_target
 from vitprune.recipe import Recipe, RecipeError, json_schema, load_recipe, locate
 from vitprune.recipe_errors import did_you_mean
 
@@ -44,14 +47,21 @@ def main() -> None:
 
 @contextmanager
 def _loaded(path: Path, overrides: Sequence[str] | None) -> Iterator[Recipe]:
-    """The recipe; and one clear message for what a user can mend. Anything else is our bug and keeps its traceback."""
-    try:
+    """The recipe, and clear messages."""
+    with _clear_messages(lambda error: locate(error, path, overrides or ())):
         yield load_recipe(path, overrides or ())
+
+
+@contextmanager
+def _clear_messages(located: Callable[[RecipeError], RecipeError]) -> Iterator[None]:
+    """One clear message for what a user can mend. Anything else is our bug and keeps its traceback."""
+    try:
+        yield
     except KeyboardInterrupt:
         typer.echo("interrupted; nothing half-written is left in the output path", err=True)
         raise typer.Exit(130) from None
     except RecipeError as error:
-        typer.echo(locate(error, path, overrides or ()), err=True)
+        typer.echo(located(error), err=True)
         raise typer.Exit(2) from None
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("VITPRUNE_DEBUG") == "1":
@@ -93,6 +103,69 @@ def evaluate(
         from vitprune.report import print_report
 
         print_report(run(checkpoint, settings), Console())
+
+
+class Dtype(str, Enum):
+    """What a benchmark computes in."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+class BenchMode(str, Enum):
+    """How a benchmark runs the blocks."""
+
+    eager = "eager"
+    compiled = "compiled"
+
+
+def _macs(text: str) -> float:
+    try:
+        return read_part(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+@app.command()
+def bench(
+    target: Annotated[str, typer.Argument(help="Folder or Hub id of a dense or pruned checkpoint, or a recipe file.")],
+    data: Annotated[str | None, typer.Option(help="Real images, as data.path in a recipe; else random pixels.")] = None,
+    macs: Annotated[
+        list[float] | None, typer.Option(parser=_macs, metavar="PART", help="Part of the MACs; 80, 65, 50, 35 %.")
+    ] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Images at a time; 1 and 16.")] = None,
+    dtype: Annotated[list[Dtype] | None, typer.Option(help="The recipe's, or float32.")] = None,
+    image_size: Annotated[list[int] | None, typer.Option(min=1, help="Pixels; the checkpoint's own size.")] = None,
+    mode: Annotated[list[BenchMode] | None, typer.Option(help="eager.")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="Measurements, of which the median counts.")] = 7,
+    training: Annotated[bool, typer.Option("--training", help="Also time steps of fine-tuning.")] = False,
+    training_batch_size: Annotated[int, typer.Option(min=1, help="Images of such a step.")] = 16,
+    output: Annotated[Path, typer.Option(help="Folder for bench.json and pictures.")] = Path("runs/bench"),
+    overrides: Overrides = None,
+) -> None:
+    """Measure speed and memory against the dense model on this machine. Options that take several can be repeated."""
+    path = Path(target)
+    with _clear_messages(lambda error: locate(error, path, overrides or ()) if is_recipe(target) else error):
+        recipe, random_pixels = read_target(target, data, overrides or ())
+        settings = BenchSettings(
+            recipe,
+            random_pixels,
+            targets=tuple(macs) if macs else None,
+            batch_sizes=tuple(batch_size or BATCH_SIZES),
+            dtypes=tuple(kind.value for kind in dtype or ()),
+            image_sizes=tuple(image_size or ()),
+            modes=tuple(kind.value for kind in mode or (BenchMode.eager,)),
+            repeats=repeats,
+            training=training,
+            training_batch_size=training_batch_size,
+        )
+        from vitprune.bench_report import print_benchmark, print_files
+        from vitprune.benchmarking import bench as run
+
+        benchmark = run(settings, output=output)
+        print_benchmark(benchmark, Console())
+        print_files(benchmark, output, Console())
 
 
 @app.command()

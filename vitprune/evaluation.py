@@ -1,17 +1,14 @@
 """Pruned against dense: how good, how much work, how fast.
 
-Knows how to measure two models on the same images in the same run. Leaves what the numbers are called to `results`, and
-showing them to `report`.
+Knows how to measure two models on the same images in the same run. Leaves the stopwatch to `timing`, what the
+numbers are called to `results`, and showing them to `report`.
 
 Tensor suffixes: B images, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
-import math
 import platform
-import statistics
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
@@ -28,12 +25,11 @@ from vitprune.answers import Answers
 from vitprune.data import Images
 from vitprune.metrics import RANKED, RankedMetric, load_metric
 from vitprune.recipe import EvaluateSpec
-from vitprune.results import Comparison, Distribution, Environment, KeptPatches, Macs, MetricPair, Throughput, Timing
+from vitprune.results import Comparison, Distribution, Environment, KeptPatches, Macs, MetricPair, Throughput
+from vitprune.timing import PlacedBatches, Runner, placed, time_in_turn, whole_batches
 from vitprune.tracing import Trace, eval_mode, trace
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
-WARM_UP = 2  # forwards of each model before any that counts
-SHORTEST = 0.1  # seconds: what takes less is repeated within one measurement
 
 
 def compare(
@@ -56,9 +52,9 @@ def compare(
             batches, "Comparing", total=total, console=Console(stderr=True), transient=True, disable=not progress
         ):
             x_BCHW = batch["pixel_values"]
-            before = dense_answers(_placed(x_BCHW, dense))
+            before = dense_answers(placed(x_BCHW, dense))
             with trace(pruned) as seen:
-                after = pruned_answers(_placed(x_BCHW, pruned))
+                after = pruned_answers(placed(x_BCHW, pruned))
             tally.add(before, after, seen, batch.get("labels"))
     return tally.comparison(images.skipped)
 
@@ -141,7 +137,7 @@ def measure_throughput(
 ) -> list[Throughput]:
     """Times both models on the same images, in turn, warmed up; the median of `repeats` counts.
 
-    `batch`: pixel values (B, C, H, W) of real images by chance, since how many tokens an image keeps decides how fast
+    `images`: pixel values (B, C, H, W) of real images by chance, since how many tokens an image keeps decides how fast
     it is; repeated where a batch size is larger than B.
 
     Raises ValueError where `pruned` isn't pruned.
@@ -150,54 +146,24 @@ def measure_throughput(
     answers = Answers.of(dense), Answers.of(pruned)
     with eval_mode(dense, pruned), torch.no_grad():
         return [
-            _throughput(*answers, _batches(images, size), repeats)
+            _throughput(*answers, whole_batches(images, size), repeats)
             for size in track(batch_sizes, "Timing", console=console, transient=True, disable=not progress)
         ]
 
 
-def _batches(images: Tensor, size: int) -> list[Tensor]:
-    """All whole batches of a size; one with repeated images where there are too few."""
-    whole = len(images) // size
-    return list(images[: whole * size].split(size)) if whole else [images[torch.arange(size) % len(images)]]
-
-
 def _throughput(dense: nn.Module, pruned: nn.Module, batches: Sequence[Tensor], repeats: int) -> Throughput:
-    warm = min(_seconds(model, batches, 0, 1) for model in (dense, pruned) for _ in range(WARM_UP))
-    calls = max(1, math.ceil(SHORTEST / warm))
-    seconds: tuple[list[float], list[float]] = ([], [])
-    for repeat in range(repeats):
-        # Who goes first takes turns, so that a machine that slows down or speeds up treats both alike.
-        for which in (0, 1) if repeat % 2 == 0 else (1, 0):
-            seconds[which].append(_seconds((dense, pruned)[which], batches, repeat * calls, calls))
+    models = {"dense": dense, "pruned": pruned}
+    runners = {name: Runner(model, PlacedBatches(batches, model)) for name, model in models.items()}
+    timings, measured = time_in_turn(runners, repeats)
     with trace(pruned) as seen:
-        for call in range(min(len(batches), repeats * calls)):
-            pruned(_placed(batches[call], pruned))
+        for index in range(measured):
+            pruned(runners["pruned"].batches[index])
     return Throughput(
         batch_size=len(batches[0]),
-        dense=_timing(seconds[0]),
-        pruned=_timing(seconds[1]),
+        dense=timings["dense"],
+        pruned=timings["pruned"],
         ideal_speedup=float(seen.dense_macs.sum() / seen.macs.sum()),
     )
-
-
-def _seconds(model: nn.Module, batches: Sequence[Tensor], first: int, calls: int) -> float:
-    """Wall-clock seconds of one forward, averaged over `calls` on one batch after the other."""
-    placed = [_placed(batches[(first + call) % len(batches)], model) for call in range(min(calls, len(batches)))]
-    _wait_for(placed[0].device)
-    start = time.perf_counter()
-    for call in range(calls):
-        model(placed[call % len(placed)])
-    _wait_for(placed[0].device)
-    return (time.perf_counter() - start) / calls
-
-
-def _wait_for(device: torch.device) -> None:
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
-
-
-def _timing(seconds: list[float]) -> Timing:
-    return Timing(median=statistics.median(seconds), fastest=min(seconds), slowest=max(seconds))
 
 
 def describe_environment(model: nn.Module) -> Environment:
@@ -222,12 +188,6 @@ def _cpu_name() -> str:
     lines = info.read_text(encoding="utf-8").splitlines() if info.is_file() else []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     return names[0] if names else platform.processor() or platform.machine()
-
-
-def _placed(x_BCHW: Tensor, model: nn.Module) -> Tensor:
-    """The pixels where and as the model computes."""
-    first = next(model.parameters())
-    return x_BCHW.to(device=first.device, dtype=first.dtype)
 
 
 def _ranked(logits: Tensor) -> Tensor:

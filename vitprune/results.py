@@ -12,14 +12,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, computed_field
+from typing_extensions import Self
 
 
-class _Result(BaseModel):
+class Result(BaseModel):
+    """A value that was found out; never changes."""
+
     # What follows from other fields is in the file for those who read it with other software, and ignored on loading.
     model_config = ConfigDict(frozen=True, extra="ignore")
 
 
-class Distribution(_Result):
+class Distribution(Result):
     """How a quantity is spread over images: mean and 5, 25, 50, 75, 95 % quantiles."""
 
     mean: float
@@ -30,7 +33,7 @@ class Distribution(_Result):
     q95: float
 
 
-class MetricPair(_Result):
+class MetricPair(Result):
     """One metric of both models on the same images, fractions from 0 to 1."""
 
     dense: float
@@ -43,7 +46,7 @@ class MetricPair(_Result):
         return self.pruned - self.dense
 
 
-class Macs(_Result):
+class Macs(Result):
     """Multiply-accumulates of one image, patch embedding and head included."""
 
     dense: float
@@ -56,7 +59,7 @@ class Macs(_Result):
         return self.pruned.mean / self.dense
 
 
-class KeptPatches(_Result):
+class KeptPatches(Result):
     """How many of an image's `patches` are still tokens of their own after the stage before `before_block`."""
 
     before_block: int
@@ -64,7 +67,7 @@ class KeptPatches(_Result):
     kept: Distribution
 
 
-class Comparison(_Result):
+class Comparison(Result):
     """Dense and pruned model on the same `images`; `skipped` broken ones were left out.
 
     `agreement`: part of the images with the same top-1 answer; `similarity`: mean cosine of the two embeddings of an
@@ -80,7 +83,7 @@ class Comparison(_Result):
     kept: tuple[KeptPatches, ...]
 
 
-class Timing(_Result):
+class Timing(Result):
     """Seconds for one batch, over the repeats."""
 
     median: float
@@ -88,7 +91,7 @@ class Timing(_Result):
     slowest: float
 
 
-class Throughput(_Result):
+class Throughput(Result):
     """Both models on the same batches, in turn. `ideal_speedup`: dense by pruned MACs of those images."""
 
     batch_size: int
@@ -119,7 +122,7 @@ class Throughput(_Result):
         return self.speedup / self.ideal_speedup
 
 
-class Environment(_Result):
+class Environment(Result):
     """What was measured with, and on what."""
 
     vitprune: str
@@ -132,13 +135,33 @@ class Environment(_Result):
     dtype: str
 
 
-class Report(_Result):
-    """Everything that a run found out. `calibrated`: the comparison before fine-tuning, where there was one."""
+class Document(Result):
+    """A result that is a file of its own."""
 
     schema_version: Literal[1] = Field(
         default=1, validation_alias=AliasChoices("schema", "schema_version"), serialization_alias="schema"
     )
     created: datetime | None = None
+
+    def save(self, path: str | Path) -> None:
+        """Writes JSON: beside `path` first, so that there is never half a file."""
+        partial = Path(f"{path}.partial")
+        partial.write_text(self.model_dump_json(indent=2, by_alias=True) + "\n", encoding="utf-8")
+        partial.replace(path)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Raises ValueError for a file that is none of this schema, OSError for one that can't be read."""
+        try:
+            return cls.model_validate_json(Path(path).read_bytes())
+        except ValidationError as error:
+            kind = cls.__name__.lower()
+            raise ValueError(f"{path} is no {kind} that this version of vitprune reads: {error}") from error
+
+
+class Report(Document):
+    """Everything that a run found out. `calibrated`: the comparison before fine-tuning, where there was one."""
+
     environment: Environment
     recipe: dict[str, Any]
     budget: float | None
@@ -146,20 +169,6 @@ class Report(_Result):
     calibrated: Comparison | None = None
     throughput: tuple[Throughput, ...] = ()
     notes: tuple[str, ...] = ()
-
-    def save(self, path: str | Path) -> None:
-        """Writes JSON: beside `path` first, so that there is never half a report."""
-        partial = Path(f"{path}.partial")
-        partial.write_text(self.model_dump_json(indent=2, by_alias=True) + "\n", encoding="utf-8")
-        partial.replace(path)
-
-    @classmethod
-    def load(cls, path: str | Path) -> Report:
-        """Raises ValueError for a file that is no report of this schema, OSError for one that can't be read."""
-        try:
-            return cls.model_validate_json(Path(path).read_bytes())
-        except ValidationError as error:
-            raise ValueError(f"{path} is no report that this version of vitprune reads: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,97 @@
+"""The images of a benchmark, of any size: real ones, or random pixels where there are none.
+
+Knows which to calibrate on (training images) and which to time on (evaluation images), and how they become larger or
+smaller: real ones by interpolating the pixel values that the image processor gives (bicubic, antialiased), so nothing
+is sharper than it was. Random pixels are drawn at each size.
+
+Tensor suffixes: B images, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+from vitprune.anatomy import examine
+from vitprune.checkpoint import load_processor
+from vitprune.data import load_images
+from vitprune.recipe import Recipe, SplitSpec
+
+RANDOM_PIXELS = "random pixels"
+LOADED = 32  # images decoded at a time
+
+
+@dataclass(frozen=True)
+class BenchImages:
+    """Calibration and timed images: functions of the size, (B, C, H, W) float32. described: what they are, in words."""
+
+    described: str
+    size: int
+    calibration: Callable[[int], Tensor]
+    timed: Callable[[int], Tensor]
+
+
+def random_images(recipe: Recipe, model: PreTrainedModel, calibration: int, timed: int) -> BenchImages:
+    """Seeded noise, as an image processor would normalise it; so many of each. size: what the checkpoint processes."""
+    depth = channels(model)
+
+    def noise(count: int, offset: int) -> Callable[[int], Tensor]:
+        def at(size: int) -> Tensor:
+            generator = torch.Generator().manual_seed(recipe.seed + offset)
+            return torch.randn(count, depth, size, size, generator=generator)
+
+        return at
+
+    return BenchImages(RANDOM_PIXELS, _own_size(recipe, model), noise(calibration, 0), noise(timed, 1))
+
+
+def real_images(recipe: Recipe, calibration: int, timed: int) -> BenchImages:
+    """Random samples of the recipe's training and evaluation images, at most so many of each.
+
+    Raises ValueError for data that isn't there or has no image.
+    """
+    train_BCHW = _load(recipe, recipe.data.train, calibration)
+    eval_BCHW = _load(recipe, recipe.data.eval, timed)
+    described = f"{len(eval_BCHW)} images of {recipe.data.path}, split {recipe.data.eval.split}"
+    return BenchImages(described, eval_BCHW.shape[-1], _resized(train_BCHW), _resized(eval_BCHW))
+
+
+def channels(model: PreTrainedModel) -> int:
+    """Of the images that a model takes."""
+    return getattr(examine(model).backbone.config, "num_channels", 3)
+
+
+def _load(recipe: Recipe, split: SplitSpec, count: int) -> Tensor:
+    processor = load_processor(recipe.model.checkpoint, recipe.model.revision)
+    images = load_images(recipe.data, split, processor, id2label=None, labelled=False, seed=recipe.seed)
+    batches = [batch["pixel_values"] for batch in images.sample(count, recipe.seed).loader(LOADED)]
+    if not batches:
+        raise ValueError(f"data: split '{split.split}' of {recipe.data.path} has no image")
+    return torch.cat(batches)
+
+
+def _resized(x_BCHW: Tensor) -> Callable[[int], Tensor]:
+    def at(size: int) -> Tensor:
+        if tuple(x_BCHW.shape[-2:]) == (size, size):
+            return x_BCHW
+        return F.interpolate(x_BCHW, (size, size), mode="bicubic", antialias=True)
+
+    return at
+
+
+def _own_size(recipe: Recipe, model: PreTrainedModel) -> int:
+    """What the image processor gives; without one, what the config says."""
+    try:
+        processor = load_processor(recipe.model.checkpoint, recipe.model.revision)
+    except ValueError:
+        size = getattr(examine(model).backbone.config, "image_size", None)
+        if isinstance(size, int):
+            return size
+        raise
+    return processor(Image.new("RGB", (256, 256)), return_tensors="pt")["pixel_values"].shape[-1]
