@@ -7,7 +7,7 @@ import torch
 from tiny import Tolerance
 from torch.testing import assert_close
 
-from vitprune.tokens import Layout, TokenBatch
+from vitprune.tokens import KEY_ALIGNMENT, Layout, TokenBatch
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 WIDTH = 3
@@ -54,3 +54,16 @@ def test_ghosts_lie_behind_their_images_tokens() -> None:
     assert rows.tolist() == [5, 10, 11, 12, 23]
     assert images.tolist() == [0, 1, 1, 1, 2]
     assert batch.valid_BM.sum(1).tolist() == [5, 2, 7]
+
+
+def test_fillers_are_weighed_against_calls() -> None:
+    """Narrow models take fewer calls, wide ones fewer fillers; never less than the kernel likes."""
+    lengths, alignments = range(100, 164), []
+    for width in (8, 96, 384, 1024):
+        layout = Layout.fitting(lengths, (), torch.zeros(1, width))
+        assert all(
+            rows % layout.alignment == 0 and rows >= length for rows, length in zip(layout.rows, lengths, strict=True)
+        )
+        alignments.append(layout.alignment)
+    assert alignments == sorted(alignments, reverse=True)
+    assert alignments[0] > alignments[-1] == KEY_ALIGNMENT

@@ -25,7 +25,7 @@ from transformers.masking_utils import sdpa_mask
 
 from vitprune.ghost_attention import GhostKeys, ghost_attention
 from vitprune.scoring import attention_row, head_weighted_attention, key_metric, mean_query
-from vitprune.tokens import HALF_PRECISION_KEY_ALIGNMENT, Layout, Learning, TokenBatch
+from vitprune.tokens import TILE_KEY_ALIGNMENT, Layout, Learning, TokenBatch, needs_tiles
 
 NAME = "vitprune"
 MASKED_SOFTMAX_EPS = 1e-6
@@ -212,10 +212,9 @@ def _masked_mean_row(q_BHNK: Tensor, k_BHNK: Tensor, scaling: float, tokens: Mas
 def _dense_attention(
     q_BHNK: Tensor, k_BHNK: Tensor, v_BHNK: Tensor, bias: Tensor | None, dropout: float, scaling: float
 ) -> Tensor:
-    """sdpa; in half precision on a CPU with as many keys as its kernel likes, which more than pays for the copy."""
-    missing = -k_BHNK.shape[2] % HALF_PRECISION_KEY_ALIGNMENT
-    on_cpu = k_BHNK.device.type == "cpu" and k_BHNK.dtype != torch.float32
-    if missing and on_cpu and bias is None and not torch.is_grad_enabled():
+    """sdpa; in tiles of AMX with as many keys as they hold, which more than pays for the copy."""
+    missing = -k_BHNK.shape[2] % TILE_KEY_ALIGNMENT
+    if missing and needs_tiles(k_BHNK) and bias is None and not torch.is_grad_enabled():
         bias = F.pad(k_BHNK.new_zeros(k_BHNK.shape[2]), (0, missing), value=-torch.inf)
         bias = bias.expand(q_BHNK.shape[0], 1, q_BHNK.shape[2], -1)
         k_BHNK, v_BHNK = (F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, missing)).transpose(1, 2) for x in (k_BHNK, v_BHNK))

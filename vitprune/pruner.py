@@ -2,8 +2,8 @@
 
 A pruned model is the same modules under the same names, plus one submodule `vitprune` that holds what is learned, and
 hooks: on the backbone (one forward begins and ends), on each block (tokens leave before it), on the final norm (the
-dense sequence comes back) and on an attention pooling. The state of a forward is a `PackedPass` (eval mode) or a
-`MaskedPass` (train mode). What a block's attention is to do reaches its `forward` as a keyword, so that gradient
+dense sequence comes back) and on an attention pooling. The state of a forward is a `PackedPass` or, in masked training,
+a `MaskedPass`. What a block's attention is to do reaches its `forward` as a keyword, so that gradient
 checkpointing repeats it, and the attention function from there through a context variable.
 """
 
@@ -33,7 +33,8 @@ _QUANTIZER_MARKS = ("hf_quantizer", "quantization_method", "is_quantized")
 def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
     """Makes a ViT drop tokens, in place.
 
-    In eval mode tokens are removed, in train mode they are masked so that the thresholds learn. Module names stay. With
+    In eval mode tokens are removed. In train mode the thresholds learn: all tokens are masked, or, with
+    `model.vitprune.execution = "packed"`, tokens are removed that no threshold learns from. Module names stay. With
     `thresholds: calibrated` everything is kept until `calibrate` has been called. A forward with
     `output_hidden_states=True` gives dense sequences: a patch that left holds the state of the token that stands for
     it, or under `leave` the mean of the image's remaining patches.

@@ -19,12 +19,29 @@ import torch
 from torch import Tensor
 
 NOBODY = -1
-# an image's rows are a multiple of this: fillers cost matrix products, other numbers of keys slow fused attention down
+# an image's rows are a multiple of this: other numbers of keys slow fused attention down
 KEY_ALIGNMENT = 4
-# on a CPU in half precision fused attention takes up to 2.5 times as long for 191 keys as for 192
-HALF_PRECISION_KEY_ALIGNMENT = 16
+# with AMX tiles fused attention in half precision takes up to 2.5 times as long for 191 keys as for 192
+TILE_KEY_ALIGNMENT = 16
+# what one more attention call costs on a CPU beside its work, in multiply-accumulates that would take as long
+CALL_MACS = 1_500_000
 # half-precision matrix products on a CPU are compiled for their shape (milliseconds each): keep to few
 HALF_PRECISION_ROWS = 64
+
+
+def needs_tiles(x: Tensor) -> bool:
+    """Whether fused attention on such tensors works in tiles of AMX."""
+    return x.device.type == "cpu" and x.dtype != torch.float32 and torch.cpu._is_amx_tile_supported()
+
+
+def _alignment(counts: Sequence[int], width: int, least: int) -> int:
+    """Fewer buckets are fewer attention calls, and more fillers for the 12·D² MACs of a row: what costs least."""
+
+    def macs(alignment: int) -> int:
+        rows = [count + -count % alignment for count in counts]
+        return len(set(rows)) * CALL_MACS + (sum(rows) - sum(counts)) * 12 * width * width
+
+    return min((least, 2 * least, 4 * least), key=macs)
 
 
 @dataclass(frozen=True)
@@ -48,9 +65,10 @@ class Layout:
     @classmethod
     def fitting(cls, lengths: Sequence[int], ghosts: Sequence[int], x_TD: Tensor) -> Layout:
         """As the kernels like it that work on such hidden states."""
+        counts = [sum(pair) for pair in zip(lengths, ghosts, strict=True)] if ghosts else list(lengths)
         half_on_cpu = x_TD.device.type == "cpu" and x_TD.dtype != torch.float32
-        multiples = (HALF_PRECISION_KEY_ALIGNMENT, HALF_PRECISION_ROWS) if half_on_cpu else (KEY_ALIGNMENT, 1)
-        return cls(tuple(lengths), *multiples, tuple(ghosts))
+        alignment = _alignment(counts, x_TD.shape[-1], TILE_KEY_ALIGNMENT if needs_tiles(x_TD) else KEY_ALIGNMENT)
+        return cls(tuple(lengths), alignment, HALF_PRECISION_ROWS if half_on_cpu else 1, tuple(ghosts))
 
     @cached_property
     def rows(self) -> list[int]:
@@ -77,7 +95,7 @@ class Layout:
         """Images of each bucket and rows of each of them."""
         return [(images, rows) for rows, images in sorted(Counter(self.rows).items())]
 
-    @property
+    @cached_property
     def padding(self) -> int:
         """Rows behind the last image."""
         return -sum(self.rows) % self.row_multiple
@@ -97,6 +115,9 @@ class Layout:
 
     def split(self, values_T: Tensor) -> list[Tensor]:
         """(T, …) as one view (G, L, …) a bucket."""
+        if len(self.buckets) == 1:
+            (images, rows), *_ = self.buckets
+            return [values_T[: images * rows].unflatten(0, (images, rows))]
         parts = values_T.split([*(images * rows for images, rows in self.buckets), self.padding])
         return [part.unflatten(0, bucket) for part, bucket in zip(parts, self.buckets, strict=False)]
 
