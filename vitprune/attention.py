@@ -105,6 +105,7 @@ class _Intercept(TorchFunctionMode):
         return attend(query, key, value, attn_mask, scale, dropout_p, call).transpose(1, 2)
 
 
+@torch.compiler.disable()
 def attention_forward(
     module: nn.Module,
     query: Tensor,

@@ -20,6 +20,9 @@ from vitprune.attention import AttentionCall, calling
 from vitprune.masked import MaskedPass
 from vitprune.packed import PackedPass
 
+# what torch.compile leaves alone: how many tokens an image keeps is decided by their values
+untraced: Any = torch.compiler.disable
+
 
 class Removable(Protocol):
     def remove(self) -> None: ...
@@ -68,6 +71,7 @@ class BlockForward:
         for module in self.unfused:
             vars(module)["fused_attn"] = fused
 
+    @torch.compiler.disable(recursive=False)  # the layer's own forward inside is compiled
     def __call__(self, *args: Any, pruning: AttentionCall | None = None, **kwargs: Any) -> Any:
         if pruning is None:
             return self._dense()(*args, **kwargs)
@@ -83,6 +87,7 @@ class BlockForward:
     def _dense(self) -> Any:
         return self.previous or partial(type(self.block).forward, self.block)
 
+    @torch.compiler.disable(recursive=False)
     def _attend(self, call: AttentionCall, *args: Any, **kwargs: Any) -> Any:
         # the layer's own forward, without transformers' checkpointing around it
         forward = self.previous or partial(inspect.unwrap(type(self.block).forward), self.block)

@@ -19,7 +19,7 @@ from transformers.utils.generic import ModelOutput
 
 from vitprune import attention
 from vitprune.anatomy import Anatomy, examine, find_backbone
-from vitprune.blocks import BlockForward, Removable, RunningForward, pack_rope, running_forward
+from vitprune.blocks import BlockForward, Removable, RunningForward, pack_rope, running_forward, untraced
 from vitprune.masked import MaskedPass
 from vitprune.packed import PackedPass
 from vitprune.recipe import PruningSpec
@@ -108,6 +108,7 @@ class _Begin:
     has_interface: bool
     inner: nn.Module | None
 
+    @untraced
     def __call__(self, module: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
         if kwargs.get("attention_mask") is not None or kwargs.get("output_attentions"):
             raise ValueError(
@@ -138,6 +139,7 @@ class _End:
     pruning: Pruning
     inner: nn.Module | None
 
+    @untraced
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         running = running_forward.get()
         running_forward.set(None)
@@ -167,6 +169,7 @@ class _EnterBlock:
     rope: bool
     pads: bool
 
+    @untraced
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         running = running_forward.get()
         if running is None:
@@ -185,6 +188,7 @@ class _EnterBlock:
         return (hidden_states, *rest), {**kwargs, "pruning": call}
 
 
+@untraced
 def _drop_by_image(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
     """Stochastic depth drops whole images, which packed tokens don't show it."""
     call = attention.block_call.get()
@@ -197,11 +201,13 @@ def _drop_by_image(module: nn.Module, args: Any, output: Tensor) -> Tensor | Non
     return args[0] * drawn_B.index_select(0, layout.images(args[0].device))[:, None]
 
 
+@untraced
 def _unpack(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
     running = running_forward.get()
     return None if running is None else running.state.unpack(output)
 
 
+@untraced
 def _pool_what_is_there(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Attention pooling over patches that somebody stands for; those merged into another count as often as they are."""
     running = running_forward.get()
