@@ -175,12 +175,18 @@ def test_sizes_add_up_to_the_dense_tokens(dropped: str) -> None:
         assert (sizes[:PREFIX] == 1).all()
 
 
-def test_fusing_nothing_adds_nothing() -> None:
-    batch, x_TD, _ = dense()
-    everything = torch.ones(IMAGES, TOKENS, dtype=torch.bool)
-    fused, y_TD = depart(batch, x_TD, Departure(everything, fuse_weights_BM=torch.ones(IMAGES, TOKENS)))
-    assert fused.lengths == batch.lengths
-    assert_close(of_images(fused, y_TD), x_TD, **EXACT)
+@every_kind
+@pytest.mark.parametrize("stages", [0, 1])
+def test_where_nothing_leaves_nothing_is_done(dropped: str, stages: int) -> None:
+    batch, x_TD, _ = run_stages(dropped, stages)
+    departure = Departure(
+        batch.valid_BM,
+        takers_BM=torch.zeros_like(batch.valid_BM, dtype=torch.long) if dropped == "merge" else None,
+        fuse_weights_BM=torch.ones(batch.valid_BM.shape) if dropped == "fuse" else None,
+    )
+    after, y_TD = depart(batch, x_TD, departure)
+    assert after is batch
+    assert y_TD is x_TD
 
 
 def test_fusing_tokens_without_weight_gives_their_mean() -> None:

@@ -10,7 +10,7 @@ longest image before it, D width, X tokens that a mask names, in the order of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -75,8 +75,13 @@ class _Move:
 
 
 def depart(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[TokenBatch, Tensor]:
-    """Removes tokens from a packed batch; returns the new batch and its hidden states (T', D)."""
+    """Removes tokens from a packed batch; returns the new batch and its hidden states (T', D).
+
+    Where nothing leaves, the batch and the states themselves; but in training, where thresholds may learn from it.
+    """
     move = _plan(batch, x_TD, departure)
+    if move is None:
+        return batch, x_TD
     # what isn't a token that stays, fillers and tokens that `fuse` adds, begins as a copy of the image's first
     source_T = batch.starts_B.index_select(0, move.layout.images(x_TD.device))
     positions_T = torch.full_like(source_T, NOBODY)
@@ -99,43 +104,56 @@ def depart(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[Token
     return TokenBatch(move.layout, batch.num_prefix_tokens, positions_T, sizes_T, carriers_BN, learning), y_TD
 
 
-def _plan(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> _Move:
+def _plan(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> _Move | None:
+    """None where nothing leaves and nothing is learned."""
     keep_BM, teaching = departure.keep_BM, departure.teaching
-    slots_BM, lengths_B = _destinations(batch, departure)
-    before = batch.index_BM.flatten()
-    if teaching is None:
-        layout = Layout.fitting(lengths_B.tolist(), (), x_TD)
-        starts_B = torch.tensor(layout.starts, device=x_TD.device)
-        rows = before, (starts_B[:, None] + slots_BM).flatten()
-        return _Move(layout, slots_BM, rows, _select(rows, keep_BM))
-    linger_BM = teaching.near_BM & ~keep_BM
-    counts_B = linger_BM.sum(1)
-    lengths, counts = torch.stack([lengths_B, counts_B]).tolist()
-    old_counts = batch.layout.ghosts if teaching.lasting else ()
-    ghosts = [sum(pair) for pair in zip(counts, old_counts, strict=True)] if old_counts else counts
-    layout = Layout.fitting(lengths, ghosts, x_TD)
-    starts_B = torch.tensor(layout.starts, device=x_TD.device)
-    rows = before, (starts_B[:, None] + slots_BM).flatten()
-    first_ghosts_B = starts_B + lengths_B
-    lingering = _select((before, (first_ghosts_B[:, None] + linger_BM.cumsum(1) - 1).flatten()), linger_BM)
-    lasting = None
-    if old_counts:
-        old, images = batch.ghost_rows
-        places = old - (batch.starts_B + batch.lengths_B).index_select(0, images)
-        lasting = old, (first_ghosts_B + counts_B).index_select(0, images) + places
-    return _Move(layout, slots_BM, rows, _select(rows, keep_BM), lingering, lasting)
-
-
-def _destinations(batch: TokenBatch, departure: Departure) -> tuple[Tensor, Tensor]:
-    """Which of its image's tokens each token is or becomes part of, (B, M), and how many an image has then, (B,)."""
-    keep_BM, takers_BM = departure.keep_BM, departure.takers_BM
     slots_BM = keep_BM.cumsum(1) - 1
     kept_B = slots_BM[:, -1] + 1
+    linger_BM = None if teaching is None else teaching.near_BM & ~keep_BM
+    if linger_BM is None:
+        kept, counts = kept_B.tolist(), []
+        if tuple(kept) == batch.lengths:
+            return None
+    else:
+        kept, counts = torch.stack([kept_B, linger_BM.sum(1)]).tolist()
+    if teaching is not None and teaching.lasting and batch.layout.ghosts:
+        counts = [sum(pair) for pair in zip(counts, batch.layout.ghosts, strict=True)]
+    # `fuse` adds one at the end of an image that loses something
+    fuses = departure.fuse_weights_BM is not None
+    lengths = [count + (fuses and count < length) for count, length in zip(kept, batch.lengths, strict=True)]
+    layout = Layout.fitting(lengths, counts, x_TD)
+    starts_B = torch.tensor(layout.starts, device=x_TD.device)
+    slots_BM = _destinations(departure, slots_BM, kept_B)
+    rows = batch.index_BM.flatten(), (starts_B[:, None] + slots_BM).flatten()
+    move = _Move(layout, slots_BM, rows, _select(rows, keep_BM))
+    return move if linger_BM is None else _with_ghosts(batch, move, linger_BM)
+
+
+def _with_ghosts(batch: TokenBatch, move: _Move, linger_BM: Tensor) -> _Move:
+    """Behind an image's tokens those that linger, and behind them ghosts of earlier stages if they last."""
+    device, layout = linger_BM.device, move.layout
+    first_ghosts_B = torch.tensor(layout.starts, device=device) + torch.tensor(layout.lengths, device=device)
+    slots_BM = linger_BM.cumsum(1)
+    lingering = _select((move.rows[0], (first_ghosts_B[:, None] + slots_BM - 1).flatten()), linger_BM)
+    if sum(layout.ghosts) == len(lingering[0]):
+        return replace(move, lingering=lingering)
+    old, images = batch.ghost_rows
+    places = old - (batch.starts_B + batch.lengths_B).index_select(0, images)
+    lasting = old, (first_ghosts_B + slots_BM[:, -1]).index_select(0, images) + places
+    return replace(move, lingering=lingering, lasting=lasting)
+
+
+def _destinations(departure: Departure, slots_BM: Tensor, kept_B: Tensor) -> Tensor:
+    """Which of its image's tokens each token is or becomes part of, (B, M).
+
+    slots_BM: of those that stay. kept_B: how many do.
+    """
+    keep_BM, takers_BM = departure.keep_BM, departure.takers_BM
     if takers_BM is not None:
-        return torch.where(keep_BM, slots_BM, slots_BM.gather(1, takers_BM)), kept_B
-    if departure.fuse_weights_BM is not None:  # one more at the end of an image that loses something
-        return torch.where(keep_BM, slots_BM, kept_B[:, None]), kept_B + (kept_B < batch.lengths_B)
-    return torch.where(keep_BM, slots_BM, NOBODY), kept_B
+        return torch.where(keep_BM, slots_BM, slots_BM.gather(1, takers_BM))
+    if departure.fuse_weights_BM is not None:
+        return torch.where(keep_BM, slots_BM, kept_B[:, None])
+    return torch.where(keep_BM, slots_BM, NOBODY)
 
 
 def _give(

@@ -126,18 +126,20 @@ class PackedPass:
         departure = Departure(decision.keep_BM, decision.takers_BM, weights_BM, teaching)
         if teaching is not None and teaching.lasting:
             self._gifts.append(record(batch, departure))
-        self._batch, x_TD = depart(batch, hidden_states.flatten(0, 1), departure)
+        after, x_TD = depart(batch, hidden_states.flatten(0, 1), departure)
+        if after is not batch:
+            self._batch, hidden_states = after, x_TD[None]
         if self.learns:
-            _ = self._batch.key_bias_T  # now, since checkpointing repeats only what a block computes itself
+            _ = after.key_bias_T  # now, since checkpointing repeats only what a block computes itself
         if self.observers:
             assert self.macs_B is not None
             counted_BM = decision.keep_BM if teaching is None else teaching.mask_BM
             kept_B = counted_BM.sum(1).double()
             self.macs_B = self.macs_B + stage_macs(policy, self._tokens_B, kept_B)
             # `fuse` adds one
-            self._tokens_B = kept_B + (self._batch.lengths_B - decision.keep_BM.sum(1))
-            self.keep_masks.append(self._batch.kept_patches())
-        return x_TD[None]
+            self._tokens_B = kept_B + (after.lengths_B - decision.keep_BM.sum(1))
+            self.keep_masks.append(after.kept_patches())
+        return hidden_states
 
     def _teaching(self, stage: int, decision: Decision) -> Teaching:
         policy = self.policy
