@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from made_up_clock import Clock
+from torch.nn.modules.module import register_module_forward_hook
 
 SHARED = Path(__file__).parents[2] / "shared"
 _left_out: list[str] = []
@@ -34,6 +37,16 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
+    """Takes the place of `time.perf_counter`."""
+    clock = Clock()
+    handle = register_module_forward_hook(clock.ran)
+    monkeypatch.setattr("time.perf_counter", lambda: clock.now)
+    yield clock
+    handle.remove()
 
 
 @pytest.fixture(scope="session", autouse=True)

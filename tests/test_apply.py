@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import samples
 import torch
+from made_up_clock import Clock
 from PIL import Image
 from torch.testing import assert_close
 from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoTokenizer
@@ -175,6 +176,42 @@ def test_a_plan_loads_neither_weights_nor_data(tmp_path: Path) -> None:
     dense, budget = (sum(getattr(row, name) for row in planned.rows) for name in ("macs_dense", "macs_budget"))
     assert budget / dense == pytest.approx(0.6, abs=0.01)
     assert len(planned.steps) == 6
+
+
+def test_a_plan_for_a_budget_of_time_expects_no_tokens(tmp_path: Path) -> None:
+    planned = plan(recipe(tmp_path, RECIPE + FINETUNE, "vit", "budget={latency: 60%, batch_size: 4}"))
+    assert (planned.budget, planned.counts) == (0.6, "time")
+    assert all(row.tokens_budget is None and row.macs_budget is None for row in planned.rows)
+    assert planned.steps[0] == "measure what blocks and stages take by tokens, in batches of 4"
+    assert planned.steps[1].endswith("to 60% of the dense model's time")
+    assert any("check by measurement" in step for step in planned.steps)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("finetune", ["", FINETUNE])
+def test_a_latency_budget_is_met_and_checked(tmp_path: Path, clock: Clock, finetune: str, dtype: str) -> None:
+    overrides = ["budget={latency: 70%, batch_size: 4, device: cpu}", f"model.dtype={dtype}", "evaluate.batch_sizes=[]"]
+    report = apply(recipe(tmp_path, RECIPE + finetune, "vit", *overrides))
+    found = report.latency
+    assert report.budget is None
+    assert found is not None
+    assert (found.asked, found.batch_size) == (0.7, 4)
+    # 12 images it was not calibrated on, which in bfloat16 take a multiple of 16 rows
+    assert found.measured == pytest.approx(0.7, abs=0.06 if dtype == "float32" else 0.12)
+    assert bool(report.notes) != found.met
+    assert found.predicted == pytest.approx(found.measured, abs=0.04 if dtype == "float32" else 0.12)
+    assert report.comparison.macs.ratio < 0.72
+    assert Report.load(tmp_path / "out" / "report.json") == report
+    assert "latency" not in (tmp_path / "out" / "config.json").read_text()
+    again = evaluate(str(tmp_path / "out"), load_recipe(tmp_path / "out" / "recipe.yaml")).latency
+    assert again is not None
+    assert again.predicted is None
+    assert again.measured == found.measured
+
+
+def test_a_latency_budget_of_another_device_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"budget.device: is 'mps', but this run is on 'cpu'; run it there, or leave"):
+        apply(recipe(tmp_path, RECIPE, "vit", "budget={latency: 70%, device: mps}"))
 
 
 def test_a_killed_run_leaves_a_whole_checkpoint_or_none(tmp_path: Path) -> None:

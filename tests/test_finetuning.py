@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, ViTImageProcessorPil
 
 import vitprune
 from vitprune.calibration import calibrate, mean_ratio, scale_to_budget
+from vitprune.cost_table import CostTable
 from vitprune.data import Images, load_images
 from vitprune.finetuning import NonFiniteLoss, build_optimizer, finetune
 from vitprune.recipe import DataSpec, FinetuneSpec, LossWeights, PruningSpec, SplitSpec
@@ -67,6 +68,27 @@ def test_it_learns_the_task_moves_thresholds_and_meets_the_budget(tmp_path: Path
     assert not pruned.training
     scale_to_budget(pruned, pixels(data), BUDGET, progress=False)
     assert mean_ratio(pruned, pixels(data)) == pytest.approx(BUDGET, abs=0.01)
+
+
+def test_with_a_latency_table_the_budget_is_one_of_time(tmp_path: Path) -> None:
+    data = images(tmp_path)
+    dense, pruned = models(data)
+    # a pruned model that takes no less time, whatever leaves
+    table = CostTable(
+        batch_size=8,
+        tokens=(1.0, 65.0),
+        curves=((1.0, 1.0),),
+        kinds=(0,) * 6,
+        stages=(0.0, 0.0),
+        outside_blocks=0.0,
+        dense_tokens=65,
+        dense_seconds=6.0,
+    )
+    pruning_of(pruned).latency = table
+    spec = SPEC.model_copy(update={"epochs": 0.5})
+    for record in finetune(pruned, dense, data, spec, BUDGET, progress=False).records:
+        assert record["ratio"] == pytest.approx(1.0)
+        assert record["budget"] == pytest.approx(spec.losses.budget * 0.4)
 
 
 @pytest.mark.parametrize("select", ["threshold", "top-k"])

@@ -47,6 +47,28 @@ BROKEN: dict[str, tuple[str | bytes, str, str]] = {
     "no-version": (HEAD.replace("version: 1\n", ""), ":1: version: ", "is missing; Format of the recipe; write"),
     "other-version": (HEAD.replace("version: 1", "version: 2"), ":1: version: ", "is 2, should be 1"),
     "no-model": ("version: 1\ndata: {path: x}\nbudget: {macs: 1}\n", ":1: model: ", "is missing; The dense model"),
+    "no-budget": (HEAD.replace("macs: 65%", ""), ":4: budget: ", "says nothing; write {macs: 65%} or {latency: 60%}"),
+    "two-budgets": (
+        HEAD.replace("65%", "65%, latency: 60%"),
+        ":4: budget: ",
+        "has both macs and latency; keep the one",
+    ),
+    "device-of-macs": (
+        HEAD.replace("65%", "65%, device: cpu"),
+        ":4: budget.device: ",
+        "has a meaning with budget.latency only; leave it out",
+    ),
+    "batch-of-macs": (
+        HEAD.replace("65%", "65%, batch_size: 16"),
+        ":4: budget.batch_size: ",
+        "has a meaning with budget.latency only; leave it out",
+    ),
+    "bare-latency": (HEAD.replace("macs: 65%", "latency: 60"), ":4: budget.latency: ", "is 60; write 60% or 0.6"),
+    "unknown-device": (
+        HEAD.replace("macs: 65%", "latency: 60%, device: gpu"),
+        ":4: budget.device: ",
+        "is 'gpu', should be",
+    ),
     "no-checkpoint": (
         HEAD.replace("model: {checkpoint: facebook/deit-small-patch16-224}", "model: {dtype: bfloat16}"),
         ":2: model.checkpoint: ",
@@ -260,6 +282,13 @@ def test_fractions(written: str) -> None:
     assert load(HEAD.replace("65%", written)).budget.macs == 0.65
 
 
+def test_a_budget_of_time() -> None:
+    budget = load(HEAD.replace("macs: 65%", "latency: 60%, device: cpu, batch_size: 8")).budget
+    assert (budget.macs, budget.latency, budget.part, budget.device, budget.timed_batch) == (None, 0.6, 0.6, "cpu", 8)
+    assert load(HEAD.replace("macs: 65%", "latency: 60%")).budget.timed_batch == 16
+    assert load(HEAD).budget.part == 0.65
+
+
 def test_a_limit_keeps_the_usual_split() -> None:
     assert load(HEAD, "data.train.limit=100").data.train == SplitSpec(split="train", limit=100)
     assert load(HEAD, "data.eval={limit: 100}").data.eval == SplitSpec(split="test", limit=100)
@@ -342,6 +371,8 @@ def test_hub_ids_stay(hub_id: str) -> None:
         "",
         "model.revision='1234567'",
         "model.revision='1e7'",
+        "budget={latency: 60%}",
+        "budget={latency: 60%, device: cpu, batch_size: 4}",
         "data.name='true'",
         "data.name='Größe: 1 # x'",
         "finetune.learning_rate=1.2345678901234567e-07",

@@ -17,6 +17,7 @@ from vitprune.results import (
     Distribution,
     Environment,
     KeptPatches,
+    Latency,
     Macs,
     MetricPair,
     Plan,
@@ -206,6 +207,47 @@ def test_model_card_tells_no_local_paths(tmp_path: Path) -> None:
     assert "images of photos only" in card
     assert not {"base_model", "datasets"} & set(front_matter(card))
     assert "A Vision Transformer with token pruning" in model_card(report(recipe={}), "pruned-vit")
+
+
+def latency(measured: float, predicted: float | None = 0.61) -> Latency:
+    times = (Timing(median=seconds, fastest=seconds, slowest=seconds) for seconds in (2.0, 2.0 * measured))
+    return Latency(asked=0.6, predicted=predicted, batch_size=16, dense=next(times), pruned=next(times), table=None)
+
+
+@pytest.mark.parametrize(("measured", "met"), [(0.57, "met"), (0.6, "met"), (0.63, "met"), (0.56, "not met")])
+def test_a_latency_budget_is_met_within_five_percent_of_it(measured: float, met: str) -> None:
+    said = findings(report(budget=None, latency=latency(measured)))
+    assert (
+        f"At batch size 16 pruned takes {100 * measured:.1f} % of the dense model's time (the measured table expects "
+        f"61.0 %): the latency budget of 60.0 % is {met}."
+    ) in said
+    text = printed(report(budget=None, latency=latency(measured)))
+    assert "Latency budget on Some CPU, 2 threads, float32" in text
+    assert "multiply-accumulates (MACs): the budget" not in text
+
+
+def test_a_latency_that_was_only_checked_expects_nothing() -> None:
+    said = findings(report(budget=None, latency=latency(0.6, predicted=None)))
+    assert any("of the dense model's time: the latency budget of 60.0 % is met" in sentence for sentence in said)
+
+
+def test_a_plan_for_a_budget_of_time_shows_the_dense_model_alone() -> None:
+    plan = Plan(
+        checkpoint="a",
+        family="vit",
+        model_class="ViTForImageClassification",
+        num_blocks=1,
+        num_prefix_tokens=1,
+        stages=(1,),
+        budget=0.6,
+        rows=(PlanRow(0, 197, None, 2e6, None),),
+        steps=(),
+        counts="time",
+    )
+    text = printed(plan)
+    assert "Budget 60.0 % of the time, stages" in text
+    assert "2 M" in text
+    assert "at the budget" not in text
 
 
 def test_plan() -> None:

@@ -17,9 +17,11 @@ if TYPE_CHECKING:
     from vitprune.checkpoint import load as load
     from vitprune.checkpoint import load_processor as load_processor
     from vitprune.checkpoint import save as save
+    from vitprune.cost_measurement import measure_latency as measure_latency
     from vitprune.data import load_images as load_images
     from vitprune.evaluation import compare as compare
     from vitprune.finetuning import finetune as finetune
+    from vitprune.latency import budget_latency as budget_latency
     from vitprune.pruner import prune_ as prune_
     from vitprune.pruner import restore_ as restore_
     from vitprune.recipe import DataSpec as DataSpec
@@ -42,10 +44,12 @@ _HOMES = {
     "DataSpec": "vitprune.recipe",
     "PruningSpec": "vitprune.recipe",
     "Trace": "vitprune.tracing",
+    "budget_latency": "vitprune.latency",
     "calibrate": "vitprune.calibration",
     "compare": "vitprune.evaluation",
     "finetune": "vitprune.finetuning",
     "load": "vitprune.checkpoint",
+    "measure_latency": "vitprune.cost_measurement",
     "save": "vitprune.checkpoint",
     "prune_": "vitprune.pruner",
     "restore_": "vitprune.pruner",
@@ -58,12 +62,14 @@ __all__ = [
     "PruningSpec",
     "SplitSpec",
     "Trace",
+    "budget_latency",
     "calibrate",
     "compare",
     "finetune",
     "load",
     "load_images",
     "load_processor",
+    "measure_latency",
     "prune_",
     "restore_",
     "save",

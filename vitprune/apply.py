@@ -6,7 +6,7 @@ Knows the order of things; leaves each to its module.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -22,15 +22,17 @@ from vitprune.anatomy import examine
 from vitprune.answers import Answers, embed_classes, is_two_towers
 from vitprune.calibration import calibrate, scale_to_budget
 from vitprune.checkpoint import load, load_processor, load_tokenizer, require_free, save
+from vitprune.cost_measurement import measure_latency
 from vitprune.data import Images, load_images
 from vitprune.evaluation import compare, describe_environment, measure_throughput
 from vitprune.finetuning import NonFiniteLoss, finetune, require_trainable
+from vitprune.latency import budget_latency, check_latency, meet_latency, shortfall
 from vitprune.planning import is_calibrated, require_images
 from vitprune.pruner import prune_
 from vitprune.recipe import Recipe, SplitSpec
 from vitprune.recipe_errors import Problem, RecipeError
 from vitprune.report import model_card
-from vitprune.results import Comparison, Report
+from vitprune.results import Comparison, Latency, Report
 from vitprune.tracing import is_pruned, pruning_of
 
 # different batches of the largest size that throughput is measured on
@@ -48,8 +50,10 @@ def apply(recipe: Recipe) -> Report:
     require_free(output, overwrite=recipe.output.overwrite)
     run = _Run.start(recipe)
     calibrated = None
+    if recipe.budget.latency is not None and run.train is not None:
+        run.measure_latency()
     if is_calibrated(recipe):
-        calibrate(run.pruned, run.calibration_batches(), recipe.budget.macs, progress=run.is_main)
+        run.calibrate()
     if recipe.finetune is not None:
         calibrated = run.compare()
         run.finetune(output)
@@ -106,6 +110,7 @@ class _Run:
             raise RecipeError(
                 [Problem(("model", "prompt"), f"{type(dense).__name__} reads no text; leave the prompt out")]
             )
+        _require_device(recipe, dense.device)
         if is_pruned(dense):
             raise ValueError(f"model.checkpoint {spec.checkpoint} is pruned already; name the dense model")
         if pruned is None:
@@ -137,10 +142,24 @@ class _Run:
             is_main=state.is_main_process,
         )
 
-    def calibration_batches(self) -> list[Tensor]:
-        spec = self.recipe.calibration
+    def measure_latency(self) -> None:
+        """From here on the budget is one of time. Measured in the dtype that the model will have, on copies."""
+        dtype = _dtype(self.recipe)
+        answers = self.answers if self.pruned.dtype == dtype else copy.deepcopy(self.answers)
+        for model in answers:
+            _moved(model.model, dtype)
+        table = measure_latency(*answers, self._timed(), self.recipe.budget.timed_batch)
+        budget_latency(self.pruned, table)
+
+    def calibrate(self) -> None:
+        recipe, spec = self.recipe, self.recipe.calibration
         assert self.train is not None
-        return self._batches(self.train.sample(spec.images, self.recipe.seed), spec.batch_size)
+        batches = self._batches(self.train.sample(spec.images, recipe.seed), spec.batch_size)
+        settle = partial(calibrate, self.pruned, batches, recipe.budget.part, progress=self.is_main)
+        if recipe.finetune is None:
+            self._meet(settle)
+        else:  # where training only starts from
+            settle()
 
     def finetune(self, output: Path) -> None:
         """Fine-tunes and scales the thresholds to the budget on images held out."""
@@ -148,7 +167,7 @@ class _Run:
         assert recipe.finetune is not None
         assert self.train is not None
         assert self.holdout is not None
-        budget = recipe.budget.macs
+        budget = recipe.budget.part
         try:
             dense, pruned = self.answers
             finetune(pruned, dense, self.train, recipe.finetune, budget, seed=recipe.seed, progress=self.is_main)
@@ -161,7 +180,24 @@ class _Run:
         _moved(self.dense, _dtype(recipe))
         if recipe.pruning.select == "threshold":
             batches = self._batches(self.holdout, recipe.calibration.batch_size)
-            scale_to_budget(self.pruned, batches, budget, progress=self.is_main)
+            self._meet(partial(scale_to_budget, self.pruned, batches, budget, progress=self.is_main))
+
+    def _meet(self, settle: Callable[[], object]) -> None:
+        """Settles on levels for the budget; where it is one of time, until that is what is measured."""
+        asked = self.recipe.budget.latency
+        if asked is None:
+            settle()
+            return
+        size, repeats = self.recipe.budget.timed_batch, self.recipe.evaluate.repeats
+        meet_latency(*self.answers, self._timed(), asked, size, settle, repeats=repeats)
+
+    def _timed(self, images: Images | None = None) -> Tensor:
+        """Images by chance to measure a latency budget on: training images, unless others are given."""
+        images = images or self.holdout or self.train
+        assert images is not None
+        size = self.recipe.budget.timed_batch
+        loader = images.sample(TIMED_BATCHES * size, self.recipe.seed).loader(size)
+        return torch.cat([batch["pixel_values"] for batch in loader])
 
     def compare(self) -> Comparison:
         return compare(*self.answers, self.eval, self.recipe.evaluate, progress=self.is_main)
@@ -176,6 +212,9 @@ class _Run:
             throughput = measure_throughput(
                 *self.answers, images, spec.batch_sizes, spec.repeats, progress=self.is_main
             )
+        latency = self._check_latency()
+        missed = None if latency is None else shortfall(latency)
+        notes = () if missed is None else (missed,)
         return Report(
             created=datetime.now(timezone.utc),
             environment=describe_environment(self.pruned),
@@ -184,11 +223,29 @@ class _Run:
             comparison=comparison,
             calibrated=calibrated,
             throughput=tuple(throughput),
+            latency=latency,
+            notes=notes,
         )
+
+    def _check_latency(self) -> Latency | None:
+        asked, size = self.recipe.budget.latency, self.recipe.budget.timed_batch
+        if asked is None:
+            return None
+        images = self._timed(self.eval)
+        return check_latency(*self.answers, images, asked, size, self.recipe.evaluate.repeats)
 
     def _batches(self, images: Images, batch_size: int) -> list[Tensor]:
         device, dtype = self.pruned.device, self.pruned.dtype
         return [batch["pixel_values"].to(device, dtype) for batch in images.loader(batch_size)]
+
+
+def _require_device(recipe: Recipe, device: torch.device) -> None:
+    """Raises ValueError for a run that isn't where its time is to be measured."""
+    asked = recipe.budget.device
+    if asked is not None and asked != device.type:
+        way_out = "set ACCELERATE_USE_CPU=true to run it there" if asked == "cpu" else "run it there"
+        text = f"is {asked!r}, but this run is on {device.type!r}; {way_out}, or leave the device out"
+        raise RecipeError([Problem(("budget", "device"), text)])
 
 
 def _has_classes(recipe: Recipe, dense: PreTrainedModel) -> bool:

@@ -1,6 +1,6 @@
 """Levels for a budget without any training: thresholds from the score distribution of a few hundred images.
 
-Knows how levels follow from scores and MACs; leaves the images to the caller. Every process of a distributed run that
+Knows how levels follow from scores and costs; leaves the images to the caller. Every process of a distributed run that
 calibrates on the same images gets the same levels.
 """
 
@@ -17,7 +17,7 @@ from vitprune.anatomy import Inputs, first_image, run_backbone
 from vitprune.cost import CostModel
 from vitprune.tracing import Pruning, Trace, eval_mode, pruning_of, trace, watching
 
-# how near the calibrated ratio of MACs has to come to the budget
+# how near the calibrated ratio of costs has to come to the budget
 TOLERANCE = 0.002
 MAX_PASSES = 10
 # τ is so wide that this part of a stage's scores lies within τ to one side of the threshold: about what the paper's
@@ -29,7 +29,7 @@ NEIGHBOURHOOD = 0.1
 
 @dataclass(frozen=True)
 class Calibration:
-    """levels: one a stage. ratio: MACs of pruned ÷ dense, averaged over the images. passes: over all images."""
+    """levels: one a stage. ratio: cost of pruned ÷ dense, averaged over the images. passes: over all images."""
 
     levels: tuple[float, ...]
     ratio: float
@@ -41,7 +41,8 @@ def calibrate(model: nn.Module, batches: Sequence[Inputs], budget: float, *, pro
     """Sets the levels of a pruned model so that it meets a budget, in place.
 
     batches: pixel values (B, C, H, W) of a random sample of images, a few hundred in all; processed as the model
-        expects them. budget: MACs of the pruned pass ÷ MACs of the dense pass, in (0, 1].
+        expects them. budget: MACs of the pruned pass ÷ MACs of the dense pass, in (0, 1]; seconds where the model has
+        a latency table (`latency.budget_latency`).
 
     Raises:
         ValueError: the model isn't pruned, there are no images, or no levels reach the budget.
@@ -55,12 +56,9 @@ def calibrate(model: nn.Module, batches: Sequence[Inputs], budget: float, *, pro
         start = uniform_rate(pruning.cost, pruning.before_blocks, passes.patches(), pruning.num_prefix_tokens, budget)
 
         def ratio_at(rate: float) -> float:
-            setter = _LevelSetter(pruning, pruning.before_blocks, rate=rate)
-            ratio = passes.run(setter)
-            setter.apply()
-            return ratio
+            return _set_rate(pruning, passes, rate)
 
-        # of a stage's patches, `rate` leave; the more, the fewer MACs
+        # of a stage's patches, `rate` leave; the more, the less it costs
         _search(ratio_at, budget, start=start, top=0.95)
         if pruning.spec.select == "threshold":
             # each batch had thresholds of its own; now with the averages
@@ -68,9 +66,10 @@ def calibrate(model: nn.Module, batches: Sequence[Inputs], budget: float, *, pro
         else:
             ratio = passes.run(Trace(pruning, pruning.before_blocks))
     if abs(ratio - budget) > 5 * TOLERANCE:
+        key, unit = ("macs", "MACs") if pruning.latency is None else ("latency", "time")
         raise ValueError(
-            f"budget.macs: {budget:.1%} can't be met by pruning before blocks {list(pruning.before_blocks)}: "
-            f"the nearest is {ratio:.1%}; allow more MACs or prune before earlier blocks"
+            f"budget.{key}: {budget:.1%} can't be met by pruning before blocks {list(pruning.before_blocks)}: "
+            f"the nearest is {ratio:.1%}; allow more {unit} or prune before earlier blocks"
         )
     return Calibration(tuple(pruning.levels.tolist()), ratio, passes.images, passes.count)
 
@@ -92,11 +91,11 @@ def _check(batches: Sequence[Inputs], budget: float) -> None:
 
 @torch.no_grad()
 def mean_ratio(model: nn.Module, batches: Sequence[Inputs]) -> float:
-    """MACs of the pruned pass ÷ MACs of the dense pass, averaged over the images."""
+    """Cost of the pruned pass ÷ that of the dense pass, averaged over the images."""
     with trace(model) as watched:
         for inputs in batches:
             run_backbone(model, inputs)
-    return (watched.macs / watched.dense_macs).mean().item()
+    return (watched.costs / watched.dense_costs).mean().item()
 
 
 @dataclass
@@ -128,9 +127,9 @@ class _Passes:
             for inputs in self.batches:
                 run_backbone(self.model, inputs)
         self.count += 1
-        ratio = (watched.macs / watched.dense_macs).mean().item()
+        ratio = (watched.costs / watched.dense_costs).mean().item()
         self.bar.update()
-        self.bar.set_postfix_str(f"MACs {ratio:.1%}")
+        self.bar.set_postfix_str(f"{ratio:.1%}")
         return ratio
 
 
@@ -172,6 +171,19 @@ def _temperature(scores: Tensor, place: Tensor) -> Tensor:
     """Distance from the score at quantile `place` within which `TEMPERATURE_SHARE` of the scores lie, to one side."""
     low, high = (place - NEIGHBOURHOOD).clamp(min=0), (place + NEIGHBOURHOOD).clamp(max=1)
     return TEMPERATURE_SHARE * (scores.quantile(high) - scores.quantile(low)) / (high - low)
+
+
+def set_rate(model: nn.Module, batches: Sequence[Inputs], rate: float) -> None:
+    """Gives a pruned model the levels at which the part `rate` of its patches leaves at each stage, in place."""
+    with tqdm(disable=True) as bar:
+        _set_rate(pruning_of(model), _Passes(model, batches, bar), rate)
+
+
+def _set_rate(pruning: Pruning, passes: _Passes, rate: float) -> float:
+    setter = _LevelSetter(pruning, pruning.before_blocks, rate=rate)
+    ratio = passes.run(setter)
+    setter.apply()
+    return ratio
 
 
 def _scale(pruning: Pruning, passes: _Passes, budget: float) -> float:

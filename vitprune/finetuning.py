@@ -34,7 +34,7 @@ class NonFiniteLoss(RuntimeError):
 
 @dataclass
 class History:
-    """One entry a step: total loss, its parts, ratio of MACs, part of the patches kept after the last stage."""
+    """One entry a step: total loss, its parts, ratio of what the budget counts, part of the patches kept at the end."""
 
     steps: int = 0
     records: list[dict[str, float]] = field(default_factory=list)
@@ -54,7 +54,7 @@ def finetune(
 
     teacher: the dense model; frozen, for the distillation loss: of logits, or of embeddings (cosine) where the model
         has no classes. images: labelled or not (then the task loss is left out). budget: MACs of the pruned pass ÷
-        dense, in (0, 1].
+        dense, in (0, 1]; seconds where the model has a latency table (`latency.budget_latency`).
 
     Raises:
         ValueError: no images for a single batch, no loss that could teach the task, or thresholds without a start.
@@ -178,14 +178,14 @@ class _Loop:
                     self.good_weights = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
             self.optimizer.step()
             self.optimizer.zero_grad()
-        ratio = (watched.macs.detach() / watched.dense_macs).mean().item()
+        ratio = (watched.costs.detach() / watched.dense_costs).mean().item()
         kept = watched.keep_masks[-1].float().mean().item()
         parts = {name: value.item() for name, value in losses.items()}
         return {"loss": loss.item(), **parts, "ratio": ratio, "kept": kept}
 
     def _losses(self, batch: dict[str, Tensor], answers: Tensor, watched: Trace) -> dict[str, Tensor]:
         weights = self.spec.losses
-        losses = {"budget": weights.budget * budget_loss(watched.macs, watched.dense_macs, self.budget).float()}
+        losses = {"budget": weights.budget * budget_loss(watched.costs, watched.dense_costs, self.budget).float()}
         if "labels" in batch and weights.task and self.are_logits:
             losses["task"] = weights.task * F.cross_entropy(answers.float(), batch["labels"])
         if weights.distillation:
@@ -214,4 +214,4 @@ def _endless(loader: DataLoader[dict[str, Tensor]]) -> Iterator[dict[str, Tensor
 
 
 def _summary(record: dict[str, float]) -> str:
-    return f"loss {record['loss']:.3f}, MACs {record['ratio']:.1%}, kept {record['kept']:.1%}, lr {record['lr']:.1e}"
+    return f"loss {record['loss']:.3f}, budget {record['ratio']:.1%}, kept {record['kept']:.1%}, lr {record['lr']:.1e}"

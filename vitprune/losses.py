@@ -6,9 +6,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
-def budget_loss(macs_B: Tensor, dense_macs_B: Tensor, budget: float) -> Tensor:
-    """|ratio − budget|, the ratio of MACs averaged over the images (AS-ViT); dimensionless."""
-    return ((macs_B / dense_macs_B).mean() - budget).abs()
+def budget_loss(costs_B: Tensor, dense_costs_B: Tensor, budget: float) -> Tensor:
+    """|ratio − budget|, the ratio of MACs (AS-ViT) or seconds averaged over the images; dimensionless."""
+    return ((costs_B / dense_costs_B).mean() - budget).abs()
 
 
 def distillation_loss(student_logits_BC: Tensor, teacher_logits_BC: Tensor) -> Tensor:

@@ -37,6 +37,7 @@ class MaskedPass:
         self.observers = observers
         self.keep_masks: list[Tensor] = []
         self.macs_B: Tensor | None = None
+        self.seconds_B: Tensor = torch.empty(0)
         self.dense_tokens_B = torch.empty(0)
         self.num_tokens = 0
         self._mask_BN: Tensor | None = None  # with gradient
@@ -61,6 +62,8 @@ class MaskedPass:
         if self.observers:
             assert self.macs_B is not None
             self.macs_B = self.macs_B + policy.cost.block(block, self._seen_B())
+            if policy.latency is not None:
+                self.seconds_B = self.seconds_B + policy.latency.block(block, self._seen_B())
         stage_follows = block + 1 in policy.before_blocks
         self._call = AttentionCall(
             tokens=None if self._mask_BN is None else MaskedTokens(self._mask_BN, self._sizes_BN),
@@ -72,6 +75,7 @@ class MaskedPass:
     def _begin(self, hidden_states: Tensor, valid_BN: Tensor | None) -> None:
         images, self.num_tokens = hidden_states.shape[:2]
         self.macs_B = torch.zeros(images, dtype=torch.float64, device=hidden_states.device)
+        self.seconds_B = torch.zeros_like(self.macs_B)
         self.dense_tokens_B = torch.full_like(self.macs_B, self.num_tokens)
         if valid_BN is not None:
             self.dense_tokens_B = valid_BN.sum(1).double()
@@ -159,6 +163,8 @@ class MaskedPass:
         if self.observers:
             assert self.macs_B is not None
             self.macs_B = self.macs_B + stage_macs(policy, before_B, kept_B)
+            if policy.latency is not None:
+                self.seconds_B = self.seconds_B + policy.latency.stage(before_B)
             self.keep_masks.append(self._seen_BN[:, policy.num_prefix_tokens : self.num_tokens])
         return x_BND
 

@@ -26,6 +26,7 @@ class PackedPass:
     keep_masks: after each stage so far, bool (B, patches): the patches that are still tokens of their own.
     dense_tokens_B: tokens that the dense model has, padding not counted, float64.
     macs_B: multiply-accumulates of the blocks and stages so far, float64.
+    seconds_B: what they take by the policy's table, float64; zeros without one.
     """
 
     def __init__(self, policy: Policy, observers: tuple[Observer, ...], *, learns: bool = False) -> None:
@@ -34,6 +35,7 @@ class PackedPass:
         self.learns = learns
         self.keep_masks: list[Tensor] = []
         self.macs_B: Tensor | None = None
+        self.seconds_B: Tensor = torch.empty(0)
         self.dense_tokens_B = torch.empty(0)
         self.num_tokens = 0
         self._tokens_B = self.dense_tokens_B  # that are seen; with gradient where the pass learns
@@ -59,6 +61,8 @@ class PackedPass:
         if self.observers:
             assert self.macs_B is not None
             self.macs_B = self.macs_B + policy.cost.block(block, self._tokens_B)
+            if policy.latency is not None:
+                self.seconds_B = self.seconds_B + policy.latency.block(block, self._tokens_B)
         stage_follows = block + 1 in policy.before_blocks
         self._call = AttentionCall(
             tokens=self._batch,
@@ -71,6 +75,7 @@ class PackedPass:
     def _begin(self, hidden_states: Tensor, valid_BN: Tensor | None) -> Tensor:
         images, self.num_tokens = hidden_states.shape[:2]
         self.macs_B = torch.zeros(images, dtype=torch.float64, device=hidden_states.device)
+        self.seconds_B = torch.zeros_like(self.macs_B)
         self._tokens_B = self.dense_tokens_B = torch.full_like(self.macs_B, self.num_tokens)
         if valid_BN is None:
             return hidden_states
@@ -136,6 +141,8 @@ class PackedPass:
             counted_BM = decision.keep_BM if teaching is None else teaching.mask_BM
             kept_B = counted_BM.sum(1).double()
             self.macs_B = self.macs_B + stage_macs(policy, self._tokens_B, kept_B)
+            if policy.latency is not None:
+                self.seconds_B = self.seconds_B + policy.latency.stage(self._tokens_B)
             # `fuse` adds one
             self._tokens_B = kept_B + (after.lengths_B - decision.keep_BM.sum(1))
             self.keep_masks.append(after.kept_patches())

@@ -24,16 +24,19 @@ def plan(recipe: Recipe) -> Plan:
     pixels = _blank_image(load_processor(spec.checkpoint, spec.revision))
     prefix, cost = anatomy.num_prefix_tokens, anatomy.cost
     patches = count_tokens(anatomy, pixels.to("meta")) - prefix
-    rate = uniform_rate(cost, stages, patches, prefix, recipe.budget.macs)
+    expected: list[float | None] = [None] * len(cost.linear)
+    if recipe.budget.macs is not None:  # tokens that take some time are known when time has been measured
+        rate = uniform_rate(cost, stages, patches, prefix, recipe.budget.macs)
+        expected = [*uniform_tokens(stages, len(cost.linear), patches, prefix, rate)]
     rows = tuple(
         PlanRow(
             block=block,
             tokens_dense=patches + prefix,
             tokens_budget=tokens,
             macs_dense=cost.block(block, float(patches + prefix)),
-            macs_budget=cost.block(block, tokens),
+            macs_budget=None if tokens is None else cost.block(block, tokens),
         )
-        for block, tokens in enumerate(uniform_tokens(stages, len(cost.linear), patches, prefix, rate))
+        for block, tokens in enumerate(expected)
     )
     return Plan(
         checkpoint=spec.checkpoint,
@@ -42,7 +45,8 @@ def plan(recipe: Recipe) -> Plan:
         num_blocks=len(anatomy.blocks),
         num_prefix_tokens=prefix,
         stages=stages,
-        budget=recipe.budget.macs,
+        budget=recipe.budget.part,
+        counts="time" if recipe.budget.macs is None else "MACs",
         rows=rows,
         steps=_steps(recipe),
     )
@@ -69,9 +73,12 @@ def _blank_image(processor: BaseImageProcessor) -> Tensor:
 
 def _steps(recipe: Recipe) -> tuple[str, ...]:
     steps = []
+    counts = "MACs" if recipe.budget.latency is None else "dense model's time"
+    if recipe.budget.latency is not None and (is_calibrated(recipe) or recipe.finetune is not None):
+        steps.append(f"measure what blocks and stages take by tokens, in batches of {recipe.budget.timed_batch}")
     if is_calibrated(recipe):
         steps.append(
-            f"calibrate on {recipe.calibration.images} training images to {recipe.budget.macs:.0%} of the MACs"
+            f"calibrate on {recipe.calibration.images} training images to {recipe.budget.part:.0%} of the {counts}"
         )
     if (tuning := recipe.finetune) is not None:
         steps.append(f"fine-tune for {tuning.epochs:g} epochs in batches of {tuning.batch_size}")
@@ -80,5 +87,7 @@ def _steps(recipe: Recipe) -> tuple[str, ...]:
     if recipe.evaluate.batch_sizes:
         sizes = ", ".join(map(str, recipe.evaluate.batch_sizes))
         steps.append(f"time both at batch sizes {sizes}")
+    if recipe.budget.latency is not None:
+        steps.append(f"check by measurement that pruned takes {recipe.budget.latency:.0%} of the dense model's time")
     steps.append(f"save to {recipe.output.path}")
     return tuple(steps)

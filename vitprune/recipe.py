@@ -11,7 +11,16 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationInfo
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveInt,
+    ValidationInfo,
+    model_validator,
+)
 from pydantic import field_validator as check
 
 from vitprune.recipe_errors import Problem
@@ -170,10 +179,44 @@ class PruningSpec(_Spec):
 
 
 class BudgetSpec(_Spec):
-    """What the pruned model may cost."""
+    """What the pruned model may cost: macs or latency, not both."""
 
-    macs: Fraction
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["macs"]}, {"required": ["latency"]}]})
+
+    macs: Fraction | None = None
     """Multiply-accumulates, as a part of the dense model's, averaged over images: 65% or 0.65."""
+    latency: Fraction | None = None
+    """Time, as a part of the dense model's, measured where the recipe runs: 60% or 0.6."""
+    device: Literal["cpu", "cuda", "mps", "xpu"] | None = None
+    """With latency: where that is; a run elsewhere is refused. If left out any device will do."""
+    batch_size: PositiveInt | None = None
+    """With latency: images at a time; 16 if left out."""
+
+    @check("device", "batch_size")
+    @classmethod
+    def _of_latency(cls, value: object, info: ValidationInfo) -> object:
+        if value is not None and info.data.get("latency", value) is None:
+            raise ValueError("has a meaning with budget.latency only; leave it out, or write latency: 60% for macs")
+        return value
+
+    @model_validator(mode="after")
+    def _one_of_them(self) -> BudgetSpec:
+        if self.macs is None and self.latency is None:
+            raise ValueError("says nothing; write {macs: 65%} or {latency: 60%}")
+        if self.macs is not None and self.latency is not None:
+            raise ValueError("has both macs and latency; keep the one that matters")
+        return self
+
+    @property
+    def part(self) -> float:
+        """What is asked for, of the dense model's MACs or time."""
+        part = self.latency if self.macs is None else self.macs
+        assert part is not None
+        return part
+
+    @property
+    def timed_batch(self) -> int:
+        return self.batch_size or 16
 
 
 class CalibrationSpec(_Spec):
@@ -270,7 +313,7 @@ class Recipe(_Spec):
     pruning: PruningSpec = PruningSpec()
     """Where, by what and how tokens are pruned."""
     budget: BudgetSpec
-    """What the pruned model may cost, such as {macs: 65%}."""
+    """What the pruned model may cost, such as {macs: 65%} or {latency: 60%}."""
     calibration: CalibrationSpec = CalibrationSpec()
     """Finding thresholds for the budget without training."""
     finetune: FinetuneSpec | None = None

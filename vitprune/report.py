@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from vitprune.results import Comparison, Plan, Report, Throughput
+from vitprune.results import Comparison, Latency, Plan, Report, Throughput
 
 PAYS = 1.05  # a speed-up worth having: less is lost in the noise
 BUDGET_TOLERANCE = 0.01
@@ -43,6 +43,8 @@ def findings(report: Report) -> list[str]:
             f"Pruned takes {_percent(ratio)} of the dense model's multiply-accumulates (MACs): the budget of "
             f"{_percent(report.budget)} is {met}."
         )
+    if report.latency is not None:
+        sentences.append(_latency(report.latency))
     sentences += [_quality(name, pair.dense, pair.pruned) for name, pair in result.metrics.items()]
     if result.agreement is not None:
         sentences.append(
@@ -57,6 +59,15 @@ def findings(report: Report) -> list[str]:
     if result.skipped:
         sentences.append(f"{result.skipped} broken images were left out.")
     return [*sentences, *report.notes]
+
+
+def _latency(latency: Latency) -> str:
+    met = "met" if latency.met else "not met"
+    expected = "" if latency.predicted is None else f" (the measured table expects {_percent(latency.predicted)})"
+    return (
+        f"At batch size {latency.batch_size} pruned takes {_percent(latency.measured)} of the dense model's "
+        f"time{expected}: the latency budget of {_percent(latency.asked)} is {met}."
+    )
 
 
 def _quality(name: str, dense: float, pruned: float) -> str:
@@ -102,6 +113,8 @@ def _tables(report: Report) -> list[tuple[str, Cells]]:
     tables.append(("Patches kept", _kept_cells(report.comparison)))
     if report.throughput:
         tables.append((f"Speed on {where}", _speed_cells(report.throughput)))
+    if report.latency is not None:
+        tables.append((f"Latency budget on {where}", _latency_cells(report.latency)))
     return tables
 
 
@@ -139,6 +152,15 @@ def _speed_cells(throughput: Sequence[Throughput]) -> Cells:
         ratios = (f"{row.speedup:.2f}x", f"{row.ideal_speedup:.2f}x", _percent(row.efficiency))
         cells.append((str(row.batch_size), *speeds, *ratios))
     return cells
+
+
+def _latency_cells(latency: Latency) -> Cells:
+    predicted = "" if latency.predicted is None else _percent(latency.predicted)
+    seconds = (f"{timing.median:.3g} s" for timing in (latency.dense, latency.pruned))
+    return [
+        ("batch size", "dense", "pruned", "asked", "expected", "measured"),
+        (str(latency.batch_size), *seconds, _percent(latency.asked), predicted, _percent(latency.measured)),
+    ]
 
 
 CARD = """
@@ -267,17 +289,27 @@ def print_plan(plan: Plan, console: Console) -> None:
     model = f"{plan.checkpoint}: {plan.model_class} ({plan.family}), {plan.num_blocks} blocks, {prefix}"
     console.print(escape(model), highlight=False)
     stages = ", ".join(map(str, plan.stages))
-    console.print(f"Budget {_percent(plan.budget)} of the MACs, stages before blocks {stages}", highlight=False)
-    cells: Cells = [("block", "", "tokens dense", "at the budget", "MACs dense", "at the budget")]
-    for row in plan.rows:
-        stage = "stage" if row.block in plan.stages else ""
-        tokens = (str(row.tokens_dense), f"{row.tokens_budget:.1f}")
-        cells.append((str(row.block), stage, *tokens, _count(row.macs_dense), _count(row.macs_budget)))
-    dense, budget = (sum(macs) for macs in zip(*((r.macs_dense, r.macs_budget) for r in plan.rows), strict=True))
-    cells.append(("all", "", "", "", _count(dense), f"{_count(budget)} ({_percent(budget / dense)})"))
-    console.print(_rich_table("Blocks, one image", cells))
+    budget = f"Budget {_percent(plan.budget)} of the {plan.counts}"
+    console.print(f"{budget}, stages before blocks {stages}", highlight=False)
+    console.print(_rich_table("Blocks, one image", _plan_cells(plan)))
     for number, step in enumerate(plan.steps, start=1):
         console.print(f"{number}. {escape(step)}", highlight=False)
+
+
+def _plan_cells(plan: Plan) -> Cells:
+    """With tokens and MACs at the budget where they are known."""
+    cells: Cells = [("block", "", "tokens dense", "at the budget", "MACs dense", "at the budget")]
+    dense = budget = 0.0
+    for row in plan.rows:
+        stage = "stage" if row.block in plan.stages else ""
+        dense, budget = dense + row.macs_dense, budget + (row.macs_budget or 0.0)
+        tokens = "" if row.tokens_budget is None else f"{row.tokens_budget:.1f}"
+        macs = "" if row.macs_budget is None else _count(row.macs_budget)
+        cells.append((str(row.block), stage, str(row.tokens_dense), tokens, _count(row.macs_dense), macs))
+    cells.append(("all", "", "", "", _count(dense), f"{_count(budget)} ({_percent(budget / dense)})" if budget else ""))
+    if budget:
+        return cells
+    return [(*row[:3], row[4]) for row in cells]
 
 
 def _rich_table(title: str, cells: Cells) -> Table:

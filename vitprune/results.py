@@ -14,6 +14,8 @@ from typing import Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, computed_field
 from typing_extensions import Self
 
+LATENCY_TOLERANCE = 0.05  # of the latency that was asked for
+
 
 class Result(BaseModel):
     """A value that was found out; never changes."""
@@ -122,6 +124,43 @@ class Throughput(Result):
         return self.speedup / self.ideal_speedup
 
 
+class MeasuredCosts(Result):
+    """A cost table as values; `cost_table.CostTable` says what they are."""
+
+    batch_size: int
+    tokens: tuple[float, ...]
+    curves: tuple[tuple[float, ...], ...]
+    kinds: tuple[int, ...]
+    stages: tuple[float, ...]
+    outside_blocks: float
+    dense_tokens: int
+    dense_seconds: float
+    factor: float
+
+
+class Latency(Result):
+    """A latency budget and what was measured of it. `predicted`: by the table, for the images that were measured."""
+
+    asked: float
+    predicted: float | None
+    batch_size: int
+    dense: Timing
+    pruned: Timing
+    table: MeasuredCosts | None
+
+    @computed_field
+    @property
+    def measured(self) -> float:
+        """Median of pruned by median of dense."""
+        return self.pruned.median / self.dense.median
+
+    @computed_field
+    @property
+    def met(self) -> bool:
+        """Whether the budget is."""
+        return abs(self.measured / self.asked - 1) <= LATENCY_TOLERANCE + 1e-9
+
+
 class Environment(Result):
     """What was measured with, and on what."""
 
@@ -160,7 +199,10 @@ class Document(Result):
 
 
 class Report(Document):
-    """Everything that a run found out. `calibrated`: the comparison before fine-tuning, where there was one."""
+    """Everything that a run found out. `calibrated`: the comparison before fine-tuning, where there was one.
+
+    `budget`: of MACs; `latency`: of time. One of them is what was asked for.
+    """
 
     environment: Environment
     recipe: dict[str, Any]
@@ -168,23 +210,27 @@ class Report(Document):
     comparison: Comparison
     calibrated: Comparison | None = None
     throughput: tuple[Throughput, ...] = ()
+    latency: Latency | None = None
     notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
 class PlanRow:
-    """One block. Tokens count prefix tokens too; MACs are of one image; both at the budget are expected values."""
+    """One block. Tokens count prefix tokens too; MACs are of one image; both at the budget are expected values.
+
+    None where the budget is of time, which nobody knows before it is measured.
+    """
 
     block: int
     tokens_dense: int
-    tokens_budget: float
+    tokens_budget: float | None
     macs_dense: float
-    macs_budget: float
+    macs_budget: float | None
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `apply` would do. `steps` says it in plain words."""
+    """What `apply` would do. `steps` says it in plain words; `counts`: what the budget is a part of."""
 
     checkpoint: str
     family: str
@@ -195,3 +241,4 @@ class Plan:
     budget: float
     rows: tuple[PlanRow, ...]
     steps: tuple[str, ...]
+    counts: Literal["MACs", "time"] = "MACs"

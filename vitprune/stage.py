@@ -16,6 +16,7 @@ from typing_extensions import assert_never
 
 from vitprune.attention import Findings, Query
 from vitprune.cost import CostModel
+from vitprune.cost_table import Costs
 from vitprune.recipe import PruningSpec
 from vitprune.scoring import most_similar, redundancy, weigh_redundancy
 from vitprune.thresholds import above_threshold, random_scores, top_counts
@@ -28,6 +29,7 @@ class Policy:
     levels: one a stage: thresholds for `select: threshold`, else the part of its patches that an image keeps.
     temperatures: one a stage, τ of the straight-through gradient.
     reads_patches: the model's answer depends on the patches behind the last block, not on the prefix tokens alone.
+    latency: what the budget counts instead of MACs.
     """
 
     spec: PruningSpec
@@ -38,6 +40,7 @@ class Policy:
     levels: Tensor
     temperatures: Tensor
     reads_patches: bool = True
+    latency: Costs | None = None
 
     @property
     def is_redundancy(self) -> bool:

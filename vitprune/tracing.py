@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vitprune.anatomy import Anatomy
 from vitprune.blocks import Removable
+from vitprune.cost_table import Costs
 from vitprune.masked import MaskedPass
 from vitprune.packed import PackedPass
 from vitprune.recipe import Execution, PruningSpec
@@ -33,6 +34,7 @@ class Pruning(nn.Module):
     levels: parameter `thresholds` (stages,) for `select: threshold`, else buffer `keep_ratios` (stages,).
     temperatures: (stages,), τ of the straight-through gradient.
     execution: how it trains: `masked` as published, or `packed`, where tokens leave that no threshold learns from.
+    latency: a measured table that the budget counts by, instead of MACs; isn't saved with the model.
     All tensors stay float32 whatever the model's dtype: thresholds live near 1/N.
     """
 
@@ -48,6 +50,7 @@ class Pruning(nn.Module):
         self.cost = anatomy.cost
         self.dense_attention = anatomy.backbone.config._attn_implementation or "sdpa"
         self.execution: Execution = "masked"
+        self.latency: Costs | None = None
         self.handles: list[Removable] = []
         count = len(self.before_blocks)
         if spec.select == "threshold":
@@ -73,6 +76,7 @@ class Pruning(nn.Module):
             self.levels,
             self.temperatures,
             self.reads_patches,
+            self.latency,
         )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pruning:
@@ -94,6 +98,7 @@ class Trace:
     macs: (images,) float64, multiply-accumulates executed for each image (in training: what inference would execute);
         carries the gradient to the thresholds in training.
     dense_macs: (images,) float64, the dense model's.
+    costs, dense_costs: (images,) float64, what the budget counts: MACs, or seconds where the model has a latency table.
     before_blocks: the stages.
     """
 
@@ -102,6 +107,8 @@ class Trace:
     _keep_masks: list[list[Tensor]] = field(default_factory=list)
     _macs: list[Tensor] = field(default_factory=list)
     _dense_macs: list[Tensor] = field(default_factory=list)
+    _costs: list[Tensor] = field(default_factory=list)
+    _dense_costs: list[Tensor] = field(default_factory=list)
 
     @property
     def keep_masks(self) -> list[Tensor]:
@@ -115,6 +122,14 @@ class Trace:
     def dense_macs(self) -> Tensor:
         return torch.cat(self._dense_macs)
 
+    @property
+    def costs(self) -> Tensor:
+        return torch.cat(self._costs)
+
+    @property
+    def dense_costs(self) -> Tensor:
+        return torch.cat(self._dense_costs)
+
     def level(self, stage: int, scores_BM: Tensor, valid_BM: Tensor, current: Tensor) -> Tensor:
         """Called at each stage; a subclass may answer with a level of its own (calibration does)."""
         return current
@@ -126,6 +141,9 @@ class Trace:
         self._keep_masks.append(state.keep_masks)
         self._macs.append(state.macs_B + self.pruning.cost.outside(patches_B))
         self._dense_macs.append(self.pruning.cost.dense(patches_B, self.pruning.num_prefix_tokens))
+        latency = state.policy.latency
+        self._costs.append(self._macs[-1] if latency is None else latency.pruned(state.seconds_B))
+        self._dense_costs.append(self._dense_macs[-1] if latency is None else latency.dense(state.dense_tokens_B))
 
 
 def pruning_of(model: nn.Module) -> Pruning:
