@@ -48,7 +48,7 @@ def test_buckets_are_views_of_images_of_as_many_rows() -> None:
 def test_ghosts_lie_behind_their_images_tokens() -> None:
     layout = Layout((5, 2, 7), alignment=4, ghosts=(1, 3, 1))
     assert layout.rows == [8, 8, 8]
-    assert layout.slots(torch.device("cpu")).tolist() == [*range(8)] * 3
+    assert layout.places(torch.device("cpu"))[1].tolist() == [*range(8)] * 3
     batch = TokenBatch(layout, 1, torch.zeros(24), None, torch.zeros(3, 1))
     rows, images = batch.ghost_rows
     assert rows.tolist() == [5, 10, 11, 12, 23]

@@ -20,9 +20,6 @@ from vitprune.attention import AttentionCall, calling
 from vitprune.masked import MaskedPass
 from vitprune.packed import PackedPass
 
-# what torch.compile leaves alone: how many tokens an image keeps is decided by their values
-untraced: Any = torch.compiler.disable
-
 
 class Removable(Protocol):
     def remove(self) -> None: ...

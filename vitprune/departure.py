@@ -52,16 +52,24 @@ class Departure:
         """Whether what leaves is gone for good."""
         return self.takers_BM is None and self.fuse_weights_BM is None
 
+    @property
+    def linger_BM(self) -> Tensor | None:
+        """bool, tokens that leave and go on as ghosts; None in inference."""
+        return None if self.teaching is None else self.teaching.near_BM & ~self.keep_BM
+
 
 @dataclass(frozen=True)
 class _Move:
     """Which row before becomes which row after.
 
+    slots_BM: which of its image's tokens each token is or becomes part of; `NOBODY` where it is gone for good.
+    starts_B: first row of each image after the stage.
     rows: of each place of the padded view, before and after: its own, or its taker's where it leaves.
     lingering, lasting: rows of ghosts that come into being and of those that were ghosts before.
     """
 
     layout: Layout
+    starts_B: Tensor
     slots_BM: Tensor
     rows: tuple[Tensor, Tensor]
     kept: tuple[Tensor, Tensor]
@@ -93,14 +101,7 @@ def depart(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[Token
     if not departure.leaves:
         y_TD, sizes_T, learns_T = _give(batch, x_TD, y_TD, departure, move)
     carriers_BN = _redirect(batch, move.slots_BM)
-    learning = None
-    if departure.teaching is not None:
-        learning = _learning(departure, departure.teaching, move, learns_T)
-        if departure.leaves and move.lingering is not None:
-            # nobody takes a ghost in: it stands for itself
-            images_T, slots_T = move.layout.images(x_TD.device), move.layout.slots(x_TD.device)
-            after = move.lingering[1]
-            carriers_BN[images_T[after], positions_T[after]] = slots_T[after]
+    learning = None if departure.teaching is None else _learning(departure, departure.teaching, move, learns_T)
     return TokenBatch(move.layout, batch.num_prefix_tokens, positions_T, sizes_T, carriers_BN, learning), y_TD
 
 
@@ -109,7 +110,7 @@ def _plan(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> _Move | None
     keep_BM, teaching = departure.keep_BM, departure.teaching
     slots_BM = keep_BM.cumsum(1) - 1
     kept_B = slots_BM[:, -1] + 1
-    linger_BM = None if teaching is None else teaching.near_BM & ~keep_BM
+    linger_BM = departure.linger_BM
     if linger_BM is None:
         kept, counts = kept_B.tolist(), []
         if tuple(kept) == batch.lengths:
@@ -125,22 +126,25 @@ def _plan(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> _Move | None
     starts_B = torch.tensor(layout.starts, device=x_TD.device)
     slots_BM = _destinations(departure, slots_BM, kept_B)
     rows = batch.index_BM.flatten(), (starts_B[:, None] + slots_BM).flatten()
-    move = _Move(layout, slots_BM, rows, _select(rows, keep_BM))
-    return move if linger_BM is None else _with_ghosts(batch, move, linger_BM)
+    move = _Move(layout, starts_B, slots_BM, rows, _select(rows, keep_BM))
+    return move if linger_BM is None else _with_ghosts(batch, move, linger_BM, stand_for_themselves=departure.leaves)
 
 
-def _with_ghosts(batch: TokenBatch, move: _Move, linger_BM: Tensor) -> _Move:
+def _with_ghosts(batch: TokenBatch, move: _Move, linger_BM: Tensor, *, stand_for_themselves: bool) -> _Move:
     """Behind an image's tokens those that linger, and behind them ghosts of earlier stages if they last."""
-    device, layout = linger_BM.device, move.layout
-    first_ghosts_B = torch.tensor(layout.starts, device=device) + torch.tensor(layout.lengths, device=device)
-    slots_BM = linger_BM.cumsum(1)
-    lingering = _select((move.rows[0], (first_ghosts_B[:, None] + slots_BM - 1).flatten()), linger_BM)
-    if sum(layout.ghosts) == len(lingering[0]):
-        return replace(move, lingering=lingering)
+    lengths_B = torch.tensor(move.layout.lengths, device=linger_BM.device)
+    counts_BM = linger_BM.cumsum(1)
+    ghost_slots_BM = lengths_B[:, None] + counts_BM - 1
+    lingering = _select((move.rows[0], (move.starts_B[:, None] + ghost_slots_BM).flatten()), linger_BM)
+    move = replace(move, lingering=lingering)
+    if stand_for_themselves:  # nobody takes them in
+        move = replace(move, slots_BM=torch.where(linger_BM, ghost_slots_BM, move.slots_BM))
+    if sum(move.layout.ghosts) == len(lingering[0]):
+        return move
     old, images = batch.ghost_rows
     places = old - (batch.starts_B + batch.lengths_B).index_select(0, images)
-    lasting = old, (first_ghosts_B + slots_BM[:, -1]).index_select(0, images) + places
-    return replace(move, lingering=lingering, lasting=lasting)
+    after = (move.starts_B + lengths_B + counts_BM[:, -1]).index_select(0, images) + places
+    return replace(move, lasting=(old, after))
 
 
 def _destinations(departure: Departure, slots_BM: Tensor, kept_B: Tensor) -> Tensor:
@@ -192,14 +196,14 @@ def _give(
 
 def _takers_of_all(batch: TokenBatch, departure: Departure, move: _Move) -> Tensor:
     """Row after the stage that takes each token in, or would if it left, (B·M,)."""
-    starts_B1 = torch.tensor(move.layout.starts, device=move.slots_BM.device)[:, None]
+    starts_B1 = move.starts_B[:, None]
     if departure.takers_BM is None:  # `fuse`: the extra token behind those that stay
         return (starts_B1 + departure.keep_BM.sum(1, keepdim=True)).expand_as(move.slots_BM).flatten()
     return (starts_B1 + move.slots_BM.gather(1, departure.takers_BM)).flatten()
 
 
 def _learning(departure: Departure, teaching: Teaching, move: _Move, learns_T: Tensor | None) -> Learning:
-    images_T, slots_T = move.layout.images(teaching.mask_BM.device), move.layout.slots(teaching.mask_BM.device)
+    images_T, slots_T = move.layout.places(teaching.mask_BM.device)
     # tokens that `fuse` adds are seen too, though no mask speaks of them
     seen_T = slots_T < torch.tensor(move.layout.lengths, device=slots_T.device).index_select(0, images_T)
     mask_T = seen_T.float().index_copy(0, move.kept[1], teaching.mask_BM[departure.keep_BM])
@@ -207,7 +211,8 @@ def _learning(departure: Departure, teaching: Teaching, move: _Move, learns_T: T
     near_X = teaching.near_BM[departure.keep_BM]
     learns_T = learns_T.index_copy(0, move.kept[1], near_X | learns_T.index_select(0, move.kept[1]))
     if move.lingering is not None:
-        linger_BM = teaching.near_BM & ~departure.keep_BM
+        linger_BM = departure.linger_BM
+        assert linger_BM is not None
         mask_T = mask_T.index_copy(0, move.lingering[1], teaching.mask_BM[linger_BM])
         learns_T = learns_T.index_fill(0, move.lingering[1], True)
     return Learning(mask_T, seen_T, learns_T)

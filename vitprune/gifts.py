@@ -54,7 +54,8 @@ def record(batch: TokenBatch, departure: Departure) -> Gift:
     near_BN = near_BM.gather(1, batch.carriers_BN.clamp(min=0)) & batch.present_BN
     images_X, members_X = near_BN.nonzero(as_tuple=True)
     place = images_X, batch.carriers_BN[images_X, members_X]
-    ghosts_BM = (leave_BM & departure.teaching.near_BM).cumsum(1)
+    assert departure.linger_BM is not None
+    ghosts_BM = departure.linger_BM.cumsum(1)
     return Gift(
         images_X,
         members_X,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitprune.attention import AttentionCall, Findings, MaskedTokens
 from vitprune.scoring import true_indices
-from vitprune.stage import Decision, Observer, Policy, decide, fuse_weights, stage_macs
+from vitprune.stage import Decision, Observer, Policy, Tally, count_tokens, decide, fuse_weights
 from vitprune.thresholds import straight_through
 from vitprune.tokens import NOBODY
 
@@ -36,9 +36,7 @@ class MaskedPass:
         self.policy = policy
         self.observers = observers
         self.keep_masks: list[Tensor] = []
-        self.macs_B: Tensor | None = None
-        self.seconds_B: Tensor = torch.empty(0)
-        self.dense_tokens_B = torch.empty(0)
+        self.tally: Tally | None = None
         self.num_tokens = 0
         self._mask_BN: Tensor | None = None  # with gradient
         self._seen_BN: Tensor | None = None  # the same as bool, well-defined also where a score is NaN
@@ -60,10 +58,8 @@ class MaskedPass:
         if block in policy.before_blocks:
             hidden_states = self._prune(policy.before_blocks.index(block), hidden_states)
         if self.observers:
-            assert self.macs_B is not None
-            self.macs_B = self.macs_B + policy.cost.block(block, self._seen_B())
-            if policy.latency is not None:
-                self.seconds_B = self.seconds_B + policy.latency.block(block, self._seen_B())
+            assert self.tally is not None
+            self.tally.add_block(block, self._seen_B())
         stage_follows = block + 1 in policy.before_blocks
         self._call = AttentionCall(
             tokens=None if self._mask_BN is None else MaskedTokens(self._mask_BN, self._sizes_BN),
@@ -73,12 +69,9 @@ class MaskedPass:
         return hidden_states, self._call
 
     def _begin(self, hidden_states: Tensor, valid_BN: Tensor | None) -> None:
-        images, self.num_tokens = hidden_states.shape[:2]
-        self.macs_B = torch.zeros(images, dtype=torch.float64, device=hidden_states.device)
-        self.seconds_B = torch.zeros_like(self.macs_B)
-        self.dense_tokens_B = torch.full_like(self.macs_B, self.num_tokens)
+        self.num_tokens = hidden_states.shape[1]
+        self.tally = Tally(self.policy, count_tokens(hidden_states, valid_BN))
         if valid_BN is not None:
-            self.dense_tokens_B = valid_BN.sum(1).double()
             self._valid_BN = valid_BN
             self._seen_BN = valid_BN
             self._mask_BN = valid_BN.float()
@@ -124,9 +117,9 @@ class MaskedPass:
         return hidden_states[:, : self.num_tokens]
 
     def _seen_B(self) -> Tensor:
-        assert self.macs_B is not None
+        assert self.tally is not None
         if self._mask_BN is None:
-            return self.dense_tokens_B
+            return self.tally.dense_tokens_B
         return self._mask_BN.sum(1).double()
 
     def _prune(self, stage: int, x_BND: Tensor) -> Tensor:
@@ -161,10 +154,8 @@ class MaskedPass:
         amounts_BN = torch.where(seen_BN, 1 - m_BN, 0.0)
         x_BND = self._give(decision, amounts_BN, index_BM, x_BND)
         if self.observers:
-            assert self.macs_B is not None
-            self.macs_B = self.macs_B + stage_macs(policy, before_B, kept_B)
-            if policy.latency is not None:
-                self.seconds_B = self.seconds_B + policy.latency.stage(before_B)
+            assert self.tally is not None
+            self.tally.add_stage(before_B, kept_B)
             self.keep_masks.append(self._seen_BN[:, policy.num_prefix_tokens : self.num_tokens])
         return x_BND
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from vitprune.attention import AttentionCall
 from vitprune.departure import Departure, Teaching, depart
 from vitprune.gifts import Gift, give_gradients, record
-from vitprune.stage import Decision, Observer, Policy, decide, fuse_weights, stage_macs
+from vitprune.stage import Decision, Observer, Policy, Tally, count_tokens, decide, fuse_weights
 from vitprune.thresholds import near_threshold, straight_through
 from vitprune.tokens import TokenBatch
 
@@ -24,9 +24,7 @@ class PackedPass:
     """The state of one forward. Belongs to that forward alone.
 
     keep_masks: after each stage so far, bool (B, patches): the patches that are still tokens of their own.
-    dense_tokens_B: tokens that the dense model has, padding not counted, float64.
-    macs_B: multiply-accumulates of the blocks and stages so far, float64.
-    seconds_B: what they take by the policy's table, float64; zeros without one.
+    tally: what it cost so far, counted where somebody observes; None before the first block.
     """
 
     def __init__(self, policy: Policy, observers: tuple[Observer, ...], *, learns: bool = False) -> None:
@@ -34,11 +32,9 @@ class PackedPass:
         self.observers = observers
         self.learns = learns
         self.keep_masks: list[Tensor] = []
-        self.macs_B: Tensor | None = None
-        self.seconds_B: Tensor = torch.empty(0)
-        self.dense_tokens_B = torch.empty(0)
+        self.tally: Tally | None = None
         self.num_tokens = 0
-        self._tokens_B = self.dense_tokens_B  # that are seen; with gradient where the pass learns
+        self._tokens_B = torch.empty(0)  # that are seen; with gradient where the pass learns
         self._batch: TokenBatch | None = None
         self._valid_BN: Tensor | None = None
         self._last: Tensor | None = None
@@ -59,10 +55,8 @@ class PackedPass:
         if block in policy.before_blocks:
             hidden_states = self._prune(policy.before_blocks.index(block), hidden_states)
         if self.observers:
-            assert self.macs_B is not None
-            self.macs_B = self.macs_B + policy.cost.block(block, self._tokens_B)
-            if policy.latency is not None:
-                self.seconds_B = self.seconds_B + policy.latency.block(block, self._tokens_B)
+            assert self.tally is not None
+            self.tally.add_block(block, self._tokens_B)
         stage_follows = block + 1 in policy.before_blocks
         self._call = AttentionCall(
             tokens=self._batch,
@@ -73,14 +67,12 @@ class PackedPass:
         return hidden_states, self._call
 
     def _begin(self, hidden_states: Tensor, valid_BN: Tensor | None) -> Tensor:
-        images, self.num_tokens = hidden_states.shape[:2]
-        self.macs_B = torch.zeros(images, dtype=torch.float64, device=hidden_states.device)
-        self.seconds_B = torch.zeros_like(self.macs_B)
-        self._tokens_B = self.dense_tokens_B = torch.full_like(self.macs_B, self.num_tokens)
+        self.num_tokens = hidden_states.shape[1]
+        self._tokens_B = count_tokens(hidden_states, valid_BN)
+        self.tally = Tally(self.policy, self._tokens_B)
         if valid_BN is None:
             return hidden_states
         self._valid_BN = valid_BN
-        self._tokens_B = self.dense_tokens_B = valid_BN.sum(1).double()
         self._batch, x_TD = depart(self._dense(hidden_states), hidden_states.flatten(0, 1), Departure(valid_BN))
         return x_TD[None]
 
@@ -137,12 +129,10 @@ class PackedPass:
         if self.learns:
             _ = after.key_bias_T  # now, since checkpointing repeats only what a block computes itself
         if self.observers:
-            assert self.macs_B is not None
+            assert self.tally is not None
             counted_BM = decision.keep_BM if teaching is None else teaching.mask_BM
             kept_B = counted_BM.sum(1).double()
-            self.macs_B = self.macs_B + stage_macs(policy, self._tokens_B, kept_B)
-            if policy.latency is not None:
-                self.seconds_B = self.seconds_B + policy.latency.stage(self._tokens_B)
+            self.tally.add_stage(self._tokens_B, kept_B)
             # `fuse` adds one
             self._tokens_B = kept_B + (after.lengths_B - decision.keep_BM.sum(1))
             self.keep_masks.append(after.kept_patches())

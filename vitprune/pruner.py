@@ -4,7 +4,8 @@ A pruned model is the same modules under the same names, plus one submodule `vit
 hooks: on the backbone (one forward begins and ends), on each block (tokens leave before it), on the final norm (the
 dense sequence comes back) and on an attention pooling. The state of a forward is a `PackedPass` or, in masked training,
 a `MaskedPass`. What a block's attention is to do reaches its `forward` as a keyword, so that gradient
-checkpointing repeats it, and the attention function from there through a context variable.
+checkpointing repeats it, and the attention function from there through a context variable. torch.compile leaves hooks
+alone: how many tokens an image keeps is decided by their values.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from transformers.utils.generic import ModelOutput
 
 from vitprune import attention
 from vitprune.anatomy import Anatomy, examine, find_backbone
-from vitprune.blocks import BlockForward, Removable, RunningForward, pack_rope, running_forward, untraced
+from vitprune.blocks import BlockForward, Removable, RunningForward, pack_rope, running_forward
 from vitprune.masked import MaskedPass
 from vitprune.packed import PackedPass
 from vitprune.recipe import PruningSpec
@@ -108,7 +109,7 @@ class _Begin:
     has_interface: bool
     inner: nn.Module | None
 
-    @untraced
+    @torch.compiler.disable()
     def __call__(self, module: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
         if kwargs.get("attention_mask") is not None or kwargs.get("output_attentions"):
             raise ValueError(
@@ -139,7 +140,7 @@ class _End:
     pruning: Pruning
     inner: nn.Module | None
 
-    @untraced
+    @torch.compiler.disable()
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
         running = running_forward.get()
         running_forward.set(None)
@@ -169,7 +170,7 @@ class _EnterBlock:
     rope: bool
     pads: bool
 
-    @untraced
+    @torch.compiler.disable()
     def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
         running = running_forward.get()
         if running is None:
@@ -188,7 +189,7 @@ class _EnterBlock:
         return (hidden_states, *rest), {**kwargs, "pruning": call}
 
 
-@untraced
+@torch.compiler.disable()
 def _drop_by_image(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
     """Stochastic depth drops whole images, which packed tokens don't show it."""
     call = attention.block_call.get()
@@ -201,13 +202,13 @@ def _drop_by_image(module: nn.Module, args: Any, output: Tensor) -> Tensor | Non
     return args[0] * drawn_B.index_select(0, layout.images(args[0].device))[:, None]
 
 
-@untraced
+@torch.compiler.disable()
 def _unpack(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
     running = running_forward.get()
     return None if running is None else running.state.unpack(output)
 
 
-@untraced
+@torch.compiler.disable()
 def _pool_what_is_there(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
     """Attention pooling over patches that somebody stands for; those merged into another count as often as they are."""
     running = running_forward.get()

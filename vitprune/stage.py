@@ -145,6 +145,40 @@ def fuse_weights(policy: Policy, decision: Decision) -> Tensor:
     return torch.where(decision.scores_BM.isfinite(), decision.scores_BM, 0.0)
 
 
+def count_tokens(hidden_states: Tensor, valid_BN: Tensor | None) -> Tensor:
+    """Tokens of each image of a dense sequence (B, N, D), (B,) float64; without padding where `valid_BN` tells it."""
+    if valid_BN is not None:
+        return valid_BN.sum(1).double()
+    images, tokens = hidden_states.shape[:2]
+    return torch.full((images,), tokens, dtype=torch.float64, device=hidden_states.device)
+
+
+class Tally:
+    """What one forward has cost so far, for each image.
+
+    macs_B: multiply-accumulates of the blocks and stages, float64. seconds_B: what they take by the policy's table,
+    float64; zeros without one. dense_tokens_B: tokens that the dense model has, padding not counted, float64.
+    """
+
+    def __init__(self, policy: Policy, dense_tokens_B: Tensor) -> None:
+        self.policy = policy
+        self.dense_tokens_B = dense_tokens_B
+        self.macs_B = torch.zeros_like(dense_tokens_B)
+        self.seconds_B = torch.zeros_like(dense_tokens_B)
+
+    def add_block(self, block: int, tokens_B: Tensor) -> None:
+        """A block on so many tokens."""
+        self.macs_B = self.macs_B + self.policy.cost.block(block, tokens_B)
+        if self.policy.latency is not None:
+            self.seconds_B = self.seconds_B + self.policy.latency.block(block, tokens_B)
+
+    def add_stage(self, tokens_B: Tensor, kept_B: Tensor) -> None:
+        """A stage that finds so many tokens and keeps so many of them."""
+        self.macs_B = self.macs_B + stage_macs(self.policy, tokens_B, kept_B)
+        if self.policy.latency is not None:
+            self.seconds_B = self.seconds_B + self.policy.latency.stage(tokens_B)
+
+
 def stage_macs(policy: Policy, tokens_B: Tensor, kept_B: Tensor) -> Tensor:
     """MACs of deciding a stage for each image: attention row and similarities, (B,)."""
     cost, patches_B = policy.cost, tokens_B - policy.num_prefix_tokens

@@ -107,11 +107,11 @@ class Layout:
         order = torch.tensor(self.order, device=device)
         return order.repeat_interleave(torch.tensor(counts, device=device), output_size=sum(counts))
 
-    def slots(self, device: torch.device) -> Tensor:
-        """Place of each row within its image's rows, (T,)."""
+    def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Image of each row, (T,), and its place within that image's rows, (T,)."""
         images_T = self.images(device)
         starts_B = torch.tensor(self.starts, device=device)
-        return torch.arange(len(images_T), device=device) - starts_B.index_select(0, images_T)
+        return images_T, torch.arange(len(images_T), device=device) - starts_B.index_select(0, images_T)
 
     def split(self, values_T: Tensor) -> list[Tensor]:
         """(T, …) as one view (G, L, …) a bucket."""
@@ -225,7 +225,7 @@ class TokenBatch:
     def ghost_rows(self) -> tuple[Tensor, Tensor]:
         """Rows of all ghosts and the image of each of them."""
         device = self.positions_T.device
-        images_T, slots_T = self.layout.images(device), self.layout.slots(device)
+        images_T, slots_T = self.layout.places(device)
         ghosts_B = torch.tensor(self.layout.ghosts or (0,) * len(self.lengths), device=device)
         beyond_T = slots_T - self.lengths_B.index_select(0, images_T)
         rows = ((beyond_T >= 0) & (beyond_T < ghosts_B.index_select(0, images_T))).nonzero().squeeze(1)

@@ -136,14 +136,15 @@ class Trace:
 
     def record(self, state: PackedPass | MaskedPass) -> None:
         """Takes over what a forward that ended well did."""
-        assert state.macs_B is not None
-        patches_B = state.dense_tokens_B - self.pruning.num_prefix_tokens
+        tally = state.tally
+        assert tally is not None
+        patches_B = tally.dense_tokens_B - self.pruning.num_prefix_tokens
         self._keep_masks.append(state.keep_masks)
-        self._macs.append(state.macs_B + self.pruning.cost.outside(patches_B))
+        self._macs.append(tally.macs_B + self.pruning.cost.outside(patches_B))
         self._dense_macs.append(self.pruning.cost.dense(patches_B, self.pruning.num_prefix_tokens))
         latency = state.policy.latency
-        self._costs.append(self._macs[-1] if latency is None else latency.pruned(state.seconds_B))
-        self._dense_costs.append(self._dense_macs[-1] if latency is None else latency.dense(state.dense_tokens_B))
+        self._costs.append(self._macs[-1] if latency is None else latency.pruned(tally.seconds_B))
+        self._dense_costs.append(self._dense_macs[-1] if latency is None else latency.dense(tally.dense_tokens_B))
 
 
 def pruning_of(model: nn.Module) -> Pruning:
