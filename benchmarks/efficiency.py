@@ -33,7 +33,7 @@ def pixels(checkpoint: str, data: str, split: str, count: int) -> Tensor:
     images = load_images(
         DataSpec(path=data), SplitSpec(split=split, limit=count), load_processor(checkpoint), id2label=None
     )
-    return torch.cat([batch["pixel_values"] for batch in images.loader(32)])
+    return images.pixels()
 
 
 def main() -> None:

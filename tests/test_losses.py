@@ -7,9 +7,11 @@ import math
 import pytest
 import torch
 from tiny import Tolerance
+from torch.nn.functional import cross_entropy
 from torch.testing import assert_close
 
-from vitprune.losses import budget_loss, distillation_loss, embedding_loss
+from vitprune.losses import answer_losses, budget_loss, distillation_loss, embedding_loss
+from vitprune.recipe import LossWeights
 
 FLOAT32 = Tolerance(rtol=1e-5, atol=1e-7)
 
@@ -61,3 +63,15 @@ def test_embedding_loss_is_one_less_the_mean_cosine() -> None:
     student = torch.tensor([[1.0, 0.0], [3.0, 4.0]])
     teacher = torch.tensor([[0.0, 2.0], [3.0, 4.0]])
     assert embedding_loss(student, teacher).item() == pytest.approx(1 - (0 + 1) / 2)
+
+
+def test_the_answers_losses_are_weighted_and_left_out_where_nothing_teaches_them() -> None:
+    answers, taught, labels = torch.randn(4, 6), torch.randn(4, 6), torch.tensor([0, 1, 2, 3])
+    weights = LossWeights(task=2.0, distillation=0.5)
+    losses = answer_losses(answers, taught, labels, weights, are_logits=True)
+    assert_close(losses["task"], 2.0 * cross_entropy(answers, labels))
+    assert_close(losses["distillation"], 0.5 * distillation_loss(answers, taught))
+    embedded = answer_losses(answers, taught, labels, weights, are_logits=False)
+    assert_close(embedded, {"distillation": 0.5 * embedding_loss(answers, taught)})
+    assert answer_losses(answers, taught, None, weights, are_logits=True).keys() == {"distillation"}
+    assert answer_losses(answers, None, labels, weights, are_logits=True).keys() == {"task"}

@@ -148,7 +148,8 @@ class _Run:
         answers = self.answers if self.pruned.dtype == dtype else copy.deepcopy(self.answers)
         for model in answers:
             _moved(model.model, dtype)
-        table = measure_latency(*answers, self._timed(), self.recipe.budget.timed_batch)
+        size = self.recipe.budget.timed_batch
+        table = measure_latency(*answers, self._timed(self.holdout or self.train, size), size)
         budget_latency(self.pruned, table)
 
     def calibrate(self) -> None:
@@ -189,15 +190,13 @@ class _Run:
             settle()
             return
         size, repeats = self.recipe.budget.timed_batch, self.recipe.evaluate.repeats
-        meet_latency(*self.answers, self._timed(), asked, size, settle, repeats=repeats)
+        images = self._timed(self.holdout or self.train, size)
+        meet_latency(*self.answers, images, asked, size, settle, repeats=repeats)
 
-    def _timed(self, images: Images | None = None) -> Tensor:
-        """Images by chance to measure a latency budget on: training images, unless others are given."""
-        images = images or self.holdout or self.train
+    def _timed(self, images: Images | None, batch_size: int) -> Tensor:
+        """Images by chance, for several different batches of a size."""
         assert images is not None
-        size = self.recipe.budget.timed_batch
-        loader = images.sample(TIMED_BATCHES * size, self.recipe.seed).loader(size)
-        return torch.cat([batch["pixel_values"] for batch in loader])
+        return images.sample(TIMED_BATCHES * batch_size, self.recipe.seed).pixels()
 
     def compare(self) -> Comparison:
         return compare(*self.answers, self.eval, self.recipe.evaluate, progress=self.is_main)
@@ -207,8 +206,7 @@ class _Run:
         spec = self.recipe.evaluate
         throughput = []
         if spec.batch_sizes:
-            chosen = self.eval.sample(TIMED_BATCHES * max(spec.batch_sizes), self.recipe.seed)
-            images = torch.cat([batch["pixel_values"] for batch in chosen.loader(spec.batch_size)])
+            images = self._timed(self.eval, max(spec.batch_sizes))
             throughput = measure_throughput(
                 *self.answers, images, spec.batch_sizes, spec.repeats, progress=self.is_main
             )
@@ -231,7 +229,7 @@ class _Run:
         asked, size = self.recipe.budget.latency, self.recipe.budget.timed_batch
         if asked is None:
             return None
-        images = self._timed(self.eval)
+        images = self._timed(self.eval, size)
         return check_latency(*self.answers, images, asked, size, self.recipe.evaluate.repeats)
 
     def _batches(self, images: Images, batch_size: int) -> list[Tensor]:

@@ -13,18 +13,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from vitprune.anatomy import examine
-from vitprune.checkpoint import load_processor
+from vitprune.checkpoint import blank_image, load_processor
 from vitprune.data import load_images
 from vitprune.recipe import Recipe, SplitSpec
 
 RANDOM_PIXELS = "random pixels"
-LOADED = 32  # images decoded at a time
 
 
 @dataclass(frozen=True)
@@ -70,10 +68,10 @@ def channels(model: PreTrainedModel) -> int:
 def _load(recipe: Recipe, split: SplitSpec, count: int) -> Tensor:
     processor = load_processor(recipe.model.checkpoint, recipe.model.revision)
     images = load_images(recipe.data, split, processor, id2label=None, labelled=False, seed=recipe.seed)
-    batches = [batch["pixel_values"] for batch in images.sample(count, recipe.seed).loader(LOADED)]
-    if not batches:
+    x_BCHW = images.sample(count, recipe.seed).pixels()
+    if not len(x_BCHW):
         raise ValueError(f"data: split '{split.split}' of {recipe.data.path} has no image")
-    return torch.cat(batches)
+    return x_BCHW
 
 
 def _resized(x_BCHW: Tensor) -> Callable[[int], Tensor]:
@@ -94,4 +92,4 @@ def _own_size(recipe: Recipe, model: PreTrainedModel) -> int:
         if isinstance(size, int):
             return size
         raise
-    return processor(Image.new("RGB", (256, 256)), return_tensors="pt")["pixel_values"].shape[-1]
+    return blank_image(processor).shape[-1]

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import computed_field
 
-from vitprune.results import Document, Environment, Result, Timing
+from vitprune.results import Document, Environment, Race, Result, Timing
 
 
 class Setting(Result):
@@ -28,7 +28,7 @@ class Setting(Result):
         return Setting(image_size=self.image_size, dtype=self.dtype, mode=self.mode)
 
 
-class Case(Setting):
+class Case(Setting, Race):
     """Dense, attached and pruned model in turn on the same batches.
 
     attached: pruned, but with thresholds that keep everything. target: the part of the dense MACs that thresholds were
@@ -38,9 +38,7 @@ class Case(Setting):
 
     batch_size: int
     target: float | None
-    dense: Timing
     attached: Timing
-    pruned: Timing
     macs_ratio: float
     dense_peak_memory: int
     attached_peak_memory: int
@@ -51,12 +49,6 @@ class Case(Setting):
     def ideal_speedup(self) -> float:
         """What the MACs allow."""
         return 1 / self.macs_ratio
-
-    @computed_field
-    @property
-    def speedup(self) -> float:
-        """Median of dense by median of pruned."""
-        return self.dense.median / self.pruned.median
 
     @computed_field
     @property
@@ -71,7 +63,7 @@ class Case(Setting):
         return self.dense.median / self.attached.median
 
 
-class TrainingStep(Setting):
+class TrainingStep(Setting, Race):
     """One step of fine-tuning, the dense teacher's forward included. execution: how the pruned student was trained.
 
     dense: the same step with a dense student. macs_ratio: what inference would execute of the dense MACs.
@@ -80,8 +72,6 @@ class TrainingStep(Setting):
     batch_size: int
     execution: Literal["packed", "masked"]
     target: float | None
-    dense: Timing
-    pruned: Timing
     macs_ratio: float
     dense_peak_memory: int
     pruned_peak_memory: int
@@ -91,12 +81,6 @@ class TrainingStep(Setting):
     def ideal_speedup(self) -> float:
         """If time were work: a forward for the teacher, three for the student (its backward counts as two)."""
         return 4 / (1 + 3 * self.macs_ratio)
-
-    @computed_field
-    @property
-    def speedup(self) -> float:
-        """Median of dense by median of pruned; below 1 the pruned step is slower."""
-        return self.dense.median / self.pruned.median
 
     @computed_field
     @property

@@ -25,6 +25,7 @@ from vitprune.evaluation import describe_environment
 from vitprune.inference_cases import Lineup
 from vitprune.memory import is_out_of_memory
 from vitprune.planning import require_images
+from vitprune.recipe_errors import first_line
 from vitprune.results import Environment
 from vitprune.timing import PlacedBatches
 from vitprune.training_steps import measure_training
@@ -181,7 +182,7 @@ class _Sweep:
             if not is_out_of_memory(error) and (also is None or not isinstance(error, also)):
                 raise
             failure = Failure(
-                **setting.model_dump(), batch_size=batch_size, target=target, what=what, reason=_first_line(error)
+                **setting.model_dump(), batch_size=batch_size, target=target, what=what, reason=first_line(error)
             )
             self.failures.append(failure)
         if self.device.type == "cuda":  # what a case that ran out of memory leaves behind would be the next one's lack
@@ -196,7 +197,3 @@ def _device() -> torch.device:
     device = PartialState().device
     assert device is not None
     return device
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

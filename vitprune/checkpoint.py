@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 import transformers
+from PIL import Image
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -26,6 +28,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from vitprune.anatomy import Anatomy, examine
 from vitprune.families import supported
 from vitprune.pruner import SUBMODULE
+from vitprune.recipe_errors import first_line
 from vitprune.tracing import is_pruned
 
 
@@ -34,7 +37,7 @@ def load_config(checkpoint: str, revision: str | None = None) -> PreTrainedConfi
     try:
         return AutoConfig.from_pretrained(checkpoint, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model.checkpoint {checkpoint}: {_first_line(error)}") from error
+        raise ValueError(f"model.checkpoint {checkpoint}: {first_line(error)}") from error
 
 
 def model_class(checkpoint: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -65,7 +68,7 @@ def load_tokenizer(checkpoint: str, revision: str | None = None) -> PreTrainedTo
     try:
         return AutoTokenizer.from_pretrained(checkpoint, revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model.checkpoint {checkpoint}: no tokenizer: {_first_line(error)}; add its files") from error
+        raise ValueError(f"model.checkpoint {checkpoint}: no tokenizer: {first_line(error)}; add its files") from error
 
 
 def load(checkpoint: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None) -> PreTrainedModel:
@@ -85,7 +88,7 @@ def load(checkpoint: str | Path, *, dtype: torch.dtype = torch.float32, revision
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         hint = "; is it a Git LFS pointer? run `git lfs pull`" if isinstance(error, SafetensorError) else ""
-        raise ValueError(f"{checkpoint}: its weights can't be read: {_first_line(error)}{hint}") from error
+        raise ValueError(f"{checkpoint}: its weights can't be read: {first_line(error)}{hint}") from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
@@ -100,8 +103,13 @@ def load_processor(checkpoint: str, revision: str | None = None) -> BaseImagePro
         return AutoImageProcessor.from_pretrained(checkpoint, revision=revision or "main", backend="pil")
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"model.checkpoint {checkpoint}: no image processor: {_first_line(error)}; add a preprocessor_config.json"
+            f"model.checkpoint {checkpoint}: no image processor: {first_line(error)}; add a preprocessor_config.json"
         ) from error
+
+
+def blank_image(processor: BaseImageProcessor) -> Tensor:
+    """Pixel values of an empty image, (1, C, H, W): the size that the processor gives every image."""
+    return processor(Image.new("RGB", (256, 256)), return_tensors="pt")["pixel_values"]
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:
@@ -180,7 +188,3 @@ def _replace(new: Path, path: Path) -> None:
 
 def _old(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -24,25 +24,8 @@ from vitprune.checkpoint import load
 from vitprune.memory import is_out_of_memory
 from vitprune.pruner import prune_, restore_
 from vitprune.recipe import PruningSpec, Recipe
-from vitprune.tracing import KEEPS_ALL, Pruning, is_pruned, pruning_of
-
-
-@dataclass(frozen=True)
-class Levels:
-    """What a `Pruning` has learned: levels and temperatures, (stages,) float32 each."""
-
-    levels: Tensor
-    temperatures: Tensor
-
-    @classmethod
-    def of(cls, pruning: Pruning) -> Levels:
-        return cls(pruning.levels.detach().clone(), pruning.temperatures.clone())
-
-    @torch.no_grad()
-    def give(self, pruning: Pruning) -> None:
-        """Makes them those of `pruning`."""
-        pruning.levels.copy_(self.levels)
-        pruning.temperatures.copy_(self.temperatures)
+from vitprune.recipe_errors import first_line
+from vitprune.tracing import KEEPS_ALL, Levels, is_pruned, pruning_of
 
 
 @dataclass(frozen=True)
@@ -129,10 +112,9 @@ def _fit(model: PreTrainedModel, size: int) -> PreTrainedModel:
     except (ValueError, RuntimeError, AssertionError) as error:
         if is_out_of_memory(error):
             raise
-        why = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
-            f"{type(model).__name__} takes no images of {size} px ({why}); leave --image-size out, or name a size that "
-            "it takes"
+            f"{type(model).__name__} takes no images of {size} px ({first_line(error)}); leave --image-size out, or "
+            "name a size that it takes"
         ) from error
     return model
 

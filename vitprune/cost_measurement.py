@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from vitprune.anatomy import examine
 from vitprune.answers import Answers
 from vitprune.calibration import set_rate
-from vitprune.cost_table import CostTable
+from vitprune.cost_table import CostTable, between
 from vitprune.timing import PlacedBatches, Runner, placed, time_in_turn, wait_for, whole_batches
-from vitprune.tracing import Pruning, eval_mode, pruning_of, trace
+from vitprune.tracing import Levels, Pruning, eval_mode, pruning_of, trace
 
 # parts of the patches that are left behind the last stage, where the table is measured
 LEFT = (1.0, 0.75, 0.5, 0.35, 0.2, 0.1)
@@ -194,8 +194,7 @@ def _fit(tokens_S: Tensor, measured: list[tuple[Tensor, float]]) -> tuple[float,
 
 def _shares(tokens_S: Tensor, tokens_B: Tensor) -> Tensor:
     """Shares (B, S) of the points in each image's cost."""
-    right_B = torch.searchsorted(tokens_S, tokens_B).clamp(1, len(tokens_S) - 1)
-    part_B = (tokens_B - tokens_S[right_B - 1]) / (tokens_S[right_B] - tokens_S[right_B - 1])
+    right_B, part_B = between(tokens_B, tokens_S)
     shares_BS = torch.zeros(len(tokens_B), len(tokens_S), dtype=torch.float64)
     shares_BS.scatter_(1, right_B[:, None], part_B[:, None])
     return shares_BS.scatter_(1, right_B[:, None] - 1, 1 - part_B[:, None])
@@ -210,11 +209,9 @@ def _blocks(dense: Answers, pruned: Answers) -> tuple[nn.Module, ...]:
 @contextmanager
 def _restored(pruning: Pruning) -> Iterator[None]:
     """Afterwards levels, temperatures and table are what they were."""
-    levels, temperatures, latency = pruning.levels.detach().clone(), pruning.temperatures.clone(), pruning.latency
+    levels, latency = Levels.of(pruning), pruning.latency
     try:
         yield
     finally:
-        with torch.no_grad():
-            pruning.levels.copy_(levels)
-            pruning.temperatures.copy_(temperatures)
+        levels.give(pruning)
         pruning.latency = latency

@@ -82,9 +82,13 @@ class CostTable:
 
 def interpolate(tokens_B: Tensor, tokens: tuple[float, ...], seconds: tuple[float, ...]) -> Tensor:
     """The curve at so many tokens, (B,), with a gradient."""
-    x = tokens_B.new_tensor(tokens)
     y = tokens_B.new_tensor(seconds)
-    right_B = torch.searchsorted(x, tokens_B.detach()).clamp(1, len(x) - 1)
+    right_B, part_B = between(tokens_B, tokens_B.new_tensor(tokens))
+    return y[right_B - 1] + part_B * (y[right_B] - y[right_B - 1])
+
+
+def between(tokens_B: Tensor, points_S: Tensor) -> tuple[Tensor, Tensor]:
+    """The point right of so many tokens, and which part of the way there they are, beyond 0 and 1 at the ends, (B,)."""
+    right_B = torch.searchsorted(points_S, tokens_B.detach()).clamp(1, len(points_S) - 1)
     left_B = right_B - 1
-    slope_B = (y[right_B] - y[left_B]) / (x[right_B] - x[left_B])
-    return y[left_B] + slope_B * (tokens_B - x[left_B])
+    return right_B, (tokens_B - points_S[left_B]) / (points_S[right_B] - points_S[left_B])

@@ -23,6 +23,7 @@ from vitprune.augmentation import Augmentation, augment
 from vitprune.recipe import DataSpec, SplitSpec
 from vitprune.sources import Source, open_source
 
+LOADED = 32  # images decoded at a time where all are wanted
 SHUFFLE_BUFFER = 1000  # rows of a stream to choose from, undecoded
 ROW = "row number"
 DECODER = Image()
@@ -236,6 +237,11 @@ class Images:
             )
         rest, held_out = self._rows.split(count, seed)
         return Images(rest, workers=self._workers), Images(held_out, workers=self._workers)
+
+    def pixels(self) -> Tensor:
+        """Pixel values of all images, (B, C, H, W) float32; B is 0 where there is none."""
+        batches = [batch["pixel_values"] for batch in self.loader(LOADED)]
+        return torch.cat(batches) if batches else torch.empty(0, 3, 0, 0)
 
     def loader(
         self,

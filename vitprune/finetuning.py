@@ -13,7 +13,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
@@ -21,7 +20,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from vitprune.answers import Answers
 from vitprune.data import Images
-from vitprune.losses import budget_loss, distillation_loss, embedding_loss
+from vitprune.losses import answer_losses, budget_loss
 from vitprune.recipe import FinetuneSpec
 from vitprune.tracing import Trace, pruning_of, trace
 
@@ -185,15 +184,13 @@ class _Loop:
 
     def _losses(self, batch: dict[str, Tensor], answers: Tensor, watched: Trace) -> dict[str, Tensor]:
         weights = self.spec.losses
-        losses = {"budget": weights.budget * budget_loss(watched.costs, watched.dense_costs, self.budget).float()}
-        if "labels" in batch and weights.task and self.are_logits:
-            losses["task"] = weights.task * F.cross_entropy(answers.float(), batch["labels"])
+        budget = weights.budget * budget_loss(watched.costs, watched.dense_costs, self.budget).float()
+        taught = None
         if weights.distillation:
             with torch.no_grad():
                 taught = self.teacher(batch["pixel_values"])
-            distil = distillation_loss if self.are_logits else embedding_loss
-            losses["distillation"] = weights.distillation * distil(answers, taught)
-        return losses
+        others = answer_losses(answers, taught, batch.get("labels"), weights, are_logits=self.are_logits)
+        return {"budget": budget, **others}
 
 
 _WAY_OUT = "lower finetune.learning_rate, or set finetune.mixed_precision to bf16 or no"

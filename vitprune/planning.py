@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from PIL import Image
-from torch import Tensor
-from transformers.image_processing_utils import BaseImageProcessor
-
 from vitprune.anatomy import Anatomy, count_tokens
 from vitprune.calibration import uniform_rate, uniform_tokens
-from vitprune.checkpoint import load_config, load_processor, model_class, outline
+from vitprune.checkpoint import blank_image, load_config, load_processor, model_class, outline
 from vitprune.recipe import Recipe
 from vitprune.results import Plan, PlanRow
 
@@ -21,7 +17,7 @@ def plan(recipe: Recipe) -> Plan:
     _, anatomy = outline(cls, config)
     require_images(spec.checkpoint, anatomy)
     stages = anatomy.stages(recipe.pruning)
-    pixels = _blank_image(load_processor(spec.checkpoint, spec.revision))
+    pixels = blank_image(load_processor(spec.checkpoint, spec.revision))
     prefix, cost = anatomy.num_prefix_tokens, anatomy.cost
     patches = count_tokens(anatomy, pixels.to("meta")) - prefix
     expected: list[float | None] = [None] * len(cost.linear)
@@ -64,11 +60,6 @@ def require_images(checkpoint: str, anatomy: Anatomy) -> None:
 def is_calibrated(recipe: Recipe) -> bool:
     spec = recipe.pruning
     return (spec.thresholds if spec.select == "threshold" else spec.keep_ratios) == "calibrated"
-
-
-def _blank_image(processor: BaseImageProcessor) -> Tensor:
-    """Pixel values of an empty image, (1, C, H, W): the size that the processor gives every image."""
-    return processor(Image.new("RGB", (256, 256)), return_tensors="pt")["pixel_values"]
 
 
 def _steps(recipe: Recipe) -> tuple[str, ...]:

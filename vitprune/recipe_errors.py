@@ -16,6 +16,12 @@ from pydantic_core import ErrorDetails
 
 Key = tuple[str | int, ...]
 
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line; its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 WORD, LIST = "(word)", "(list)"
 """Tags of the branches of a union, which Pydantic adds to the place of an error and which no reader should see."""
 

@@ -93,12 +93,23 @@ class Timing(Result):
     slowest: float
 
 
-class Throughput(Result):
+class Race(Result):
+    """Dense and pruned model, timed in turn on the same batches."""
+
+    dense: Timing
+    pruned: Timing
+
+    @computed_field
+    @property
+    def speedup(self) -> float:
+        """Median of dense by median of pruned; below 1 pruned is slower."""
+        return self.dense.median / self.pruned.median
+
+
+class Throughput(Race):
     """Both models on the same batches, in turn. `ideal_speedup`: dense by pruned MACs of those images."""
 
     batch_size: int
-    dense: Timing
-    pruned: Timing
     ideal_speedup: float
 
     @computed_field
@@ -110,12 +121,6 @@ class Throughput(Result):
     @property
     def pruned_images_per_second(self) -> float:
         return self.batch_size / self.pruned.median
-
-    @computed_field
-    @property
-    def speedup(self) -> float:
-        """Median of dense by median of pruned."""
-        return self.dense.median / self.pruned.median
 
     @computed_field
     @property

@@ -90,6 +90,24 @@ class Pruning(nn.Module):
         return f"{self.spec.score}, {self.spec.select}, {self.spec.dropped}, before blocks {self.before_blocks}"
 
 
+@dataclass(frozen=True)
+class Levels:
+    """What a `Pruning` has learned: levels and temperatures, (stages,) float32 each."""
+
+    levels: Tensor
+    temperatures: Tensor
+
+    @classmethod
+    def of(cls, pruning: Pruning) -> Levels:
+        return cls(pruning.levels.detach().clone(), pruning.temperatures.clone())
+
+    @torch.no_grad()
+    def give(self, pruning: Pruning) -> None:
+        """Makes them those of `pruning`."""
+        pruning.levels.copy_(self.levels)
+        pruning.temperatures.copy_(self.temperatures)
+
+
 @dataclass(eq=False)
 class Trace:
     """What forwards of a pruned model did, image after image in the order in which they came.

@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.optim import AdamW, Optimizer
 
 from vitprune.answers import Answers
 from vitprune.benchmark_results import Setting, TrainingStep
 from vitprune.contestants import Contest, Levels, twin
-from vitprune.losses import budget_loss, distillation_loss, embedding_loss
+from vitprune.losses import answer_losses, budget_loss
 from vitprune.memory import peak_memory, require_memory
 from vitprune.recipe import Execution, FinetuneSpec
 from vitprune.timing import PlacedBatches, Runner, time_in_turn, whole_batches
@@ -58,12 +57,10 @@ class Step:
         # a context of its own: weights that are cast once for both would come without their gradient
         with self._autocast(x_BCHW), torch.no_grad():
             taught = self.teacher(x_BCHW)
-        distil = distillation_loss if self.student.are_logits else embedding_loss
-        loss = weights.distillation * distil(answers, taught)
-        if self.student.are_logits:
-            labels_B = taught.argmax(dim=-1)
-            loss = loss + weights.task * F.cross_entropy(answers.float(), labels_B)
-        return loss + sum(weights.budget * part for part in budget)
+        # labels are the teacher's answers
+        are_logits = self.student.are_logits
+        losses = answer_losses(answers, taught, taught.argmax(dim=-1), weights, are_logits=are_logits)
+        return torch.stack([*losses.values(), *(weights.budget * part for part in budget)]).sum()
 
     def _autocast(self, x_BCHW: Tensor) -> torch.autocast:
         return torch.autocast(x_BCHW.device.type, self.autocast, enabled=self.autocast != torch.float32)
