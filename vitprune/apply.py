@@ -13,11 +13,11 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
+from vitprune import processes
 from vitprune.anatomy import examine
 from vitprune.answers import Answers, embed_classes, is_two_towers
 from vitprune.calibration import calibrate, scale_to_budget
@@ -33,7 +33,7 @@ from vitprune.recipe import Recipe, SplitSpec
 from vitprune.recipe_errors import Problem, RecipeError
 from vitprune.report import model_card
 from vitprune.results import Comparison, Latency, Report
-from vitprune.tracing import is_pruned, pruning_of
+from vitprune.tracing import Levels, is_pruned, pruning_of
 
 # different batches of the largest size that throughput is measured on
 TIMED_BATCHES = 3
@@ -100,7 +100,8 @@ class _Run:
     @classmethod
     def start(cls, recipe: Recipe, pruned: str | None = None) -> _Run:
         """Loads everything; `pruned` names a checkpoint that is pruned already."""
-        state = PartialState()
+        state = processes.join()
+        processes.require_same(_flat(recipe.model_dump(mode="json")), "recipes")
         # weights are trained in float32, whatever the model computes in afterwards
         dtype = torch.float32 if recipe.finetune is not None and pruned is None else _dtype(recipe)
         spec = recipe.model
@@ -149,8 +150,8 @@ class _Run:
         for model in answers:
             _moved(model.model, dtype)
         size = self.recipe.budget.timed_batch
-        table = measure_latency(*answers, self._timed(self.holdout or self.train, size), size)
-        budget_latency(self.pruned, table)
+        timed = self._timed(self.holdout or self.train, size)
+        budget_latency(self.pruned, processes.on_main(lambda: measure_latency(*answers, timed, size)))
 
     def calibrate(self) -> None:
         recipe, spec = self.recipe, self.recipe.calibration
@@ -160,7 +161,7 @@ class _Run:
         if recipe.finetune is None:
             self._meet(settle)
         else:  # where training only starts from
-            settle()
+            self._settle(settle)
 
     def finetune(self, output: Path) -> None:
         """Fine-tunes and scales the thresholds to the budget on images held out."""
@@ -187,11 +188,20 @@ class _Run:
         """Settles on levels for the budget; where it is one of time, until that is what is measured."""
         asked = self.recipe.budget.latency
         if asked is None:
-            settle()
+            self._settle(settle)
             return
         size, repeats = self.recipe.budget.timed_batch, self.recipe.evaluate.repeats
         images = self._timed(self.holdout or self.train, size)
-        meet_latency(*self.answers, images, asked, size, settle, repeats=repeats)
+        self._settle(partial(meet_latency, *self.answers, images, asked, size, settle, repeats=repeats))
+
+    def _settle(self, settle: Callable[[], object]) -> None:
+        """The main process settles on levels, and all have those."""
+
+        def found() -> Levels:
+            settle()
+            return Levels.of(pruning_of(self.pruned))
+
+        processes.on_main(found).give(pruning_of(self.pruned))
 
     def _timed(self, images: Images | None, batch_size: int) -> Tensor:
         """Images by chance, for several different batches of a size."""
@@ -207,8 +217,8 @@ class _Run:
         throughput = []
         if spec.batch_sizes:
             images = self._timed(self.eval, max(spec.batch_sizes))
-            throughput = measure_throughput(
-                *self.answers, images, spec.batch_sizes, spec.repeats, progress=self.is_main
+            throughput = processes.on_main(
+                lambda: measure_throughput(*self.answers, images, spec.batch_sizes, spec.repeats)
             )
         latency = self._check_latency()
         missed = None if latency is None else shortfall(latency)
@@ -230,7 +240,8 @@ class _Run:
         if asked is None:
             return None
         images = self._timed(self.eval, size)
-        return check_latency(*self.answers, images, asked, size, self.recipe.evaluate.repeats)
+        repeats = self.recipe.evaluate.repeats
+        return processes.on_main(lambda: check_latency(*self.answers, images, asked, size, repeats))
 
     def _batches(self, images: Images, batch_size: int) -> list[Tensor]:
         device, dtype = self.pruned.device, self.pruned.dtype
@@ -276,6 +287,14 @@ def _moved(model: PreTrainedModel, to: torch.device | torch.dtype | None) -> Pre
     """`model.to(...)`, in place, which transformers declares without types."""
     nn.Module.to(model, to)
     return model
+
+
+def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested keys as a recipe's `--set` writes them."""
+    flat: dict[str, object] = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
 
 
 def _dtype(recipe: Recipe) -> torch.dtype:

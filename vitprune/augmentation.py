@@ -17,10 +17,12 @@ from transformers.image_processing_utils import BaseImageProcessor
 from typing_extensions import assert_never
 
 Augmentation = Literal["none", "light", "strong"]
+Augment = Callable[[Tensor], Tensor]
+"""Pixel values (B, C, H, W), scaled as an image processor scales them, to the same, changed by chance."""
 
 
-def augment(kind: Augmentation, processor: BaseImageProcessor) -> Callable[[Tensor], Tensor] | None:
-    """What to do to each training batch, None for `"none"`.
+def augment(kind: Augmentation, processor: BaseImageProcessor) -> Augment | None:
+    """What to do to training images, None for `"none"`.
 
     `light` flips images and crops them to 70..100 % of their area, scaled back to their size. `strong` also changes
     brightness, contrast and saturation, rotates, shifts and shears a little, and blanks a rectangle. Every image of a

@@ -18,8 +18,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from vitprune.anatomy import examine
-from vitprune.checkpoint import blank_image, load_processor
+from vitprune.checkpoint import load_processor
 from vitprune.data import load_images
+from vitprune.reading import blank_image
 from vitprune.recipe import Recipe, SplitSpec
 
 RANDOM_PIXELS = "random pixels"

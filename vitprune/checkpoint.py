@@ -12,9 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from PIL import Image
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
@@ -105,11 +103,6 @@ def load_processor(checkpoint: str, revision: str | None = None) -> BaseImagePro
         raise ValueError(
             f"model.checkpoint {checkpoint}: no image processor: {first_line(error)}; add a preprocessor_config.json"
         ) from error
-
-
-def blank_image(processor: BaseImageProcessor) -> Tensor:
-    """Pixel values of an empty image, (1, C, H, W): the size that the processor gives every image."""
-    return processor(Image.new("RGB", (256, 256)), return_tensors="pt")["pixel_values"]
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:

@@ -1,8 +1,7 @@
 """The command line: verbs, their words of help, and what a failure looks like.
 
-Knows arguments and exit codes: 0 done, 1 failed, 2 wrong usage or recipe, 130 interrupted. Leaves the work to
-`apply.py` and its like, and showing it to `report.py`; they bring torch along and are imported by the verbs that need
-them.
+Knows arguments, and what is said of a failure by which process. Leaves the work to `apply.py` and its like, and showing
+it to `report.py`; they bring torch along and are imported by the verbs that need them.
 """
 
 from __future__ import annotations
@@ -14,15 +13,18 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TypeVar
 
 import typer
 from rich.console import Console
 
 from vitprune import __version__, recipes
 from vitprune.bench_settings import BATCH_SIZES, BenchSettings, is_recipe, read_part, read_target
+from vitprune.exit_codes import FAILED, INTERRUPTED, USAGE
 from vitprune.recipe import Recipe, RecipeError, json_schema, load_recipe, locate
 from vitprune.recipe_errors import did_you_mean
+
+Result = TypeVar("Result")
 
 app = typer.Typer(
     help="Prune tokens of Vision Transformers to a compute budget, as a recipe says.",
@@ -58,27 +60,68 @@ def _clear_messages(located: Callable[[RecipeError], RecipeError]) -> Iterator[N
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo("interrupted; nothing half-written is left in the output path", err=True)
-        raise typer.Exit(130) from None
+        _say("interrupted; nothing half-written is left in the output path")
+        raise typer.Exit(INTERRUPTED) from None
     except RecipeError as error:
-        typer.echo(located(error), err=True)
-        raise typer.Exit(2) from None
+        _say(str(located(error)))
+        raise typer.Exit(USAGE) from None
     except (ValueError, OSError, RuntimeError) as error:
         if os.environ.get("VITPRUNE_DEBUG") == "1":
             traceback.print_exc()
         else:
-            typer.echo(f"failed: {str(error) or type(error).__name__} (VITPRUNE_DEBUG=1 shows where)", err=True)
-        raise typer.Exit(1) from None
+            _say(f"failed: {str(error) or type(error).__name__} (VITPRUNE_DEBUG=1 shows where)")
+        raise typer.Exit(FAILED) from None
+
+
+def _say(message: str) -> None:
+    """One message a run: of several processes the first to fail has it."""
+    if "LOCAL_RANK" in os.environ:
+        from vitprune.processes import first_to_fail
+
+        if not first_to_fail():
+            return
+    typer.echo(message, err=True)
+
+
+def _print(result: Result, show: Callable[[Result, Console], None]) -> None:
+    """By the main process alone."""
+    from vitprune.processes import join, leave
+
+    if join().is_main_process:
+        show(result, Console())
+    leave()
 
 
 @app.command()
-def apply(recipe: RecipePath, overrides: Overrides = None) -> None:
+def apply(
+    recipe: RecipePath,
+    launcher: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- LAUNCHER OPTIONS]",
+            help="Options of `accelerate launch`, such as -- --num_processes 4, which then runs this.",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+) -> None:
     """Prune, fine-tune, evaluate and save a checkpoint."""
+    if launcher:
+        raise typer.Exit(_launched(recipe, overrides or [], launcher))
     with _loaded(recipe, overrides) as settings:
         from vitprune.apply import apply as run
         from vitprune.report import print_report
 
-        print_report(run(settings), Console())
+        _print(run(settings), print_report)
+
+
+def _launched(recipe: Path, overrides: Sequence[str], options: Sequence[str]) -> int:
+    if not options[0].startswith("-"):
+        raise typer.BadParameter(f"unexpected {options[0]!r}; options of the launcher come behind --")
+    with _loaded(recipe, overrides):  # a mistake in it is better told once
+        from vitprune.launching import launch
+
+    changes = [part for override in overrides for part in ("--set", override)]
+    return launch(["apply", str(recipe), *changes], options)
 
 
 @app.command()
@@ -102,7 +145,7 @@ def evaluate(
         from vitprune.apply import evaluate as run
         from vitprune.report import print_report
 
-        print_report(run(checkpoint, settings), Console())
+        _print(run(checkpoint, settings), print_report)
 
 
 class Dtype(str, Enum):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import platform
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,13 +21,14 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from vitprune import processes
 from vitprune.answers import Answers
 from vitprune.data import Images
-from vitprune.metrics import RANKED, RankedMetric, load_metric
+from vitprune.metrics import RANKED, load_metric
 from vitprune.recipe import EvaluateSpec
 from vitprune.results import Comparison, Distribution, Environment, KeptPatches, Macs, MetricPair, Throughput
 from vitprune.timing import PlacedBatches, Runner, placed, time_in_turn, whole_batches
-from vitprune.tracing import Trace, eval_mode, trace
+from vitprune.tracing import Trace, eval_mode, pruning_of, trace
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
@@ -37,93 +38,108 @@ def compare(
 ) -> Comparison:
     """Both models on the same images: metrics (where there are labels), agreement, MACs, kept patches.
 
-    Of models without classes embeddings are compared. The models stay on their device, in their dtype and in the mode
-    they are in.
+    Under a launcher each process takes its share of the images; all get the result. Of models without classes
+    embeddings are compared. The models stay on their device, in their dtype and in the mode they are in.
 
     Raises ValueError where there is no image, or `pruned` isn't pruned.
     """
     dense_answers, pruned_answers = Answers.of(dense), Answers.of(pruned)
-    are_logits = dense_answers.are_logits
-    tally = _Tally(spec.metrics if images.labelled and are_logits else (), are_logits)
-    batches = images.loader(spec.batch_size)
+    state = processes.join()
+    own = images.share(state.process_index, state.num_processes)
+    batches = own.loader(spec.batch_size)
     total = None if images.streamed else len(batches)
+    seen: list[_Seen] = []
     with eval_mode(dense, pruned), torch.no_grad():
         for batch in track(
             batches, "Comparing", total=total, console=Console(stderr=True), transient=True, disable=not progress
         ):
             x_BCHW = batch["pixel_values"]
             before = dense_answers(placed(x_BCHW, dense))
-            with trace(pruned) as seen:
+            with trace(pruned) as watched:
                 after = pruned_answers(placed(x_BCHW, pruned))
-            tally.add(before, after, seen, batch.get("labels"))
-    return tally.comparison(images.skipped)
+            seen.append(_Seen.of(before, after, watched, batch.get("labels"), are_logits=dense_answers.are_logits))
+    everybodys = processes.gathered((seen, own.skipped))
+    together = [one for theirs, _ in everybodys for one in theirs]
+    if not together:
+        raise ValueError("data.eval: there is no image to compare the models on")
+    skipped = sum(count for _, count in everybodys)
+    return _comparison(_Seen.together(together), pruning_of(pruned).before_blocks, spec.metrics, skipped)
 
 
-class _Tally:
-    """What has been seen so far. Keeps numbers a few per image, not logits: those of ImageNet would fill the memory."""
+@dataclass(frozen=True)
+class _Seen:
+    """What was seen of some images. A few numbers each, not logits: those of ImageNet would fill the memory.
 
-    def __init__(self, metrics: Sequence[str], are_logits: bool) -> None:
-        self.are_logits = are_logits
-        self.dense_metrics = {name: load_metric(name) for name in metrics}
-        self.pruned_metrics = {name: load_metric(name) for name in metrics}
-        self.images, self.agreeing, self.cosines = 0, 0, 0.0
-        self.macs: list[Tensor] = []
-        self.dense_macs: list[Tensor] = []
-        self.stages: list[_StageTally] = []
+    ranked: ids (B, `RANKED`) of the likeliest classes by the dense model and by the pruned one, where there are
+    classes; else cosines_B of their embeddings. kept_BS: patches left after each stage, of `patches`.
+    """
 
-    def add(self, dense: Tensor, pruned: Tensor, seen: Trace, labels: Tensor | None) -> None:
-        self.images += len(dense)
-        if self.are_logits:
-            self._add_ranked(_ranked(dense), _ranked(pruned), labels)
-        else:
-            self.cosines += F.cosine_similarity(dense.float(), pruned.float(), dim=-1).sum().item()
-        self.macs.append(seen.macs.cpu())
-        self.dense_macs.append(seen.dense_macs.cpu())
-        self.stages = self.stages or [_StageTally(block) for block in seen.before_blocks]
-        for stage, keep_mask in zip(self.stages, seen.keep_masks, strict=True):
-            stage.patches = keep_mask.shape[1]
-            stage.kept.append(keep_mask.sum(dim=1).cpu())
+    macs_B: Tensor
+    dense_macs_B: Tensor
+    kept_BS: Tensor
+    patches: int
+    ranked: tuple[Tensor, Tensor] | None
+    cosines_B: Tensor | None
+    labels_B: Tensor | None
 
-    def _add_ranked(self, before: Tensor, after: Tensor, labels: Tensor | None) -> None:
-        self.agreeing += int((before[:, 0] == after[:, 0]).sum())
-        if labels is not None:
-            for metrics, ranked in ((self.dense_metrics, before), (self.pruned_metrics, after)):
-                for metric in metrics.values():
-                    metric.add_batch(predictions=ranked.tolist(), references=labels.tolist())
-
-    def comparison(self, skipped: int) -> Comparison:
-        if self.images == 0:
-            raise ValueError("data.eval: there is no image to compare the models on")
-        dense, pruned = (
-            {name: _value(metric, name) for name, metric in metrics.items()}
-            for metrics in (self.dense_metrics, self.pruned_metrics)
-        )
-        return Comparison(
-            images=self.images,
-            skipped=skipped,
-            metrics={name: MetricPair(dense=dense[name], pruned=pruned[name]) for name in dense},
-            agreement=self.agreeing / self.images if self.are_logits else None,
-            similarity=None if self.are_logits else self.cosines / self.images,
-            macs=Macs(dense=float(torch.cat(self.dense_macs).mean()), pruned=_distribution(torch.cat(self.macs))),
-            kept=tuple(stage.result() for stage in self.stages),
+    @classmethod
+    def of(cls, dense: Tensor, pruned: Tensor, watched: Trace, labels_B: Tensor | None, *, are_logits: bool) -> _Seen:
+        return cls(
+            macs_B=watched.macs.cpu(),
+            dense_macs_B=watched.dense_macs.cpu(),
+            kept_BS=torch.stack([mask.sum(dim=1) for mask in watched.keep_masks], dim=1).cpu(),
+            patches=watched.keep_masks[0].shape[1],
+            ranked=(_ranked(dense), _ranked(pruned)) if are_logits else None,
+            cosines_B=None if are_logits else F.cosine_similarity(dense.float(), pruned.float(), dim=-1).cpu(),
+            labels_B=labels_B if are_logits else None,
         )
 
+    @classmethod
+    def together(cls, parts: Sequence[_Seen]) -> _Seen:
+        def joined(tensors: Sequence[Tensor | None]) -> Tensor | None:
+            there = [tensor for tensor in tensors if tensor is not None]
+            return torch.cat(there) if there else None
 
-def _value(metric: RankedMetric, name: str) -> float:
-    result = metric.compute()
+        ranked = [part.ranked for part in parts if part.ranked is not None]
+        return cls(
+            macs_B=torch.cat([part.macs_B for part in parts]),
+            dense_macs_B=torch.cat([part.dense_macs_B for part in parts]),
+            kept_BS=torch.cat([part.kept_BS for part in parts]),
+            patches=parts[0].patches,
+            ranked=(torch.cat([dense for dense, _ in ranked]), torch.cat([own for _, own in ranked]))
+            if ranked
+            else None,
+            cosines_B=joined([part.cosines_B for part in parts]),
+            labels_B=joined([part.labels_B for part in parts]),
+        )
+
+
+def _comparison(seen: _Seen, before_blocks: Sequence[int], metrics: Sequence[str], skipped: int) -> Comparison:
+    agreement, pairs = None, {}
+    if seen.ranked is not None:
+        agreement = float((seen.ranked[0][:, 0] == seen.ranked[1][:, 0]).double().mean())
+        if seen.labels_B is not None:
+            labels = seen.labels_B.tolist()
+            values = [{name: _value(name, ranked.tolist(), labels) for name in metrics} for ranked in seen.ranked]
+            pairs = {name: MetricPair(dense=values[0][name], pruned=values[1][name]) for name in metrics}
+    return Comparison(
+        images=len(seen.macs_B),
+        skipped=skipped,
+        metrics=pairs,
+        agreement=agreement,
+        similarity=None if seen.cosines_B is None else float(seen.cosines_B.double().mean()),
+        macs=Macs(dense=float(seen.dense_macs_B.mean()), pruned=_distribution(seen.macs_B)),
+        kept=tuple(
+            KeptPatches(before_block=block, patches=seen.patches, kept=_distribution(kept_B))
+            for block, kept_B in zip(before_blocks, seen.kept_BS.T, strict=True)
+        ),
+    )
+
+
+def _value(name: str, predictions: Sequence[Sequence[int]], references: Sequence[int]) -> float:
+    result = load_metric(name).compute(predictions=predictions, references=references)
     assert result is not None  # as it is in the other processes of a distributed metric
     return result[name]
-
-
-@dataclass
-class _StageTally:
-    before_block: int
-    patches: int = 0
-    kept: list[Tensor] = field(default_factory=list)
-
-    def result(self) -> KeptPatches:
-        kept = _distribution(torch.cat(self.kept))
-        return KeptPatches(before_block=self.before_block, patches=self.patches, kept=kept)
 
 
 def measure_throughput(

@@ -8,9 +8,14 @@ from torch.nn import functional as F
 from vitprune.recipe import LossWeights
 
 
-def budget_loss(costs_B: Tensor, dense_costs_B: Tensor, budget: float) -> Tensor:
-    """|ratio − budget|, the ratio of MACs (AS-ViT) or seconds averaged over the images; dimensionless."""
-    return ((costs_B / dense_costs_B).mean() - budget).abs()
+def budget_loss(costs_B: Tensor, dense_costs_B: Tensor, budget: float, overall: Tensor | None = None) -> Tensor:
+    """|ratio − budget|, the ratio of MACs (AS-ViT) or seconds averaged over the images; dimensionless.
+
+    overall: the ratio of a larger batch that these images are a part of. Then the parts' losses, averaged by images,
+    are the larger batch's loss and have its gradient.
+    """
+    distance = (costs_B / dense_costs_B).mean() - budget
+    return distance.abs() if overall is None else distance * (overall - budget).sign()
 
 
 def distillation_loss(student_logits_BC: Tensor, teacher_logits_BC: Tensor) -> Tensor:

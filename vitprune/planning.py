@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from vitprune.anatomy import Anatomy, count_tokens
 from vitprune.calibration import uniform_rate, uniform_tokens
-from vitprune.checkpoint import blank_image, load_config, load_processor, model_class, outline
+from vitprune.checkpoint import load_config, load_processor, model_class, outline
+from vitprune.reading import blank_image
 from vitprune.recipe import Recipe
 from vitprune.results import Plan, PlanRow
 

@@ -251,8 +251,10 @@ class FinetuneSpec(_Spec):
 
     epochs: Positive = 1.0
     """Passes over the training images; parts are fine."""
+    steps: PositiveInt | None = None
+    """Steps of the optimizer in all, in place of epochs; needed by a stream that doesn't tell its length."""
     batch_size: PositiveInt = 32
-    """Images at a time."""
+    """Images at a time, by all processes together."""
     gradient_accumulation_steps: PositiveInt = 1
     """Batches to a step of the optimizer."""
     learning_rate: Positive = 2e-5

@@ -99,7 +99,7 @@ class Levels:
 
     @classmethod
     def of(cls, pruning: Pruning) -> Levels:
-        return cls(pruning.levels.detach().clone(), pruning.temperatures.clone())
+        return cls(pruning.levels.detach().cpu().clone(), pruning.temperatures.cpu().clone())
 
     @torch.no_grad()
     def give(self, pruning: Pruning) -> None:

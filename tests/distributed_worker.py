@@ -1,0 +1,57 @@
+"""One process of a distributed fine-tuning, started by tests: `torchrun distributed_worker.py OUT SETTINGS`.
+
+Writes records and weights that the main process ends with to OUT.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+
+import tiny
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from safetensors.torch import save_file
+from transformers import ViTImageProcessorPil
+
+import vitprune
+from vitprune import processes
+from vitprune.calibration import calibrate
+from vitprune.data import load_images
+from vitprune.finetuning import finetune
+from vitprune.recipe import DataSpec, FinetuneSpec, PruningSpec, SplitSpec
+
+
+def run(out: Path, settings: dict[str, object]) -> None:
+    data, fsdp = str(settings.pop("data")), settings.pop("fsdp", False)
+    policy = settings.pop("policy", tiny.AS_VIT)
+    state = processes.join()
+    if fsdp:
+        # Accelerate shards models on accelerators only; what it then does works on CPUs too
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    images = load_images(
+        DataSpec(path=data),
+        SplitSpec(split="train"),
+        ViTImageProcessorPil(size={"height": 32, "width": 32}),
+        id2label=None,
+    )
+    torch.manual_seed(0)
+    dense = tiny.build("vit")
+    pruned = vitprune.prune_(copy.deepcopy(dense), PruningSpec.model_validate(policy, strict=False))
+    calibrate(pruned, [batch["pixel_values"] for batch in images.loader(16)], 0.6, progress=False)
+    spec = FinetuneSpec.model_validate(settings, strict=False)
+    history = finetune(pruned, dense, images, spec, 0.6, progress=False)
+    if state.is_main_process:
+        save_file(
+            {name: weight.contiguous() for name, weight in pruned.state_dict().items()}, out / "weights.safetensors"
+        )
+        (out / "records.json").write_text(json.dumps(history.records))
+    processes.leave()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    run(Path(sys.argv[1]), json.loads(sys.argv[2]))

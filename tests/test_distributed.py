@@ -1,0 +1,76 @@
+"""Several processes against one: the same records, the same weights."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import samples
+import torch
+from safetensors.torch import load_file
+from tiny import Tolerance
+from torch.testing import assert_close
+
+WORKER = Path(__file__).parent / "distributed_worker.py"
+# sums of floats in another order, through AdamW
+SAME = Tolerance(rtol=1e-5, atol=1e-5)
+PATIENCE = 120  # seconds, for what takes ten
+PAPER = {"before_blocks": [2, 4], "score": "head-weighted-class-attention", "dropped": "leave"}
+# as `accelerate launch --use_fsdp --fsdp_version 2` sets them
+FSDP = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+Trained = tuple[list[dict[str, float]], dict[str, torch.Tensor]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("distributed")
+    samples.write_data(folder / "data", train=50)
+    return folder
+
+
+@cache
+def trained(
+    folder: Path, processes: int, policy: str, batch_size: int = 16, accumulation: int = 1, fsdp: bool = False
+) -> Trained:
+    """After 20 steps: batches of 16 that share 50 images don't end where epochs do."""
+    settings = {
+        "data": str(folder / "data"),
+        "policy": json.loads(policy),
+        "epochs": 20 * 16 / 50,
+        "batch_size": batch_size,
+        "gradient_accumulation_steps": accumulation,
+        "augmentation": "light",
+        "fsdp": fsdp,
+    }
+    out = folder / f"{processes} {batch_size} {fsdp} {abs(hash(policy))}"
+    out.mkdir()
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), str(WORKER), str(out), json.dumps(settings)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(FSDP if fsdp else {})}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads((out / "records.json").read_text()), load_file(out / "weights.safetensors")
+
+
+@pytest.mark.parametrize("policy", [PAPER, {}], ids=["paper, leave", "redundancy, merge"])
+@pytest.mark.parametrize("way", ["ddp", "fsdp2", "ddp, accumulated"])
+def test_two_processes_train_as_one_does(folder: Path, policy: dict[str, object], way: str) -> None:
+    text = json.dumps(policy)
+    sizes = (4, 4) if "accumulated" in way else (16, 1)
+    records, weights = trained(folder, 2, text, *sizes, fsdp=way == "fsdp2")
+    expected_records, expected_weights = trained(folder, 1, text)
+    assert len(records) == 20
+    assert_close(records, expected_records, **SAME)
+    assert_close(weights, expected_weights, **SAME)

@@ -1,0 +1,102 @@
+"""A row becomes pixel values, and rows become a batch: decoding, the checkpoint's image processor, broken images.
+
+Leaves which rows there are to `rows`.
+
+Tensor suffixes: B images, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import PIL.Image
+import torch
+from datasets import Image
+from torch import Tensor
+from transformers.image_processing_utils import BaseImageProcessor
+
+from vitprune.sources import Source
+
+DECODER = Image()
+
+Sample = tuple[Tensor, int | None]
+"""Pixel values (C, H, W) float32, and the class id."""
+
+
+class BrokenImageError(ValueError):
+    """An image that can't be decoded or processed; names split and row."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader's worker hands the error over as a printed traceback, which ends in the message proper.
+        super().__init__(message.rpartition(f"{type(self).__qualname__}: ")[2].strip())
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Makes a sample of a row."""
+
+    source: Source
+    processor: BaseImageProcessor
+    skip_broken: bool
+
+    def read(self, row: Mapping[str, Any], number: str) -> Sample | None:
+        """None for a broken image where those are skipped, BrokenImageError raised where they aren't."""
+        place = f"{self.source.place}, row {number}"
+        value = row[self.source.image_column]
+        try:
+            pixels_CHW = self._pixels(value)
+        except Exception as error:  # files are broken in more ways than decoders have errors for
+            if self.skip_broken:
+                return None
+            file = f" ({value['path']})" if value and value["path"] else ""
+            raise BrokenImageError(
+                f"{place}{file}: cannot be decoded: {error}; set `data.on_error: skip` to leave such rows out"
+            ) from error
+        labels = self.source.labels
+        if labels is None:
+            return pixels_CHW, None
+        try:
+            return pixels_CHW, labels.id_of(row[labels.column])
+        except ValueError as error:
+            raise ValueError(f"{place}, column {labels.column!r}: {error}") from error
+
+    def _pixels(self, value: Mapping[str, Any] | None) -> Tensor:
+        if value is None:
+            raise ValueError("the row has no image")
+        path, encoded = value["path"], value["bytes"]
+        if encoded is None and path is not None and Path(path).is_file():
+            encoded = Path(path).read_bytes()  # the decoder would leave the file open where it turns out broken
+        image = DECODER.decode_example({"path": path, "bytes": encoded}).convert("RGB")
+        return self.processor(image, return_tensors="pt")["pixel_values"][0].float()
+
+
+def blank_image(processor: BaseImageProcessor) -> Tensor:
+    """Pixel values of an empty image, (1, C, H, W): the size that the processor gives every image."""
+    return processor(PIL.Image.new("RGB", (256, 256)), return_tensors="pt")["pixel_values"]
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Puts samples together to a batch. may_be_empty: None where all are broken, instead of an error."""
+
+    place: str
+    may_be_empty: bool = False
+
+    def __call__(self, samples: list[Sample | None]) -> dict[str, Tensor] | None:
+        whole = [sample for sample in samples if sample is not None]
+        if not whole:
+            if self.may_be_empty:
+                return None
+            raise ValueError(f"{self.place}: a whole batch of {len(samples)} images is broken; see what the data holds")
+        shapes = {tuple(pixels_CHW.shape) for pixels_CHW, _ in whole}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{self.place}: the image processor gives images of different sizes (C, H, W): {sorted(shapes)}; it "
+                "has to resize or crop all to one size (preprocessor_config.json)"
+            )
+        batch = {"pixel_values": torch.stack([pixels_CHW for pixels_CHW, _ in whole])}
+        labels = [label for _, label in whole if label is not None]
+        return {**batch, "labels": torch.tensor(labels)} if labels else batch
