@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 
-from vitprune import processes
+from vitprune import preemption, processes
 from vitprune.anatomy import examine
 from vitprune.answers import Answers, embed_classes, is_two_towers
 from vitprune.calibration import calibrate, scale_to_budget
-from vitprune.checkpoint import load, load_processor, load_tokenizer, require_free, save
+from vitprune.checkpoint import digest_weights, load, load_processor, load_tokenizer, require_free, save
 from vitprune.cost_measurement import measure_latency
+from vitprune.cost_table import CostTable
 from vitprune.data import Images, load_images
 from vitprune.evaluation import compare, describe_environment, measure_throughput
 from vitprune.finetuning import NonFiniteLoss, finetune, require_trainable
@@ -33,47 +34,51 @@ from vitprune.recipe import Recipe, SplitSpec
 from vitprune.recipe_errors import Problem, RecipeError
 from vitprune.report import model_card
 from vitprune.results import Comparison, Latency, Report
+from vitprune.run_folder import RunFolder, was_saved
 from vitprune.tracing import Levels, is_pruned, pruning_of
+from vitprune.training_state import States
 
 # different batches of the largest size that throughput is measured on
 TIMED_BATCHES = 3
+# what may change while a run is broken off
+_NO_MATTER = {"output": True, "finetune": {"checkpoint_every", "checkpoints_kept"}}
 
 
-def apply(recipe: Recipe) -> Report:
+def apply(recipe: Recipe, *, restart: bool = False) -> Report:
     """Prunes, calibrates, fine-tunes, compares and saves, as the recipe says; returns what was measured.
 
+    A run that was broken off goes on where it was, unless `restart`; what is finished isn't done again.
+
     Raises:
-        ValueError: something in the recipe, its data or its checkpoint doesn't fit; names the place and the way out.
+        ValueError: something in the recipe, its data or its checkpoint doesn't fit, or differs from what the run began
+            with; names the place and the way out.
         NonFiniteLoss: fine-tuning broke off; the model from before is saved beside the output path.
+        Terminated: by SIGTERM; the same call goes on.
     """
     output = Path(recipe.output.path).resolve()
-    require_free(output, overwrite=recipe.output.overwrite)
-    run = _Run.start(recipe)
-    calibrated = None
-    if recipe.budget.latency is not None and run.train is not None:
-        run.measure_latency()
-    if is_calibrated(recipe):
-        run.calibrate()
-    if recipe.finetune is not None:
-        calibrated = run.compare()
-        run.finetune(output)
-    comparison = run.compare()
-    report = run.report(comparison, calibrated)
-    if run.is_main:
-        files = {
-            "recipe.yaml": _with_versions(recipe, report),
-            "report.json": report.model_dump_json(indent=2, by_alias=True) + "\n",
-            "README.md": model_card(report, output.name),
-        }
-        save(
-            run.pruned,
-            output,
-            processor=run.processor,
-            tokenizer=run.tokenizer,
-            files=files,
-            overwrite=recipe.output.overwrite,
-        )
+    with preemption.watch():
+        _require_free(recipe, output)
+        run = _Run.start(recipe)
+        folder = RunFolder.open(output, run.fingerprint(), restart=restart)
+        calibrated = None
+        if recipe.budget.latency is not None and run.train is not None:
+            run.measure_latency(folder)
+        if is_calibrated(recipe):
+            run.calibrate(folder)
+        if recipe.finetune is not None:
+            calibrated = folder.stage("calibrated", Comparison, run.compare)
+            run.finetune(output, folder)
+        comparison = folder.stage("comparison", Comparison, run.compare)
+        report = folder.stage("report", Report, lambda: run.report(comparison, calibrated))
+        if run.is_main:
+            run.save(report, output)
+        folder.remove()
     return report
+
+
+def _require_free(recipe: Recipe, output: Path) -> None:
+    """Before anything is loaded. What the main process has written may be no obstacle to others that are late."""
+    processes.on_main(lambda: require_free(output, overwrite=recipe.output.overwrite or was_saved(output)))
 
 
 def evaluate(checkpoint: str, recipe: Recipe) -> Report:
@@ -143,7 +148,15 @@ class _Run:
             is_main=state.is_main_process,
         )
 
-    def measure_latency(self) -> None:
+    def fingerprint(self) -> dict[str, object]:
+        """What a run that goes on has to share with the one that was broken off."""
+        settings = _flat(self.recipe.model_dump(mode="json", exclude=_NO_MATTER))
+        images = {"train": self.train, "held out": self.holdout, "eval": self.eval}
+        found = {f"images ({name})": one.fingerprint for name, one in images.items() if one is not None}
+        weights = {"weights of model.checkpoint": digest_weights(self.dense)}
+        return {**settings, **found, **weights, "processes": processes.join().num_processes}
+
+    def measure_latency(self, folder: RunFolder) -> None:
         """From here on the budget is one of time. Measured in the dtype that the model will have, on copies."""
         dtype = _dtype(self.recipe)
         answers = self.answers if self.pruned.dtype == dtype else copy.deepcopy(self.answers)
@@ -151,19 +164,19 @@ class _Run:
             _moved(model.model, dtype)
         size = self.recipe.budget.timed_batch
         timed = self._timed(self.holdout or self.train, size)
-        budget_latency(self.pruned, processes.on_main(lambda: measure_latency(*answers, timed, size)))
+        measure = partial(processes.on_main, lambda: measure_latency(*answers, timed, size))
+        budget_latency(self.pruned, folder.stage("latency-table", CostTable, measure))
 
-    def calibrate(self) -> None:
+    def calibrate(self, folder: RunFolder) -> None:
         recipe, spec = self.recipe, self.recipe.calibration
         assert self.train is not None
         batches = self._batches(self.train.sample(spec.images, recipe.seed), spec.batch_size)
         settle = partial(calibrate, self.pruned, batches, recipe.budget.part, progress=self.is_main)
-        if recipe.finetune is None:
-            self._meet(settle)
-        else:  # where training only starts from
-            self._settle(settle)
+        # where training only starts from needn't be met in time
+        met = settle if recipe.finetune is not None else self._until_met(settle)
+        self._settle(folder, "calibration", met)
 
-    def finetune(self, output: Path) -> None:
+    def finetune(self, output: Path, folder: RunFolder) -> None:
         """Fine-tunes and scales the thresholds to the budget on images held out."""
         recipe = self.recipe
         assert recipe.finetune is not None
@@ -172,7 +185,17 @@ class _Run:
         budget = recipe.budget.part
         try:
             dense, pruned = self.answers
-            finetune(pruned, dense, self.train, recipe.finetune, budget, seed=recipe.seed, progress=self.is_main)
+            states = States.of(recipe.finetune, folder.path)
+            finetune(
+                pruned,
+                dense,
+                self.train,
+                recipe.finetune,
+                budget,
+                seed=recipe.seed,
+                progress=self.is_main,
+                states=states,
+            )
         except NonFiniteLoss as error:
             rescued = output.with_name(f"{output.name}.last-good")
             if self.is_main:
@@ -182,31 +205,49 @@ class _Run:
         _moved(self.dense, _dtype(recipe))
         if recipe.pruning.select == "threshold":
             batches = self._batches(self.holdout, recipe.calibration.batch_size)
-            self._meet(partial(scale_to_budget, self.pruned, batches, budget, progress=self.is_main))
+            scale = partial(scale_to_budget, self.pruned, batches, budget, progress=self.is_main)
+            self._settle(folder, "thresholds", self._until_met(scale))
 
-    def _meet(self, settle: Callable[[], object]) -> None:
+    def _until_met(self, settle: Callable[[], object]) -> Callable[[], object]:
         """Settles on levels for the budget; where it is one of time, until that is what is measured."""
         asked = self.recipe.budget.latency
         if asked is None:
-            self._settle(settle)
-            return
+            return settle
         size, repeats = self.recipe.budget.timed_batch, self.recipe.evaluate.repeats
         images = self._timed(self.holdout or self.train, size)
-        self._settle(partial(meet_latency, *self.answers, images, asked, size, settle, repeats=repeats))
+        return partial(meet_latency, *self.answers, images, asked, size, settle, repeats=repeats)
 
-    def _settle(self, settle: Callable[[], object]) -> None:
+    def _settle(self, folder: RunFolder, stage: str, settle: Callable[[], object]) -> None:
         """The main process settles on levels, and all have those."""
+        pruning = pruning_of(self.pruned)
 
-        def found() -> Levels:
+        def found() -> dict[str, list[float]]:
             settle()
-            return Levels.of(pruning_of(self.pruned))
+            return Levels.of(pruning).to_lists()
 
-        processes.on_main(found).give(pruning_of(self.pruned))
+        lists = folder.stage(stage, dict[str, list[float]], lambda: processes.on_main(found))
+        Levels.from_lists(lists).give(pruning)
 
     def _timed(self, images: Images | None, batch_size: int) -> Tensor:
         """Images by chance, for several different batches of a size."""
         assert images is not None
         return images.sample(TIMED_BATCHES * batch_size, self.recipe.seed).pixels()
+
+    def save(self, report: Report, output: Path) -> None:
+        files = {
+            "recipe.yaml": _with_versions(self.recipe, report),
+            "report.json": report.model_dump_json(indent=2, by_alias=True) + "\n",
+            "README.md": model_card(report, output.name),
+        }
+        overwrite = self.recipe.output.overwrite or was_saved(output)
+        save(
+            self.pruned,
+            output,
+            processor=self.processor,
+            tokenizer=self.tokenizer,
+            files=files,
+            overwrite=overwrite,
+        )
 
     def compare(self) -> Comparison:
         return compare(*self.answers, self.eval, self.recipe.evaluate, progress=self.is_main)

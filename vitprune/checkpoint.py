@@ -5,6 +5,7 @@ Knows files; leaves what a pruned model is to `pruner`, and its way back through
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -93,6 +94,15 @@ def load(checkpoint: str | Path, *, dtype: torch.dtype = torch.float32, revision
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise ValueError(f"{checkpoint}: lacks weights of {cls.__name__} ({shown}); name a checkpoint that has them")
     return model.eval()
+
+
+def digest_weights(model: PreTrainedModel) -> str:
+    """Tells a model's weights from others, wherever they came from."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def load_processor(checkpoint: str, revision: str | None = None) -> BaseImageProcessor:

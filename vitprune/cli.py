@@ -20,7 +20,8 @@ from rich.console import Console
 
 from vitprune import __version__, recipes
 from vitprune.bench_settings import BATCH_SIZES, BenchSettings, is_recipe, read_part, read_target
-from vitprune.exit_codes import FAILED, INTERRUPTED, USAGE
+from vitprune.exit_codes import FAILED, INTERRUPTED, TERMINATED, USAGE
+from vitprune.preemption import Terminated
 from vitprune.recipe import Recipe, RecipeError, json_schema, load_recipe, locate
 from vitprune.recipe_errors import did_you_mean
 
@@ -62,6 +63,9 @@ def _clear_messages(located: Callable[[RecipeError], RecipeError]) -> Iterator[N
     except KeyboardInterrupt:
         _say("interrupted; nothing half-written is left in the output path")
         raise typer.Exit(INTERRUPTED) from None
+    except Terminated:
+        _say("told to end (SIGTERM); the same command goes on from what was kept")
+        raise typer.Exit(TERMINATED) from None
     except RecipeError as error:
         _say(str(located(error)))
         raise typer.Exit(USAGE) from None
@@ -103,24 +107,28 @@ def apply(
         ),
     ] = None,
     overrides: Overrides = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew where a run was broken off; otherwise it goes on.")
+    ] = False,
 ) -> None:
-    """Prune, fine-tune, evaluate and save a checkpoint."""
+    """Prune, fine-tune, evaluate and save a checkpoint. A run that was broken off goes on."""
     if launcher:
-        raise typer.Exit(_launched(recipe, overrides or [], launcher))
+        raise typer.Exit(_launched(recipe, overrides or [], launcher, restart=restart))
     with _loaded(recipe, overrides) as settings:
         from vitprune.apply import apply as run
         from vitprune.report import print_report
 
-        _print(run(settings), print_report)
+        _print(run(settings, restart=restart), print_report)
 
 
-def _launched(recipe: Path, overrides: Sequence[str], options: Sequence[str]) -> int:
+def _launched(recipe: Path, overrides: Sequence[str], options: Sequence[str], *, restart: bool) -> int:
     if not options[0].startswith("-"):
         raise typer.BadParameter(f"unexpected {options[0]!r}; options of the launcher come behind --")
     with _loaded(recipe, overrides):  # a mistake in it is better told once
         from vitprune.launching import launch
 
     changes = [part for override in overrides for part in ("--set", override)]
+    changes += ["--restart"] if restart else []
     return launch(["apply", str(recipe), *changes], options)
 
 

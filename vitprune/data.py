@@ -72,6 +72,11 @@ class Images:
         return isinstance(self.rows, Stream)
 
     @property
+    def fingerprint(self) -> str:
+        """Tells these images from others, also in another process."""
+        return self.rows.fingerprint
+
+    @property
     def labelled(self) -> bool:
         return self.rows.reader.source.labels is not None
 

@@ -11,21 +11,25 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.optim import AdamW
+from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from vitprune import processes
 from vitprune.answers import Answers
 from vitprune.data import Images
+from vitprune.preemption import Terminated, deferred
 from vitprune.recipe import FinetuneSpec
 from vitprune.tracing import pruning_of
 from vitprune.training_data import Position, Share, TrainingBatches
+from vitprune.training_state import Progress, States
 from vitprune.update import NonFiniteLoss as NonFiniteLoss
 from vitprune.update import Student, Update
 
@@ -35,7 +39,7 @@ EPSILON = 1e-7
 
 @dataclass
 class History:
-    """One entry a step: total loss, its parts, ratio of what the budget counts, part of the patches kept at the end."""
+    """Steps in all, and one entry for each that was done here: `update.Update` says what is in it; and `lr`."""
 
     steps: int = 0
     records: list[dict[str, float]] = field(default_factory=list)
@@ -50,6 +54,7 @@ def finetune(
     *,
     seed: int = 0,
     progress: bool = True,
+    states: States | None = None,
 ) -> History:
     """Fine-tunes a pruned model and its thresholds to a compute budget, in place.
 
@@ -58,11 +63,14 @@ def finetune(
 
     teacher: the dense model; frozen, for the distillation loss: of logits, or of embeddings (cosine) where the model
         has no classes. images: labelled or not (then the task loss is left out). budget: MACs of the pruned pass ÷
-        dense, in (0, 1]; seconds where the model has a latency table (`latency.budget_latency`).
+        dense, in (0, 1]; seconds where the model has a latency table (`latency.budget_latency`). states: where the full
+        state is kept every so often, and taken up again if there is one.
 
     Raises:
         ValueError: no images for a single batch, no loss that could teach the task, thresholds without a start, or a
             batch that the processes can't share evenly.
+        OSError: a state can't be written; those before it are there.
+        Terminated: inside `preemption.watch`, after SIGTERM; the state was kept.
         NonFiniteLoss: names the step; the model has its weights from up to `update.SNAPSHOT_STEPS` steps before.
     """
     answers, taught_by = Answers.of(model), Answers.of(teacher)
@@ -73,47 +81,82 @@ def finetune(
     state = processes.join()
     accelerator = _accelerator(spec)
     torch.manual_seed(seed + state.process_index)
-    batches = TrainingBatches(
-        images, spec.batch_size, seed, spec.augmentation, Share(state.process_index, state.num_processes)
-    )
+    share = Share(state.process_index, state.num_processes)
+    batches = TrainingBatches(images, spec.batch_size, seed, spec.augmentation, share)
     steps = count_steps(spec, images)
-    history = History()
     with _trained(answers, taught_by, spec, accelerator) as student:
         optimizer = build_optimizer(student.answers.model, spec)
         prepared, optimizer = accelerator.prepare(student, optimizer)
         scheduler = get_cosine_schedule_with_warmup(optimizer.optimizer, math.ceil(spec.warmup * steps), steps)
-        update = Update(
-            accelerator,
-            prepared,
-            taught_by,
-            optimizer,
-            spec,
-            budget,
-            pruning_of(model).before_blocks,
-            images.stand_in(),
-        )
+        accelerator.register_for_checkpointing(scheduler)
+        stages = pruning_of(model).before_blocks
+        update = Update(accelerator, prepared, taught_by, optimizer, spec, budget, stages, images.stand_in())
+        loop = _Loop(accelerator, update, scheduler, batches, states)
+        loop.resume()
         try:
-            with tqdm(
-                total=steps, desc="fine-tuning", unit="step", disable=not (progress and state.is_main_process)
-            ) as bar:
-                while history.steps < steps:
-                    parts = [next(batches) for _ in range(spec.gradient_accumulation_steps)]
-                    record = update(parts, history.steps)
-                    if record is None:
-                        _require_some(batches.position)
-                        batches.begin_epoch()
-                        continue
-                    record["lr"] = float(scheduler.get_last_lr()[0])
-                    scheduler.step()
-                    history.steps += 1
-                    history.records.append(record)
-                    bar.update()
-                    bar.set_postfix_str(_summary(record))
+            loop.run(steps, progress=progress and state.is_main_process)
         except NonFiniteLoss:
             if update.good_weights:  # none yet: nothing has changed either
                 accelerator.unwrap_model(prepared).load_state_dict(update.good_weights)
             raise
-    return history
+    return History(loop.step, loop.records)
+
+
+@dataclass
+class _Loop:
+    """Step after step, keeping states on the way."""
+
+    accelerator: Accelerator
+    update: Update
+    scheduler: LRScheduler
+    batches: TrainingBatches
+    states: States | None
+    step: int = 0
+    records: list[dict[str, float]] = field(default_factory=list)
+
+    def resume(self) -> None:
+        found = None if self.states is None else self.states.load(self.accelerator)
+        if found is not None:
+            self.step, self.batches.position = found.steps, found.position
+
+    def run(self, steps: int, *, progress: bool) -> None:
+        """Raises Terminated after keeping the state, where the process was told to end."""
+        with (
+            tqdm(total=steps, initial=self.step, desc="fine-tuning", unit="step", disable=not progress) as bar,
+            deferred() as notice,
+        ):
+            while self.step < steps:
+                record = self._next_record()
+                bar.update()
+                bar.set_postfix_str(_summary(record))
+                due, told = self._agreed(self.states is not None and self.states.is_due(self.step), notice.came)
+                if self.states is not None and (due or told or self.step == steps):
+                    self.states.save(self.accelerator, Progress(self.step, self.batches.position))
+                if told:
+                    raise Terminated
+
+    def _next_record(self) -> dict[str, float]:
+        record = None
+        while record is None:
+            parts = [next(self.batches) for _ in range(self.update.spec.gradient_accumulation_steps)]
+            record = self.update(parts, self.step)
+            if record is None:
+                _require_some(self.batches.position)
+                self.batches.begin_epoch()
+        record["lr"] = float(self.scheduler.get_last_lr()[0])
+        self.scheduler.step()
+        self.step += 1
+        self.records.append(record)
+        return record
+
+    def _agreed(self, due: bool, told: bool) -> tuple[bool, bool]:
+        """By the main process's clock a state is due; told to end is the run where any process is."""
+        if self.accelerator.num_processes == 1:
+            return due, told
+        flags = torch.tensor([due and self.accelerator.is_main_process, told], dtype=torch.float32)
+        summed: Any = self.accelerator.reduce(flags.to(self.accelerator.device), "sum")
+        due, told = (summed > 0).tolist()
+        return due, told
 
 
 def _accelerator(spec: FinetuneSpec) -> Accelerator:

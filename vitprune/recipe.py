@@ -30,6 +30,7 @@ from vitprune.recipe_values import (
     Blocks,
     Fraction,
     HubOrLocal,
+    Interval,
     KeepRatios,
     NonNegative,
     Part,
@@ -279,6 +280,10 @@ class FinetuneSpec(_Spec):
     """Training images kept back to scale the thresholds to the budget at the end."""
     losses: LossWeights = LossWeights()
     """What the fine-tuner minimises."""
+    checkpoint_every: Interval = "15min"
+    """How often the full state is kept, from which a run that was broken off goes on: 500 (steps) or 15min."""
+    checkpoints_kept: PositiveInt = 2
+    """The newest so many of these states stay while the run lasts."""
 
 
 class EvaluateSpec(_Spec):

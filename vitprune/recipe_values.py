@@ -95,6 +95,31 @@ Part = Annotated[
 ]
 """A part of a whole, not all of it."""
 
+_UNITS = {"s": 1.0, "min": 60.0, "h": 3600.0}
+_DURATION = r"(\d+(?:\.\d+)?) ?(s|min|h)"
+
+
+def seconds(duration: str) -> float:
+    """15min, 2h or 30 s as a number of seconds."""
+    found = re.fullmatch(_DURATION, duration)
+    assert found is not None
+    return float(found[1]) * _UNITS[found[2]]
+
+
+def _interval(value: object) -> object:
+    steps = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    if steps or (isinstance(value, str) and re.fullmatch(_DURATION, value) and seconds(value) > 0):
+        return value
+    raise ValueError(f"is {value!r}, should be a number of steps such as 500, or a time such as 15min")
+
+
+Interval = Annotated[
+    int | str,
+    BeforeValidator(_interval),
+    WithJsonSchema({"anyOf": [{"type": "integer", "minimum": 1}, {"type": "string", "pattern": f"^{_DURATION}$"}]}),
+]
+"""Every so many steps, or after a time."""
+
 LISTS_TOO = Field(strict=False)
 """For tuples: a list will do as well."""
 

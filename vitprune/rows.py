@@ -52,6 +52,12 @@ class Table(torch_data.Dataset[Sample | None]):
     def length(self) -> int:
         return len(self)
 
+    @property
+    def fingerprint(self) -> str:
+        """Tells these rows from others: what `datasets` says of the split, and which of it were chosen."""
+        chosen = hashlib.blake2b(self.numbers.numpy().tobytes(), digest_size=8).hexdigest()
+        return f"{self.rows._fingerprint} {chosen}"
+
     def split(self, count: int, seed: int) -> tuple[Table, Table]:
         """The rest, and `count` rows by chance (all, where there are fewer)."""
         order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
@@ -116,6 +122,11 @@ class Stream(torch_data.IterableDataset[Sample | None]):
     @property
     def skipped(self) -> int:
         return int(self.broken)
+
+    @property
+    def fingerprint(self) -> str:
+        """Tells these rows from others as far as a stream can: by what is held out."""
+        return " ".join(f"{digest:016x}" for digest in sorted(self.held_out)[:3]) or "stream"
 
     @property
     def num_shards(self) -> int:

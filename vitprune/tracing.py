@@ -5,7 +5,7 @@ Leaves attaching it to a model to `pruner`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -100,6 +100,14 @@ class Levels:
     @classmethod
     def of(cls, pruning: Pruning) -> Levels:
         return cls(pruning.levels.detach().cpu().clone(), pruning.temperatures.cpu().clone())
+
+    @classmethod
+    def from_lists(cls, lists: Mapping[str, list[float]]) -> Levels:
+        """Of what `to_lists` gave, exactly."""
+        return cls(**{name: torch.tensor(values, dtype=torch.float32) for name, values in lists.items()})
+
+    def to_lists(self) -> dict[str, list[float]]:
+        return {"levels": self.levels.tolist(), "temperatures": self.temperatures.tolist()}
 
     @torch.no_grad()
     def give(self, pruning: Pruning) -> None:

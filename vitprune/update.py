@@ -139,7 +139,7 @@ class Update:
         # under fp16 the scaler skips such a step by itself and goes on with a smaller scale
         if self.accelerator.scaler is None and not norm.isfinite():
             raise NonFiniteLoss(f"fine-tuning: the gradient isn't finite at step {step + 1}; {_WAY_OUT}")
-        if step % SNAPSHOT_STEPS == 0:
+        if step % SNAPSHOT_STEPS == 0 or not self.good_weights:
             weights = self.accelerator.unwrap_model(self.student).state_dict()
             self.good_weights = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
         self.optimizer.step()
