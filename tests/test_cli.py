@@ -51,7 +51,13 @@ def heavy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Heavy:
     modules = {name: ModuleType(f"vitprune.{name}") for name in names}
     work = modules["apply"]
     for module, verb in ((work, "apply"), (modules["planning"], "plan"), (work, "evaluate")):
-        setattr(module, verb, lambda *arguments, verb=verb: heavy.run(verb, *arguments))
+        setattr(
+            module,
+            verb,
+            lambda *arguments, verb=verb, **options: heavy.run(
+                verb, *arguments, *(name for name, value in options.items() if value)
+            ),
+        )
     vars(modules["benchmarking"])["bench"] = lambda settings, output: heavy.run("bench", settings, output)
     for name in ("print_report", "print_plan"):
         setattr(modules["report"], name, lambda result, console, name=name: console.print(f"{name}: {result}"))

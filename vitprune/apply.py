@@ -41,7 +41,16 @@ from vitprune.training_state import States
 # different batches of the largest size that throughput is measured on
 TIMED_BATCHES = 3
 # what may change while a run is broken off
-_NO_MATTER = {"output": True, "finetune": {"checkpoint_every", "checkpoints_kept"}}
+_NO_MATTER = {
+    "output": True,
+    "finetune": {
+        "checkpoint_every",
+        "checkpoints_kept",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+    },
+}
 
 
 def apply(recipe: Recipe, *, restart: bool = False) -> Report:
@@ -154,6 +163,12 @@ class _Run:
         images = {"train": self.train, "held out": self.holdout, "eval": self.eval}
         found = {f"images ({name})": one.fingerprint for name, one in images.items() if one is not None}
         weights = {"weights of model.checkpoint": digest_weights(self.dense)}
+        if (tuning := self.recipe.finetune) is not None:
+            # the images of a step are what the result depends on, and of a stream how they come
+            key = "finetune.batch_size x gradient_accumulation_steps"
+            settings[key] = tuning.batch_size * tuning.gradient_accumulation_steps
+            if self.recipe.data.streaming:
+                settings["finetune.batch_size"] = tuning.batch_size
         return {**settings, **found, **weights, "processes": processes.join().num_processes}
 
     def measure_latency(self, folder: RunFolder) -> None:

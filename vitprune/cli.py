@@ -73,8 +73,17 @@ def _clear_messages(located: Callable[[RecipeError], RecipeError]) -> Iterator[N
         if os.environ.get("VITPRUNE_DEBUG") == "1":
             traceback.print_exc()
         else:
-            _say(f"failed: {str(error) or type(error).__name__} (VITPRUNE_DEBUG=1 shows where)")
+            _say(f"failed: {_explained(error)} (VITPRUNE_DEBUG=1 shows where)")
         raise typer.Exit(FAILED) from None
+
+
+def _explained(error: Exception) -> str:
+    if "LOCAL_RANK" in os.environ:
+        from vitprune.processes import has_lost_another
+
+        if has_lost_another(error):
+            return "another process of this run ended; the same command goes on from what was kept"
+    return str(error) or type(error).__name__
 
 
 def _say(message: str) -> None:
@@ -84,6 +93,8 @@ def _say(message: str) -> None:
 
         if not first_to_fail():
             return
+        if os.environ.get("RANK") != "0":  # whose progress may stand there without a line's end
+            message = f"\n{message}"
     typer.echo(message, err=True)
 
 

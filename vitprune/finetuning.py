@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 from vitprune import processes
 from vitprune.answers import Answers
 from vitprune.data import Images
+from vitprune.memory import is_out_of_memory
 from vitprune.preemption import Terminated, deferred
 from vitprune.recipe import FinetuneSpec
 from vitprune.tracing import pruning_of
@@ -139,9 +140,14 @@ class _Loop:
         record = None
         while record is None:
             parts = [next(self.batches) for _ in range(self.update.spec.gradient_accumulation_steps)]
-            record = self.update(parts, self.step)
+            try:
+                record = self.update(parts, self.step)
+            except (RuntimeError, MemoryError) as error:
+                if is_out_of_memory(error):
+                    raise RuntimeError(_out_of_memory(self.update.spec, self.step, self.accelerator)) from error
+                raise
             if record is None:
-                _require_some(self.batches.position)
+                _require_some(self.batches.position, self.batches.batch_size * len(parts))
                 self.batches.begin_epoch()
         record["lr"] = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
@@ -223,8 +229,22 @@ def build_optimizer(model: PreTrainedModel, spec: FinetuneSpec) -> AdamW:
     return AdamW(groups, lr=spec.learning_rate, eps=EPSILON)
 
 
-def _require_some(position: Position) -> None:
-    if position.batch == 1:
+def _out_of_memory(spec: FinetuneSpec, step: int, accelerator: Accelerator) -> str:
+    size, accumulation = spec.batch_size, spec.gradient_accumulation_steps
+    halved = size // 2
+    if size % 2 == 0 and halved % accelerator.num_processes == 0:
+        less = f"finetune.batch_size={halved} with finetune.gradient_accumulation_steps={2 * accumulation}, or with "
+    else:
+        less = ""
+    return (
+        f"fine-tuning: memory ran out on {accelerator.device} at step {step + 1}, in batches of {size} over "
+        f"{accelerator.num_processes} processes; the same training takes less with {less}"
+        "finetune.gradient_checkpointing=true, and goes on from what was kept"
+    )
+
+
+def _require_some(position: Position, batch_size: int) -> None:
+    if position.images <= batch_size:
         raise ValueError("data.train: the stream has no images to fine-tune with")
 
 

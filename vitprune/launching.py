@@ -31,20 +31,26 @@ def launch(command: Sequence[str], options: Sequence[str]) -> int:
     _run_on_cpus(args)
     # DDP's remarks on every process's first step
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    # what failed has said so itself
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # what failed has said so itself, and defaults are what was asked for
+    for name in ("torch.distributed.elastic", "accelerate.commands.launch"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     with _signals_passed_on():
         try:
             launch_command(args)
         except ChildFailedError as error:
-            return error.get_first_failure()[1].exitcode
+            return _as_shells_do(error.get_first_failure()[1].exitcode)
         except subprocess.CalledProcessError as error:
-            return error.returncode
+            return _as_shells_do(error.returncode)
         except SignalException as error:
             return TERMINATED if error.sigval == signal.SIGTERM else INTERRUPTED
         except KeyboardInterrupt:
             return INTERRUPTED
     return 0
+
+
+def _as_shells_do(code: int) -> int:
+    """128 + the signal that killed a process."""
+    return code if code >= 0 else 128 - code
 
 
 def _run_on_cpus(args: Any) -> None:

@@ -5,6 +5,7 @@ Knows Accelerate's state and torch's process group. A run of one process is the 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from typing import TypeVar
@@ -22,6 +23,8 @@ T = TypeVar("T")
 # the others wait while the main process calibrates, meets a budget or takes times
 PATIENCE = timedelta(hours=2)
 _FAILURES = "vitprune/failures"
+# gloo's errors are RuntimeErrors with its name in them
+_LOST = r"gloo|[Cc]onnection (closed|reset|refused)"
 
 
 def on_cpu() -> bool:
@@ -76,6 +79,13 @@ def require_same(what: Mapping[str, object], name: str) -> None:
             keys = sorted(key for key in {*first, *other} if first.get(key) != other.get(key))
             shown = ", ".join(f"{key}: {first.get(key)!r} and {other.get(key)!r}" for key in keys)
             raise ValueError(f"processes 0 and {index} have different {name} ({shown}); give all the same")
+
+
+def has_lost_another(error: BaseException) -> bool:
+    """Whether an error says that another process of the run is gone."""
+    if not distributed.is_initialized():
+        return False
+    return isinstance(error, distributed.DistError) or re.search(_LOST, str(error)) is not None
 
 
 def first_to_fail() -> bool:

@@ -20,7 +20,7 @@ from torch.utils import data as torch_data
 
 from vitprune.augmentation import Augment, Augmentation, augment
 from vitprune.data import Images
-from vitprune.reading import Collate, Sample
+from vitprune.reading import BrokenImageError, Collate, Sample
 from vitprune.rows import Order, Stream, Table, digest
 
 
@@ -34,10 +34,10 @@ class Share:
 
 @dataclass(frozen=True)
 class Position:
-    """How many batches came so far, in this epoch of a stream; a table's batches know no epochs."""
+    """How many images came so far, to all processes, in this epoch of a stream; a table's row of epochs is endless."""
 
     epoch: int = 0
-    batch: int = 0
+    images: int = 0
 
 
 WHOLE, START = Share(), Position()
@@ -73,8 +73,11 @@ class TrainingBatches:
     def __next__(self) -> dict[str, Tensor] | None:
         if self._loader is None:
             self._loader = self._load()
-        batch = next(self._loader, None)
-        self.position = Position(self.position.epoch, self.position.batch + 1)
+        try:
+            batch = next(self._loader, None)
+        except RuntimeError as error:
+            raise _explained(error, self.images.rows.reader.source.place) from error
+        self.position = Position(self.position.epoch, self.position.images + self.batch_size)
         return batch
 
     def begin_epoch(self) -> None:
@@ -83,11 +86,11 @@ class TrainingBatches:
 
     def _load(self) -> Iterator[Any]:
         """From the position on."""
-        rows, workers, passed = self.images.rows, self.images.workers, self.position.batch
+        rows, workers, passed = self.images.rows, self.images.workers, self.position.images // self.batch_size
         own = self.batch_size // self.share.count
         changes = augment(self.augmentation, rows.reader.processor)
         if isinstance(rows, Table):
-            numbers = _Numbers(self.batch_size, self.share, passed)
+            numbers = _Numbers(self.batch_size, self.share, self.position.images)
             return iter(self._loader_of(_Endless(rows, self.seed, changes), workers, batch_sampler=numbers))
         stream = replace(rows, order=Order(self.seed, self.position.epoch), part=(self.share.index, self.share.count))
         workers = min(workers, stream.num_shards)
@@ -110,6 +113,16 @@ class TrainingBatches:
         )
 
 
+def _explained(error: RuntimeError, place: str) -> RuntimeError:
+    """What torch says of a loader's process that was killed, in a user's words."""
+    if "DataLoader worker" not in str(error) or isinstance(error, BrokenImageError):
+        return error
+    return RuntimeError(
+        f"{place}: a process that loads images was killed, most often for want of memory; lower data.workers, or free "
+        "some, and run the same command again: it goes on from what was kept"
+    )
+
+
 @dataclass(frozen=True)
 class _Numbers(torch_data.Sampler[list[int]]):
     """The numbers, in the endless row of epochs, of a process's images of each batch."""
@@ -120,8 +133,8 @@ class _Numbers(torch_data.Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         own = self.batch_size // self.share.count
-        for batch in count_from(self.start):
-            first = batch * self.batch_size + self.share.index * own
+        for batch in count_from(self.start, self.batch_size):
+            first = batch + self.share.index * own
             yield list(range(first, first + own))
 
 
