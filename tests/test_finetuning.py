@@ -18,7 +18,8 @@ import vitprune
 from vitprune.calibration import calibrate, mean_ratio, scale_to_budget
 from vitprune.cost_table import CostTable
 from vitprune.data import Images, load_images
-from vitprune.finetuning import NonFiniteLoss, build_optimizer, finetune
+from vitprune.finetuning import NonFiniteLoss, finetune
+from vitprune.optimization import build_optimizer
 from vitprune.recipe import DataSpec, FinetuneSpec, LossWeights, PruningSpec, SplitSpec
 from vitprune.tracing import pruning_of
 

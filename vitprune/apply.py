@@ -20,6 +20,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from vitprune import preemption, processes
 from vitprune.anatomy import examine
 from vitprune.answers import Answers, embed_classes, is_two_towers
+from vitprune.augmentation import pixel_scale
 from vitprune.calibration import calibrate, scale_to_budget
 from vitprune.checkpoint import digest_weights, load, load_processor, load_tokenizer, require_free, save
 from vitprune.cost_measurement import measure_latency
@@ -36,10 +37,13 @@ from vitprune.report import model_card
 from vitprune.results import Comparison, Latency, Report
 from vitprune.run_folder import RunFolder, was_saved
 from vitprune.tracing import Levels, is_pruned, pruning_of
+from vitprune.tracking import Diary
 from vitprune.training_state import States
 
 # different batches of the largest size that throughput is measured on
 TIMED_BATCHES = 3
+# images whose kept tokens trackers are shown
+SHOWN = 8
 # what may change while a run is broken off
 _NO_MATTER = {
     "output": True,
@@ -49,6 +53,7 @@ _NO_MATTER = {
         "batch_size",
         "gradient_accumulation_steps",
         "gradient_checkpointing",
+        "trackers",
     },
 }
 
@@ -201,6 +206,7 @@ class _Run:
         try:
             dense, pruned = self.answers
             states = States.of(recipe.finetune, folder.path)
+            diary = self._diary(output) if recipe.finetune.trackers else None
             finetune(
                 pruned,
                 dense,
@@ -210,6 +216,7 @@ class _Run:
                 seed=recipe.seed,
                 progress=self.is_main,
                 states=states,
+                diary=diary,
             )
         except NonFiniteLoss as error:
             rescued = output.with_name(f"{output.name}.last-good")
@@ -222,6 +229,14 @@ class _Run:
             batches = self._batches(self.holdout, recipe.calibration.batch_size)
             scale = partial(scale_to_budget, self.pruned, batches, budget, progress=self.is_main)
             self._settle(folder, "thresholds", self._until_met(scale))
+
+    def _diary(self, output: Path) -> Diary:
+        assert self.holdout is not None
+        settings = _flat(self.recipe.model_dump(mode="json"))
+        samples = self.holdout.sample(SHOWN, self.recipe.seed).pixels()
+        return Diary(
+            output.with_name(f"{output.name}.logs"), output.name, settings, samples, *pixel_scale(self.processor)
+        )
 
     def _until_met(self, settle: Callable[[], object]) -> Callable[[], object]:
         """Settles on levels for the budget; where it is one of time, until that is what is measured."""

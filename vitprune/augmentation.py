@@ -39,7 +39,7 @@ def augment(kind: Augmentation, processor: BaseImageProcessor) -> Augment | None
         case "light":
             return _Light()
         case "strong":
-            return _Strong(*_pixel_scale(processor))
+            return _Strong(*pixel_scale(processor))
         case _:
             assert_never(kind)
 
@@ -92,7 +92,7 @@ class _Strong(nn.Module):
         return self.erase(self.geometry(self.colour(unit_BCHW) * scale + shift))
 
 
-def _pixel_scale(processor: BaseImageProcessor) -> tuple[Tensor, Tensor]:
+def pixel_scale(processor: BaseImageProcessor) -> tuple[Tensor, Tensor]:
     """scale (C,) and shift (C,) such that the processor's pixel values are unit * scale + shift, unit in [0, 1]."""
     settings: dict[str, Any] = processor.to_dict()
     largest = 255.0 * (settings["rescale_factor"] if settings.get("do_rescale") else 1.0)

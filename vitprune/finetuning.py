@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
+from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
-from torch.optim import AdamW
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
@@ -26,16 +26,15 @@ from vitprune import processes
 from vitprune.answers import Answers
 from vitprune.data import Images
 from vitprune.memory import is_out_of_memory
+from vitprune.optimization import build_optimizer
 from vitprune.preemption import Terminated, deferred
 from vitprune.recipe import FinetuneSpec
 from vitprune.tracing import pruning_of
+from vitprune.tracking import Diary, Tracking, require_installed
 from vitprune.training_data import Position, Share, TrainingBatches
 from vitprune.training_state import Progress, States
 from vitprune.update import NonFiniteLoss as NonFiniteLoss
 from vitprune.update import Student, Update
-
-# a key's bias has no gradient but rounding noise; with the usual 1e-8 AdamW makes steps of it, others on each machine
-EPSILON = 1e-7
 
 
 @dataclass
@@ -56,6 +55,7 @@ def finetune(
     seed: int = 0,
     progress: bool = True,
     states: States | None = None,
+    diary: Diary | None = None,
 ) -> History:
     """Fine-tunes a pruned model and its thresholds to a compute budget, in place.
 
@@ -65,7 +65,7 @@ def finetune(
     teacher: the dense model; frozen, for the distillation loss: of logits, or of embeddings (cosine) where the model
         has no classes. images: labelled or not (then the task loss is left out). budget: MACs of the pruned pass ÷
         dense, in (0, 1]; seconds where the model has a latency table (`latency.budget_latency`). states: where the full
-        state is kept every so often, and taken up again if there is one.
+        state is kept every so often, and taken up again if there is one. diary: what `spec.trackers` are given.
 
     Raises:
         ValueError: no images for a single batch, no loss that could teach the task, thresholds without a start, or a
@@ -80,7 +80,7 @@ def finetune(
     if not pruning_of(model).levels.isfinite().all():
         raise ValueError("thresholds have no start to learn from; call calibrate first, or give them in the spec")
     state = processes.join()
-    accelerator = _accelerator(spec)
+    accelerator = _accelerator(spec, diary)
     torch.manual_seed(seed + state.process_index)
     share = Share(state.process_index, state.num_processes)
     batches = TrainingBatches(images, spec.batch_size, seed, spec.augmentation, share)
@@ -92,7 +92,7 @@ def finetune(
         accelerator.register_for_checkpointing(scheduler)
         stages = pruning_of(model).before_blocks
         update = Update(accelerator, prepared, taught_by, optimizer, spec, budget, stages, images.stand_in())
-        loop = _Loop(accelerator, update, scheduler, batches, states)
+        loop = _Loop(accelerator, update, scheduler, batches, states, _tracking(accelerator, prepared, spec, diary))
         loop.resume()
         try:
             loop.run(steps, progress=progress and state.is_main_process)
@@ -112,6 +112,7 @@ class _Loop:
     scheduler: LRScheduler
     batches: TrainingBatches
     states: States | None
+    tracking: Tracking | None
     step: int = 0
     records: list[dict[str, float]] = field(default_factory=list)
 
@@ -125,16 +126,37 @@ class _Loop:
         with (
             tqdm(total=steps, initial=self.step, desc="fine-tuning", unit="step", disable=not progress) as bar,
             deferred() as notice,
+            self._tracked() as tracking,
         ):
             while self.step < steps:
                 record = self._next_record()
                 bar.update()
                 bar.set_postfix_str(_summary(record))
+                if tracking is not None:
+                    tracking.tell(record, [float(rate) for rate in self.scheduler.get_last_lr()], self.step)
+                    if self.step % self._epoch(steps) == 0 or self.step == steps:
+                        tracking.show(self.step)
                 due, told = self._agreed(self.states is not None and self.states.is_due(self.step), notice.came)
                 if self.states is not None and (due or told or self.step == steps):
                     self.states.save(self.accelerator, Progress(self.step, self.batches.position))
                 if told:
                     raise Terminated
+
+    @contextmanager
+    def _tracked(self) -> Iterator[Tracking | None]:
+        if self.tracking is None:
+            yield None
+            return
+        self.tracking.begin()
+        try:
+            yield self.tracking
+        finally:
+            self.tracking.end()
+
+    def _epoch(self, steps: int) -> int:
+        """Steps of an epoch; a tenth of all where nobody knows."""
+        length, spec = self.batches.images.length, self.update.spec
+        return max(1, steps // 10 if length is None else length // (spec.batch_size * spec.gradient_accumulation_steps))
 
     def _next_record(self) -> dict[str, float]:
         record = None
@@ -165,8 +187,19 @@ class _Loop:
         return due, told
 
 
-def _accelerator(spec: FinetuneSpec) -> Accelerator:
+def _tracking(accelerator: Accelerator, student: nn.Module, spec: FinetuneSpec, diary: Diary | None) -> Tracking | None:
+    if not spec.trackers:
+        return None
+    if diary is None:
+        raise ValueError(f"finetune.trackers are {list(spec.trackers)}; pass finetune() a diary for them")
+    images = spec.batch_size * spec.gradient_accumulation_steps
+    return Tracking(accelerator, student, diary, images)
+
+
+def _accelerator(spec: FinetuneSpec, diary: Diary | None) -> Accelerator:
     return Accelerator(
+        log_with=list(spec.trackers) or None,
+        project_dir=None if diary is None else str(diary.folder),
         mixed_precision=spec.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=spec.gradient_accumulation_steps, sync_with_dataloader=False
@@ -204,29 +237,10 @@ def _trained(answers: Answers, teacher: Answers, spec: FinetuneSpec, accelerator
 def require_trainable(images: Images, spec: FinetuneSpec, *, has_classes: bool) -> None:
     """Raises ValueError where images and losses don't go together; to be asked before anything is run."""
     count_steps(spec, images)
+    require_installed(spec.trackers)
     if not spec.losses.distillation and not (images.labelled and has_classes):
         lacking = "images without labels need" if has_classes else "a model without classes needs"
         raise ValueError(f"finetune.losses: {lacking} losses.distillation > 0")
-
-
-def build_optimizer(model: PreTrainedModel, spec: FinetuneSpec) -> AdamW:
-    """AdamW with weight decay on matrices only, and a learning rate of its own for thresholds.
-
-    Thresholds live near 1/N, so theirs is relative: AdamW's step, whatever the gradient's size, is
-    `threshold_learning_rate` × the mean threshold, the same part at 49 tokens as at 1,369.
-    """
-    own = {id(parameter) for parameter in pruning_of(model).parameters()}
-    weights = [p for p in model.parameters() if p.requires_grad and id(p) not in own]
-    groups: list[dict[str, object]] = [
-        {"params": [p for p in weights if p.ndim >= 2], "weight_decay": spec.weight_decay},
-        {"params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    thresholds = list(pruning_of(model).parameters())
-    if thresholds:
-        levels = pruning_of(model).levels.detach()
-        scale = levels[levels.isfinite()].abs().mean().item() if levels.isfinite().any() else 0.0
-        groups.append({"params": thresholds, "lr": spec.threshold_learning_rate * scale, "weight_decay": 0.0})
-    return AdamW(groups, lr=spec.learning_rate, eps=EPSILON)
 
 
 def _out_of_memory(spec: FinetuneSpec, step: int, accelerator: Accelerator) -> str:

@@ -48,6 +48,7 @@ class _Spec(BaseModel):
 
 
 Execution = Literal["packed", "masked"]
+Tracker = Literal["tensorboard", "trackio", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"]
 
 
 class ModelSpec(_Spec):
@@ -280,6 +281,8 @@ class FinetuneSpec(_Spec):
     """Training images kept back to scale the thresholds to the budget at the end."""
     losses: LossWeights = LossWeights()
     """What the fine-tuner minimises."""
+    trackers: Annotated[tuple[Tracker, ...], LISTS_TOO] = ()
+    """Experiment trackers that are told of every step, such as [tensorboard]."""
     checkpoint_every: Interval = "15min"
     """How often the full state is kept, from which a run that was broken off goes on: 500 (steps) or 15min."""
     checkpoints_kept: PositiveInt = 2
