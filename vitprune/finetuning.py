@@ -87,6 +87,10 @@ def finetune(
     steps = count_steps(spec, images)
     with _trained(answers, taught_by, spec, accelerator) as student:
         optimizer = build_optimizer(student.answers.model, spec)
+        if accelerator.distributed_type == DistributedType.DEEPSPEED:
+            # which it would otherwise read off a loader of its own
+            own = spec.batch_size // state.num_processes
+            accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = own
         prepared, optimizer = accelerator.prepare(student, optimizer)
         scheduler = get_cosine_schedule_with_warmup(optimizer.optimizer, math.ceil(spec.warmup * steps), steps)
         accelerator.register_for_checkpointing(scheduler)
