@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import (
-    BaseModel,
     BeforeValidator,
     ConfigDict,
     Field,
@@ -23,6 +22,9 @@ from pydantic import (
 )
 from pydantic import field_validator as check
 
+from vitprune.finetune_spec import Execution as Execution
+from vitprune.finetune_spec import FinetuneSpec as FinetuneSpec
+from vitprune.finetune_spec import LossWeights as LossWeights
 from vitprune.recipe_errors import Problem
 from vitprune.recipe_errors import RecipeError as RecipeError
 from vitprune.recipe_values import (
@@ -30,28 +32,17 @@ from vitprune.recipe_values import (
     Blocks,
     Fraction,
     HubOrLocal,
-    Interval,
     KeepRatios,
     NonNegative,
-    Part,
     Positive,
     Text,
     Thresholds,
 )
+from vitprune.spec import Spec
 from vitprune.yaml_source import Source, dump
 
 
-class _Spec(BaseModel):
-    model_config = ConfigDict(
-        frozen=True, strict=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-
-Execution = Literal["packed", "masked"]
-Tracker = Literal["tensorboard", "trackio", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"]
-
-
-class ModelSpec(_Spec):
+class ModelSpec(Spec):
     """The dense model to start from."""
 
     checkpoint: HubOrLocal
@@ -71,7 +62,7 @@ class ModelSpec(_Spec):
         return value
 
 
-class SplitSpec(_Spec):
+class SplitSpec(Spec):
     """A part of the dataset."""
 
     # A recipe may leave the split out: both places that hold one know which they mean.
@@ -87,7 +78,7 @@ def _split(name: str) -> BeforeValidator:
     return BeforeValidator(lambda value: {"split": name, **value} if isinstance(value, dict) else value)
 
 
-class DataSpec(_Spec):
+class DataSpec(Spec):
     """The images."""
 
     path: HubOrLocal
@@ -110,7 +101,7 @@ class DataSpec(_Spec):
     """Processes that load images beside the main one."""
 
 
-class PruningSpec(_Spec):
+class PruningSpec(Spec):
     """Where, by what and how tokens are pruned."""
 
     before_blocks: Blocks = "every"
@@ -180,7 +171,7 @@ class PruningSpec(_Spec):
         return stages
 
 
-class BudgetSpec(_Spec):
+class BudgetSpec(Spec):
     """What the pruned model may cost: macs or latency, not both."""
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["macs"]}, {"required": ["latency"]}]})
@@ -221,7 +212,7 @@ class BudgetSpec(_Spec):
         return self.batch_size or 16
 
 
-class CalibrationSpec(_Spec):
+class CalibrationSpec(Spec):
     """Finding thresholds for the budget without training."""
 
     images: PositiveInt = 256
@@ -230,66 +221,7 @@ class CalibrationSpec(_Spec):
     """Images at a time."""
 
 
-class LossWeights(_Spec):
-    """What the fine-tuner minimises."""
-
-    task: NonNegative = 1.0
-    """Cross-entropy with the labels."""
-    budget: NonNegative = 2.0
-    """Distance to the budget, |ratio - budget|."""
-    distillation: NonNegative = 0.5
-    """Divergence from the dense model's answers."""
-
-    @check("distillation")
-    @classmethod
-    def _something_to_learn(cls, distillation: float, info: ValidationInfo) -> float:
-        if distillation == 0 and info.data.get("task") == 0:
-            raise ValueError("is 0 and so is task; one of them should be above 0")
-        return distillation
-
-
-class FinetuneSpec(_Spec):
-    """Training weights and thresholds together. Without this section thresholds are only calibrated."""
-
-    epochs: Positive = 1.0
-    """Passes over the training images; parts are fine."""
-    steps: PositiveInt | None = None
-    """Steps of the optimizer in all, in place of epochs; needed by a stream that doesn't tell its length."""
-    batch_size: PositiveInt = 32
-    """Images at a time, by all processes together."""
-    gradient_accumulation_steps: PositiveInt = 1
-    """Batches to a step of the optimizer."""
-    learning_rate: Positive = 2e-5
-    """Highest learning rate of the weights."""
-    threshold_learning_rate: Positive = 0.01
-    """Highest learning rate of the thresholds, as a part of their own mean, so that it fits any number of tokens."""
-    weight_decay: NonNegative = 0.05
-    """AdamW's."""
-    warmup: Part = 0.05
-    """Part of the steps over which the learning rate rises, 5% or 0.05."""
-    max_grad_norm: Positive = 1.0
-    """Longer gradients are clipped."""
-    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
-    """What the training computes in beside float32."""
-    augmentation: Literal["none", "light", "strong"] = "light"
-    """How much training images are varied."""
-    execution: Execution = "packed"
-    """packed: tokens that no threshold learns from leave while training, too; masked: all stay, as published."""
-    gradient_checkpointing: bool = False
-    """Less memory for more time."""
-    holdout: PositiveInt = 256
-    """Training images kept back to scale the thresholds to the budget at the end."""
-    losses: LossWeights = LossWeights()
-    """What the fine-tuner minimises."""
-    trackers: Annotated[tuple[Tracker, ...], LISTS_TOO] = ()
-    """Experiment trackers that are told of every step, such as [tensorboard]."""
-    checkpoint_every: Interval = "15min"
-    """How often the full state is kept, from which a run that was broken off goes on: 500 (steps) or 15min."""
-    checkpoints_kept: PositiveInt = 2
-    """The newest so many of these states stay while the run lasts."""
-
-
-class EvaluateSpec(_Spec):
+class EvaluateSpec(Spec):
     """Comparing pruned with dense."""
 
     metrics: Annotated[tuple[Literal["accuracy", "top-5-accuracy", "f1"], ...], LISTS_TOO] = ("accuracy",)
@@ -302,7 +234,7 @@ class EvaluateSpec(_Spec):
     """Measurements of throughput, of which the median counts."""
 
 
-class OutputSpec(_Spec):
+class OutputSpec(Spec):
     """Where the result goes."""
 
     path: Text = "runs/pruned"
@@ -311,7 +243,7 @@ class OutputSpec(_Spec):
     """Whether a result that is already there may be replaced."""
 
 
-class Recipe(_Spec):
+class Recipe(Spec):
     """What `vitprune apply` does."""
 
     version: Literal[1]

@@ -1,0 +1,73 @@
+"""The recipe's section on fine-tuning. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import PositiveInt, ValidationInfo
+from pydantic import field_validator as check
+
+from vitprune.recipe_values import LISTS_TOO, Interval, NonNegative, Part, Positive
+from vitprune.spec import Spec
+
+Execution = Literal["packed", "masked"]
+Tracker = Literal["tensorboard", "trackio", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"]
+
+
+class LossWeights(Spec):
+    """What the fine-tuner minimises."""
+
+    task: NonNegative = 1.0
+    """Cross-entropy with the labels."""
+    budget: NonNegative = 2.0
+    """Distance to the budget, |ratio - budget|."""
+    distillation: NonNegative = 0.5
+    """Divergence from the dense model's answers."""
+
+    @check("distillation")
+    @classmethod
+    def _something_to_learn(cls, distillation: float, info: ValidationInfo) -> float:
+        if distillation == 0 and info.data.get("task") == 0:
+            raise ValueError("is 0 and so is task; one of them should be above 0")
+        return distillation
+
+
+class FinetuneSpec(Spec):
+    """Training weights and thresholds together. Without this section thresholds are only calibrated."""
+
+    epochs: Positive = 1.0
+    """Passes over the training images; parts are fine."""
+    steps: PositiveInt | None = None
+    """Steps of the optimizer in all, in place of epochs; needed by a stream that doesn't tell its length."""
+    batch_size: PositiveInt = 32
+    """Images at a time, by all processes together."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Batches to a step of the optimizer."""
+    learning_rate: Positive = 2e-5
+    """Highest learning rate of the weights."""
+    threshold_learning_rate: Positive = 0.01
+    """Highest learning rate of the thresholds, as a part of their own mean, so that it fits any number of tokens."""
+    weight_decay: NonNegative = 0.05
+    """AdamW's."""
+    warmup: Part = 0.05
+    """Part of the steps over which the learning rate rises, 5% or 0.05."""
+    max_grad_norm: Positive = 1.0
+    """Longer gradients are clipped."""
+    mixed_precision: Literal["no", "bf16", "fp16"] = "no"
+    """What the training computes in beside float32."""
+    augmentation: Literal["none", "light", "strong"] = "light"
+    """How much training images are varied."""
+    execution: Execution = "packed"
+    """packed: tokens that no threshold learns from leave while training, too; masked: all stay, as published."""
+    gradient_checkpointing: bool = False
+    """Less memory for more time."""
+    holdout: PositiveInt = 256
+    """Training images kept back to scale the thresholds to the budget at the end."""
+    losses: LossWeights = LossWeights()
+    """What the fine-tuner minimises."""
+    trackers: Annotated[tuple[Tracker, ...], LISTS_TOO] = ()
+    """Experiment trackers that are told of every step, such as [tensorboard]."""
+    checkpoint_every: Interval = "15min"
+    """How often the full state is kept, from which a run that was broken off goes on: 500 (steps) or 15min."""
+    checkpoints_kept: PositiveInt = 2
+    """The newest so many of these states stay while the run lasts."""
