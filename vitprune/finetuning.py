@@ -87,10 +87,9 @@ def finetune(
     steps = count_steps(spec, images)
     with _trained(answers, taught_by, spec, accelerator) as student:
         optimizer = build_optimizer(student.answers.model, spec)
-        if accelerator.distributed_type == DistributedType.DEEPSPEED:
-            # which it would otherwise read off a loader of its own
-            own = spec.batch_size // state.num_processes
-            accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = own
+        if (plugin := accelerator.state.deepspeed_plugin) is not None:
+            # which DeepSpeed would otherwise read off a loader of its own
+            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = spec.batch_size // state.num_processes
         prepared, optimizer = accelerator.prepare(student, optimizer)
         scheduler = get_cosine_schedule_with_warmup(optimizer.optimizer, math.ceil(spec.warmup * steps), steps)
         accelerator.register_for_checkpointing(scheduler)
