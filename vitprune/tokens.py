@@ -25,8 +25,10 @@ KEY_ALIGNMENT = 4
 TILE_KEY_ALIGNMENT = 16
 # what one more attention call costs on a CPU beside its work, in multiply-accumulates that would take as long
 CALL_MACS = 1_500_000
-# half-precision matrix products on a CPU are compiled for their shape (milliseconds each): keep to few
+# half-precision matrix products on a CPU are compiled for their shape (up to milliseconds each): keep to few
 HALF_PRECISION_ROWS = 64
+# but of fewer rows no more than this part may be nobody's
+HALF_PRECISION_PADDING = 1 / 32
 
 
 def needs_tiles(x: Tensor) -> bool:
@@ -42,6 +44,14 @@ def _alignment(counts: Sequence[int], width: int, least: int) -> int:
         return len(set(rows)) * CALL_MACS + (sum(rows) - sum(counts)) * 12 * width * width
 
     return min((least, 2 * least, 4 * least), key=macs)
+
+
+def _row_multiple(rows: int) -> int:
+    """`HALF_PRECISION_ROWS`, or as many of them as pad no more than they may, in powers of two: shapes stay few."""
+    multiple = HALF_PRECISION_ROWS
+    while multiple > max(1, rows * HALF_PRECISION_PADDING):
+        multiple //= 2
+    return multiple
 
 
 @dataclass(frozen=True)
@@ -66,9 +76,9 @@ class Layout:
     def fitting(cls, lengths: Sequence[int], ghosts: Sequence[int], x_TD: Tensor) -> Layout:
         """As the kernels like it that work on such hidden states."""
         counts = [sum(pair) for pair in zip(lengths, ghosts, strict=True)] if ghosts else list(lengths)
-        half_on_cpu = x_TD.device.type == "cpu" and x_TD.dtype != torch.float32
         alignment = _alignment(counts, x_TD.shape[-1], TILE_KEY_ALIGNMENT if needs_tiles(x_TD) else KEY_ALIGNMENT)
-        return cls(tuple(lengths), alignment, HALF_PRECISION_ROWS if half_on_cpu else 1, tuple(ghosts))
+        half_on_cpu = x_TD.device.type == "cpu" and x_TD.dtype != torch.float32
+        return cls(tuple(lengths), alignment, _row_multiple(sum(counts)) if half_on_cpu else 1, tuple(ghosts))
 
     @cached_property
     def rows(self) -> list[int]:
