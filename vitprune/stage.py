@@ -63,6 +63,10 @@ class Policy:
     def needs_metric(self) -> bool:
         return self.is_redundancy or self.spec.dropped == "merge"
 
+    def keeps_all(self, level: float) -> bool:
+        """Whether nothing can leave at a stage of such a level; no score is negative."""
+        return level < 0 if self.spec.select == "threshold" else level >= 1
+
 
 class Observer(Protocol):
     """Watches the stages of a forward; calibration also sets their levels as it watches."""
