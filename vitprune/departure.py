@@ -91,7 +91,7 @@ def depart(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[Token
     if move is None:
         return batch, x_TD
     # what isn't a token that stays, fillers and tokens that `fuse` adds, begins as a copy of the image's first
-    source_T = batch.starts_B.index_select(0, move.layout.images(x_TD.device))
+    source_T = move.layout.spread(batch.layout.starts, x_TD.device)
     positions_T = torch.full_like(source_T, NOBODY)
     for before, after in move.itself:
         source_T.index_copy_(0, after, before)
@@ -171,18 +171,20 @@ def _give(
         takers = _takers_of_all(batch, departure, move)
     left, takers = _select((move.rows[0], takers), gives_BM)
     old_sizes_T = x_TD.new_ones(len(x_TD), dtype=torch.float32) if batch.sizes_T is None else batch.sizes_T
-    amounts = old_sizes_T.new_ones(()) if teaching is None else 1 - teaching.mask_BM[gives_BM]
-    given = old_sizes_T.index_select(0, left) * amounts
+    given = old_sizes_T.index_select(0, left)
+    amounts = None if teaching is None else 1 - teaching.mask_BM[gives_BM]
+    if amounts is not None:
+        given = given * amounts
     sizes_T = old_sizes_T.new_zeros(len(y_TD))
     for before, after in move.itself:
-        sizes_T = sizes_T.index_copy(0, after, old_sizes_T.index_select(0, before))
-    sizes_T = sizes_T.index_add(0, takers, given)
+        sizes_T.index_copy_(0, after, old_sizes_T.index_select(0, before))
+    sizes_T.index_add_(0, takers, given)
     states = x_TD.index_select(0, left)
     if departure.fuse_weights_BM is None:
         _merge_(y_TD, states, takers, given / sizes_T.index_select(0, takers))
     else:
         weights = departure.fuse_weights_BM[gives_BM] + torch.finfo(torch.float32).tiny
-        _fuse_(y_TD, states, takers, weights * amounts)
+        _fuse_(y_TD, states, takers, weights if amounts is None else weights * amounts)
     if teaching is None:
         return y_TD, sizes_T, None
     learns_T = torch.zeros(len(y_TD), dtype=torch.bool, device=y_TD.device)

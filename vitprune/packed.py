@@ -121,7 +121,7 @@ class PackedPass:
         policy, batch = self.policy, self._batch
         if batch is None:
             batch = self._dense(hidden_states)
-        positions_BM = batch.pad(batch.positions_T)
+        positions_BM = batch.pad(batch.positions_T) if policy.spec.select == "random" else None
         decision = decide(
             policy, stage, self._call.findings, batch.valid_BM, positions_BM, self.observers, ask_all=self.learns
         )

@@ -39,6 +39,9 @@ def needs_tiles(x: Tensor) -> bool:
 def _alignment(counts: Sequence[int], width: int, least: int) -> int:
     """Fewer buckets are fewer attention calls, and more fillers for the 12·D² MACs of a row: what costs least."""
 
+    if len(counts) == 1:
+        return least
+
     def macs(alignment: int) -> int:
         rows = [count + -count % alignment for count in counts]
         return len(set(rows)) * CALL_MACS + (sum(rows) - sum(counts)) * 12 * width * width
@@ -110,24 +113,29 @@ class Layout:
         """Rows behind the last image."""
         return -sum(self.rows) % self.row_multiple
 
-    def images(self, device: torch.device) -> Tensor:
-        """Image of each row, (T,); the last image's go on behind it."""
+    def spread(self, numbers: Sequence[int], device: torch.device) -> Tensor:
+        """Each image's number at all of its rows, (T,); the last image's go on behind it."""
         counts = [self.rows[image] for image in self.order]
         counts[-1] += self.padding
-        order = torch.tensor(self.order, device=device)
-        return order.repeat_interleave(torch.tensor(counts, device=device), output_size=sum(counts))
+        if len(counts) == 1:
+            return torch.full((counts[0],), numbers[0], device=device)
+        in_order = torch.tensor([numbers[image] for image in self.order], device=device)
+        return in_order.repeat_interleave(torch.tensor(counts, device=device), output_size=sum(counts))
+
+    def images(self, device: torch.device) -> Tensor:
+        """Image of each row, (T,); the last image's go on behind it."""
+        return self.spread(range(len(self.lengths)), device)
 
     def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Image of each row, (T,), and its place within that image's rows, (T,)."""
         images_T = self.images(device)
-        starts_B = torch.tensor(self.starts, device=device)
-        return images_T, torch.arange(len(images_T), device=device) - starts_B.index_select(0, images_T)
+        return images_T, torch.arange(len(images_T), device=device) - self.spread(self.starts, device)
 
     def split(self, values_T: Tensor) -> list[Tensor]:
         """(T, …) as one view (G, L, …) a bucket."""
         if len(self.buckets) == 1:
             (images, rows), *_ = self.buckets
-            return [values_T[: images * rows].unflatten(0, (images, rows))]
+            return [values_T[: images * rows].view(images, rows, *values_T.shape[1:])]
         parts = values_T.split([*(images * rows for images, rows in self.buckets), self.padding])
         return [part.unflatten(0, bucket) for part, bucket in zip(parts, self.buckets, strict=False)]
 
@@ -198,11 +206,15 @@ class TokenBatch:
     @cached_property
     def valid_BM(self) -> Tensor:
         """True where the padded view holds a token."""
+        if len(set(self.lengths)) == 1:
+            return self.positions_T.new_ones((len(self.lengths), self.lengths[0]), dtype=torch.bool)
         return torch.arange(max(self.lengths), device=self.positions_T.device) < self.lengths_B[:, None]
 
     @cached_property
     def index_BM(self) -> Tensor:
-        """Row of each place of the padded view; padding repeats the image's last token."""
+        """Row of each place of the padded view; as `pad` has it."""
+        if len(self.layout.buckets) == 1:
+            return self.pad(torch.arange(len(self.positions_T), device=self.positions_T.device))
         slots = torch.arange(max(self.lengths), device=self.positions_T.device)
         return self.starts_B[:, None] + torch.minimum(slots, self.lengths_B[:, None] - 1)
 
@@ -211,11 +223,15 @@ class TokenBatch:
         """What is added to a key's logits, float32: the log of its size, −inf for fillers."""
         if self.sizes_T is None:
             return torch.where(self.positions_T == NOBODY, -torch.inf, 0.0)
+        if not self.sizes_T.requires_grad:
+            return self.sizes_T.log()
         fillers_T = self.sizes_T == 0  # the logarithm of 0 would have a NaN for a gradient
         return self.sizes_T.masked_fill(fillers_T, 1.0).log().masked_fill(fillers_T, -torch.inf)
 
     def pad(self, values_T: Tensor) -> Tensor:
         """(T, …) to (B, M, …); what lies beyond an image's tokens is a copy of one of them or a filler of its own."""
+        if len(self.lengths) == 1:
+            return values_T[None, : self.lengths[0]]
         if len(self.layout.buckets) == 1:
             return self.layout.split(values_T)[0][:, : max(self.lengths)]
         return values_T.index_select(0, self.index_BM.flatten()).unflatten(0, self.index_BM.shape)
