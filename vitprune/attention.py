@@ -270,7 +270,7 @@ def packed_attention(
 
 def _buckets(layout: Layout, x_1HTK: Tensor) -> list[Tensor]:
     """A view of each bucket, (G, H, L, K); in memory tokens before heads, as linear layers and the kernel have it."""
-    if len(layout.lengths) == 1:
+    if len(layout.rows) == 1:
         return [x_1HTK[:, :, : layout.rows[0]]]
     return [x_GLHK.transpose(1, 2) for x_GLHK in layout.split(x_1HTK[0].transpose(0, 1))]
 

@@ -113,6 +113,12 @@ class Layout:
         """Rows behind the last image."""
         return -sum(self.rows) % self.row_multiple
 
+    def rows_of(self, slots_BM: Tensor) -> Tensor:
+        """Rows of tokens that are numbered within their image."""
+        if len(self.lengths) == 1:
+            return slots_BM
+        return slots_BM + torch.tensor(self.starts, device=slots_BM.device)[:, None]
+
     def spread(self, numbers: Sequence[int], device: torch.device) -> Tensor:
         """Each image's number at all of its rows, (T,); the last image's go on behind it."""
         counts = [self.rows[image] for image in self.order]
@@ -133,9 +139,8 @@ class Layout:
 
     def split(self, values_T: Tensor) -> list[Tensor]:
         """(T, …) as one view (G, L, …) a bucket."""
-        if len(self.buckets) == 1:
-            (images, rows), *_ = self.buckets
-            return [values_T[: images * rows].view(images, rows, *values_T.shape[1:])]
+        if len(self.rows) == 1:
+            return [values_T[None, : self.rows[0]]]
         parts = values_T.split([*(images * rows for images, rows in self.buckets), self.padding])
         return [part.unflatten(0, bucket) for part, bucket in zip(parts, self.buckets, strict=False)]
 
@@ -212,11 +217,13 @@ class TokenBatch:
 
     @cached_property
     def index_BM(self) -> Tensor:
-        """Row of each place of the padded view; as `pad` has it."""
-        if len(self.layout.buckets) == 1:
-            return self.pad(torch.arange(len(self.positions_T), device=self.positions_T.device))
-        slots = torch.arange(max(self.lengths), device=self.positions_T.device)
-        return self.starts_B[:, None] + torch.minimum(slots, self.lengths_B[:, None] - 1)
+        """Row of each place of the padded view; padding repeats the image's last token."""
+        slots_M = torch.arange(max(self.lengths), device=self.positions_T.device)
+        return self.layout.rows_of(torch.minimum(slots_M, self.lengths_B[:, None] - 1))
+
+    def rows_at(self, places_X: Tensor) -> Tensor:
+        """Rows of places of the padded view, which are numbered through."""
+        return places_X if len(self.lengths) == 1 else self.index_BM.flatten().index_select(0, places_X)
 
     @cached_property
     def key_bias_T(self) -> Tensor:
@@ -282,4 +289,4 @@ class TokenBatch:
     @property
     def carrier_rows_BN(self) -> Tensor:
         """Row that stands for each token of the dense sequence, (B, N); its image's first where nobody does."""
-        return self.starts_B[:, None] + self.carriers_BN.clamp(min=0)
+        return self.layout.rows_of(self.carriers_BN.clamp(min=0))
