@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, Literal
 
 import torch
@@ -247,7 +248,7 @@ def packed_attention(
     queries, keys, values = (_buckets(layout, x_1HTK) for x_1HTK in (q_1HTK, k_1HTK, v_1HTK))
     biases = layout.split(batch.key_bias_T)
     ghosts = [None] * len(biases) if learning is None else _ghost_keys(layout, biases, learning)
-    pairs_of = [None] * len(biases) if bias_1HNN is None else _pairs(bias_1HNN, layout.split(batch.positions_T))
+    pairs_of = repeat(None, len(biases)) if bias_1HNN is None else _pairs(bias_1HNN, layout.split(batch.positions_T))
     for q, k, v, key_bias_GL, ghost_keys, pairs in zip(queries, keys, values, biases, ghosts, pairs_of, strict=True):
         bias = key_bias_GL[:, None, None] if pairs is None else key_bias_GL[:, None, None] + pairs
         if ghost_keys is not None:
@@ -280,18 +281,17 @@ def _ghost_keys(layout: Layout, biases: list[Tensor], learning: Learning) -> lis
     return [GhostKeys(*bucket) for bucket in zip(biases, *parts, strict=True)]
 
 
-def _pairs(bias_1HNN: Tensor, positions: list[Tensor]) -> list[Tensor]:
-    """The bias of the pairs of tokens of each bucket's images, (G, H, L, L); of positions (G, L)."""
+def _pairs(bias_1HNN: Tensor, positions: list[Tensor]) -> Iterator[Tensor]:
+    """The bias of the pairs of tokens of each bucket's images, (G, H, L, L), from positions (G, L); one at a time."""
     # nothing is added for a token without a position: −1 is the row and column of zeros at the end
     bias_HPP = F.pad(bias_1HNN[0], (0, 1, 0, 1))
-    places, pairs = bias_HPP.shape[-1], list[Tensor]()
+    places = bias_HPP.shape[-1]
     for positions_GL in positions:
         rows_GL = positions_GL % places
         pairs_GLL = rows_GL[:, :, None] * places + rows_GL[:, None]
         # one flat index is twice as fast as two
         bias_HX = bias_HPP.flatten(1).index_select(1, pairs_GLL.flatten())
-        pairs.append(bias_HX.unflatten(1, pairs_GLL.shape).transpose(0, 1))
-    return pairs
+        yield bias_HX.unflatten(1, pairs_GLL.shape).transpose(0, 1)
 
 
 AttentionInterface.register(NAME, attention_forward)

@@ -241,4 +241,4 @@ def _redirect(batch: TokenBatch, slots_BM: Tensor) -> Tensor:
     carriers_BN = batch.carriers_BN
     if batch.learning is not None:  # ghosts of the stage before are gone now
         carriers_BN = torch.where(batch.present_BN, carriers_BN, NOBODY)
-    return torch.where(carriers_BN == NOBODY, NOBODY, slots_BM.gather(1, carriers_BN.clamp(min=0)))
+    return slots_BM.gather(1, carriers_BN.clamp(min=0)).masked_fill_(carriers_BN == NOBODY, NOBODY)

@@ -17,7 +17,7 @@ def attention_row(
 
     mask_BM: 0/1 with gradient, keys that are seen.
     """
-    logits_BHM = _products(q_BHK, k_BHMK) * scaling
+    logits_BHM = _products(q_BHK, k_BHMK).float() * scaling
     if bias_BHM is not None:
         logits_BHM = logits_BHM + bias_BHM
     row_BHM = logits_BHM.softmax(-1)
@@ -28,12 +28,12 @@ def attention_row(
 
 
 def _products(q_BHK: Tensor, k_BHMK: Tensor) -> Tensor:
-    """Each key with its image's query, (B, H, M), float32."""
+    """Each key with its image's query, (B, H, M)."""
     if k_BHMK.device.type != "cpu":
-        return (k_BHMK @ q_BHK[..., None]).squeeze(-1).float()
-    # a matrix product would copy the keys and take twice as long; image by image what is summed stays in the cache
-    images = zip(k_BHMK, q_BHK[:, :, None].float(), strict=True)
-    return torch.stack([(k_HMK * q_H1K).sum(-1) for k_HMK, q_H1K in images])
+        return (k_BHMK @ q_BHK[..., None]).squeeze(-1)
+    # image by image a row is five times as fast; half precision would be compiled for each number of keys
+    images = zip(q_BHK[:, :, None].float(), k_BHMK.transpose(-1, -2), strict=True)
+    return torch.stack([(q_H1K @ k_HKM.float())[:, 0] for q_H1K, k_HKM in images])
 
 
 def mean_query(q_BHMK: Tensor, sizes_BM: Tensor) -> Tensor:
