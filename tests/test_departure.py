@@ -215,6 +215,7 @@ def test_what_is_no_token_is_a_copy_of_its_images_first(
     dtype: torch.dtype, dropped: str, alignment: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vitprune.tokens.KEY_ALIGNMENT", alignment)
+    monkeypatch.setattr("vitprune.tokens.HALF_PRECISION_PADDING", HALF_PRECISION_ROWS)
     batch, x_TD, _ = run_stages(dropped, 3, dtype)
     is_filler = torch.ones(len(x_TD), dtype=torch.bool)
     for start, length in zip(batch.layout.starts, batch.lengths, strict=True):

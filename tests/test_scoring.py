@@ -17,8 +17,8 @@ from vitprune.scoring import (
     mean_query,
     most_similar,
     redundancy,
+    redundancy_weights,
     true_indices,
-    weigh_redundancy,
 )
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
@@ -109,32 +109,39 @@ def test_redundancy_is_the_distance_to_the_most_similar_anchor(prefix: int) -> N
                 assert_close(r[b, i].item(), 1 - cosines[nearest], **FLOAT32)
 
 
+@pytest.mark.parametrize("prefix", [1, 2])
 @pytest.mark.parametrize("exponent", [0.0, 0.5, 1.0])
-def test_weighed_redundancy_is_a_product_that_leaves_marks_alone(exponent: float) -> None:
-    r, score = torch.rand(2, 5), torch.rand(2, 5)
-    r[0, 1], r[1, 3] = math.inf, -math.inf
-    ours = weigh_redundancy(r, score, exponent)
-    for b in range(2):
-        for i in range(5):
+def test_weighed_redundancy_is_a_product_that_leaves_marks_alone(exponent: float, prefix: int) -> None:
+    metric, score = unit(B, M, K), torch.rand(B, M)
+    r, anchors = redundancy(metric, valid(), prefix)
+    ours, same_anchors = redundancy(metric, valid(), prefix, redundancy_weights(score, exponent))
+    assert torch.equal(same_anchors, anchors)
+    assert set(r[r.isinf()].tolist()) == {math.inf, -math.inf}
+    for b in range(B):
+        for i in range(M):
             r_i = r[b, i].item()
             expected = r_i if math.isinf(r_i) else r_i * score[b, i].item() ** exponent
             assert_close(ours[b, i].item(), expected, **FLOAT32)
 
 
 def test_weighed_redundancy_has_finite_gradients_beside_infinite_marks_and_zero_scores() -> None:
-    r = torch.tensor([[math.inf, 0.3, -math.inf, 0.0]], requires_grad=True)
-    score = torch.tensor([[0.2, 0.0, 0.1, 0.4]], requires_grad=True)
-    weighed = weigh_redundancy(r, score, 0.5)
+    metric, score = unit(B, M, K), torch.rand(B, M)
+    metric[0, 2], score[0, 4] = metric[0, 1], 0.0
+    metric.requires_grad_()
+    score.requires_grad_()
+    weighed, _ = redundancy(metric, valid(), 1, redundancy_weights(score, 0.5))
+    assert weighed[0, 2] < 1e-6
     weighed[weighed.isfinite()].sum().backward()
-    for leaf in (r, score):
+    for leaf in (metric, score):
         assert leaf.grad is not None
         assert leaf.grad.isfinite().all()
+        assert leaf.grad.any()
 
 
 def test_identical_patches_never_score_below_nothing() -> None:
     metric = unit(1, 1, K).expand(1, 7, K)
-    r, _ = redundancy(metric, torch.ones(1, 7, dtype=torch.bool), 1)
-    assert (weigh_redundancy(r, torch.ones(1, 7), 0.5) >= 0).all()
+    r, _ = redundancy(metric, torch.ones(1, 7, dtype=torch.bool), 1, torch.ones(1, 7))
+    assert (r >= 0).all()
 
 
 @pytest.mark.parametrize("everybody_asks", [False, True])

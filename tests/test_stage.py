@@ -180,6 +180,25 @@ def test_merging_goes_to_the_most_similar_kept_patch(ask_all: bool) -> None:
                 assert decision.takers_BM[b, i] == max(similarity, key=lambda j: similarity[j])
 
 
+@pytest.mark.parametrize(
+    ("level", "spec", "expected"),
+    [
+        (-math.inf, {}, True),
+        (-1e-6, AS_VIT, True),
+        (0.0, {}, False),
+        (1.0, {"select": "tome"}, True),
+        (1.0, {"select": "random"}, True),
+        (0.99, {**AS_VIT, "select": "top-k"}, False),
+    ],
+    ids=str,
+)
+def test_a_stage_that_keeps_everything_is_known_beforehand(level: float, spec: dict[str, Any], expected: bool) -> None:
+    ours = policy(level=level, **spec)
+    assert ours.keeps_all(level) == expected
+    if expected:
+        assert torch.equal(ask(ours, findings()).keep_BM, VALID)
+
+
 class Overrule:
     """An observer that sets a level of its own."""
 

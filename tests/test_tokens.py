@@ -7,7 +7,7 @@ import torch
 from tiny import Tolerance
 from torch.testing import assert_close
 
-from vitprune.tokens import KEY_ALIGNMENT, Layout, TokenBatch
+from vitprune.tokens import HALF_PRECISION_ROWS, KEY_ALIGNMENT, Layout, TokenBatch
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 WIDTH = 3
@@ -67,3 +67,15 @@ def test_fillers_are_weighed_against_calls() -> None:
         alignments.append(layout.alignment)
     assert alignments == sorted(alignments, reverse=True)
     assert alignments[0] > alignments[-1] == KEY_ALIGNMENT
+
+
+def test_in_half_precision_shapes_are_few_and_little_is_padded() -> None:
+    shapes = set[int]()
+    for length in range(32, 5000):
+        layout = Layout.fitting((length,), (), torch.zeros(1, 384, dtype=torch.bfloat16))
+        rows = sum(layout.rows) + layout.padding
+        assert rows - sum(layout.rows) <= length / 32
+        assert rows % HALF_PRECISION_ROWS == 0 or length < 32 * HALF_PRECISION_ROWS
+        shapes.add(rows)
+    # for each doubling 16 to 32, and every 64th above
+    assert len(shapes) < 5 * 32 + 5000 // HALF_PRECISION_ROWS

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from itertools import repeat
 from typing import Any, Literal
 
 import torch
@@ -244,17 +245,11 @@ def packed_attention(
     """
     layout, learning = batch.layout, batch.learning
     outputs, rows = [], []
-    # tokens before heads is how linear layers and the kernel lay them out
-    queries, keys, values = (layout.split(x_1HTK[0].transpose(0, 1)) for x_1HTK in (q_1HTK, k_1HTK, v_1HTK))
-    biases, positions = layout.split(batch.key_bias_T), layout.split(batch.positions_T)
+    queries, keys, values = (_buckets(layout, x_1HTK) for x_1HTK in (q_1HTK, k_1HTK, v_1HTK))
+    biases = layout.split(batch.key_bias_T)
     ghosts = [None] * len(biases) if learning is None else _ghost_keys(layout, biases, learning)
-    # nothing is added for a token without a position: −1 is the row and column of zeros at the end
-    pairs_HPP = None if bias_1HNN is None else F.pad(bias_1HNN[0], (0, 1, 0, 1))
-    for q, k, v, key_bias_GL, positions_GL, ghost_keys in zip(
-        queries, keys, values, biases, positions, ghosts, strict=True
-    ):
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        pairs = None if pairs_HPP is None else _pairs(pairs_HPP, positions_GL)
+    pairs_of = repeat(None, len(biases)) if bias_1HNN is None else _pairs(bias_1HNN, layout.split(batch.positions_T))
+    for q, k, v, key_bias_GL, ghost_keys, pairs in zip(queries, keys, values, biases, ghosts, pairs_of, strict=True):
         bias = key_bias_GL[:, None, None] if pairs is None else key_bias_GL[:, None, None] + pairs
         if ghost_keys is not None:
             output = ghost_attention(q, k, v, ghost_keys, scaling, pairs)
@@ -274,19 +269,29 @@ def packed_attention(
     return output_THK[None], scores_T
 
 
+def _buckets(layout: Layout, x_1HTK: Tensor) -> list[Tensor]:
+    """A view of each bucket, (G, H, L, K); in memory tokens before heads, as linear layers and the kernel have it."""
+    if len(layout.rows) == 1:
+        return [x_1HTK[:, :, : layout.rows[0]]]
+    return [x_GLHK.transpose(1, 2) for x_GLHK in layout.split(x_1HTK[0].transpose(0, 1))]
+
+
 def _ghost_keys(layout: Layout, biases: list[Tensor], learning: Learning) -> list[GhostKeys]:
     parts = (layout.split(x_T) for x_T in (learning.mask_T, learning.seen_T, learning.learns_T))
     return [GhostKeys(*bucket) for bucket in zip(biases, *parts, strict=True)]
 
 
-def _pairs(bias_HPP: Tensor, positions_GL: Tensor) -> Tensor:
-    """The bias of each image's pairs of tokens, (G, H, L, L)."""
+def _pairs(bias_1HNN: Tensor, positions: list[Tensor]) -> Iterator[Tensor]:
+    """The bias of the pairs of tokens of each bucket's images, (G, H, L, L), from positions (G, L); one at a time."""
+    # nothing is added for a token without a position: −1 is the row and column of zeros at the end
+    bias_HPP = F.pad(bias_1HNN[0], (0, 1, 0, 1))
     places = bias_HPP.shape[-1]
-    rows_GL = positions_GL % places
-    pairs_GLL = rows_GL[:, :, None] * places + rows_GL[:, None]
-    # one flat index is twice as fast as two
-    bias_HX = bias_HPP.flatten(1).index_select(1, pairs_GLL.flatten())
-    return bias_HX.unflatten(1, pairs_GLL.shape).transpose(0, 1)
+    for positions_GL in positions:
+        rows_GL = positions_GL % places
+        pairs_GLL = rows_GL[:, :, None] * places + rows_GL[:, None]
+        # one flat index is twice as fast as two
+        bias_HX = bias_HPP.flatten(1).index_select(1, pairs_GLL.flatten())
+        yield bias_HX.unflatten(1, pairs_GLL.shape).transpose(0, 1)
 
 
 AttentionInterface.register(NAME, attention_forward)

@@ -63,15 +63,14 @@ class _Move:
     """Which row before becomes which row after.
 
     slots_BM: which of its image's tokens each token is or becomes part of; `NOBODY` where it is gone for good.
-    starts_B: first row of each image after the stage.
-    rows: of each place of the padded view, before and after: its own, or its taker's where it leaves.
+    rows_BM: row after the stage of that token.
+    kept: rows before and after of tokens that stay.
     lingering, lasting: rows of ghosts that come into being and of those that were ghosts before.
     """
 
     layout: Layout
-    starts_B: Tensor
     slots_BM: Tensor
-    rows: tuple[Tensor, Tensor]
+    rows_BM: Tensor
     kept: tuple[Tensor, Tensor]
     lingering: tuple[Tensor, Tensor] | None = None
     lasting: tuple[Tensor, Tensor] | None = None
@@ -91,7 +90,7 @@ def depart(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[Token
     if move is None:
         return batch, x_TD
     # what isn't a token that stays, fillers and tokens that `fuse` adds, begins as a copy of the image's first
-    source_T = batch.starts_B.index_select(0, move.layout.images(x_TD.device))
+    source_T = move.layout.spread(batch.layout.starts, x_TD.device)
     positions_T = torch.full_like(source_T, NOBODY)
     for before, after in move.itself:
         source_T.index_copy_(0, after, before)
@@ -108,8 +107,8 @@ def depart(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[Token
 def _plan(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> _Move | None:
     """None where nothing leaves and nothing is learned."""
     keep_BM, teaching = departure.keep_BM, departure.teaching
-    slots_BM = keep_BM.cumsum(1) - 1
-    kept_B = slots_BM[:, -1] + 1
+    counts_BM = keep_BM.cumsum(1)
+    kept_B = counts_BM[:, -1]
     linger_BM = departure.linger_BM
     if linger_BM is None:
         kept, counts = kept_B.tolist(), []
@@ -123,10 +122,9 @@ def _plan(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> _Move | None
     fuses = departure.fuse_weights_BM is not None
     lengths = [count + (fuses and count < length) for count, length in zip(kept, batch.lengths, strict=True)]
     layout = Layout.fitting(lengths, counts, x_TD)
-    starts_B = torch.tensor(layout.starts, device=x_TD.device)
-    slots_BM = _destinations(departure, slots_BM, kept_B)
-    rows = batch.index_BM.flatten(), (starts_B[:, None] + slots_BM).flatten()
-    move = _Move(layout, starts_B, slots_BM, rows, _select(rows, keep_BM))
+    slots_BM = _destinations(departure, counts_BM - 1, kept_B)
+    rows_BM = layout.rows_of(slots_BM)
+    move = _Move(layout, slots_BM, rows_BM, _select(batch, rows_BM, keep_BM))
     return move if linger_BM is None else _with_ghosts(batch, move, linger_BM, stand_for_themselves=departure.leaves)
 
 
@@ -135,7 +133,7 @@ def _with_ghosts(batch: TokenBatch, move: _Move, linger_BM: Tensor, *, stand_for
     lengths_B = torch.tensor(move.layout.lengths, device=linger_BM.device)
     counts_BM = linger_BM.cumsum(1)
     ghost_slots_BM = lengths_B[:, None] + counts_BM - 1
-    lingering = _select((move.rows[0], (move.starts_B[:, None] + ghost_slots_BM).flatten()), linger_BM)
+    lingering = _select(batch, move.layout.rows_of(ghost_slots_BM), linger_BM)
     move = replace(move, lingering=lingering)
     if stand_for_themselves:  # nobody takes them in
         move = replace(move, slots_BM=torch.where(linger_BM, ghost_slots_BM, move.slots_BM))
@@ -143,8 +141,8 @@ def _with_ghosts(batch: TokenBatch, move: _Move, linger_BM: Tensor, *, stand_for
         return move
     old, images = batch.ghost_rows
     places = old - (batch.starts_B + batch.lengths_B).index_select(0, images)
-    after = (move.starts_B + lengths_B + counts_BM[:, -1]).index_select(0, images) + places
-    return replace(move, lasting=(old, after))
+    first_B1 = move.layout.rows_of((lengths_B + counts_BM[:, -1])[:, None])
+    return replace(move, lasting=(old, first_B1.squeeze(1).index_select(0, images) + places))
 
 
 def _destinations(departure: Departure, slots_BM: Tensor, kept_B: Tensor) -> Tensor:
@@ -164,25 +162,27 @@ def _give(
     batch: TokenBatch, x_TD: Tensor, y_TD: Tensor, departure: Departure, move: _Move
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hands tokens that leave to their takers; returns hidden states, sizes and, in training, whose sizes learn."""
-    gives_BM, takers, teaching = batch.valid_BM & ~departure.keep_BM, move.rows[1], departure.teaching
+    gives_BM, takers_BM, teaching = batch.valid_BM & ~departure.keep_BM, move.rows_BM, departure.teaching
     if teaching is not None:  # those that stay give nothing, but with a gradient
         is_fused_B1 = gives_BM.any(1, keepdim=True) | (departure.takers_BM is not None)
         gives_BM = gives_BM | (teaching.near_BM & is_fused_B1)
-        takers = _takers_of_all(batch, departure, move)
-    left, takers = _select((move.rows[0], takers), gives_BM)
+        takers_BM = _takers_of_all(departure, move)
+    left, takers = _select(batch, takers_BM, gives_BM)
     old_sizes_T = x_TD.new_ones(len(x_TD), dtype=torch.float32) if batch.sizes_T is None else batch.sizes_T
-    amounts = old_sizes_T.new_ones(()) if teaching is None else 1 - teaching.mask_BM[gives_BM]
-    given = old_sizes_T.index_select(0, left) * amounts
+    given = old_sizes_T.index_select(0, left)
+    amounts = None if teaching is None else 1 - teaching.mask_BM[gives_BM]
+    if amounts is not None:
+        given = given * amounts
     sizes_T = old_sizes_T.new_zeros(len(y_TD))
     for before, after in move.itself:
-        sizes_T = sizes_T.index_copy(0, after, old_sizes_T.index_select(0, before))
-    sizes_T = sizes_T.index_add(0, takers, given)
+        sizes_T.index_copy_(0, after, old_sizes_T.index_select(0, before))
+    sizes_T.index_add_(0, takers, given)
     states = x_TD.index_select(0, left)
     if departure.fuse_weights_BM is None:
         _merge_(y_TD, states, takers, given / sizes_T.index_select(0, takers))
     else:
         weights = departure.fuse_weights_BM[gives_BM] + torch.finfo(torch.float32).tiny
-        _fuse_(y_TD, states, takers, weights * amounts)
+        _fuse_(y_TD, states, takers, weights if amounts is None else weights * amounts)
     if teaching is None:
         return y_TD, sizes_T, None
     learns_T = torch.zeros(len(y_TD), dtype=torch.bool, device=y_TD.device)
@@ -194,12 +194,11 @@ def _give(
     return y_TD, sizes_T, learns_T
 
 
-def _takers_of_all(batch: TokenBatch, departure: Departure, move: _Move) -> Tensor:
-    """Row after the stage that takes each token in, or would if it left, (B·M,)."""
-    starts_B1 = move.starts_B[:, None]
+def _takers_of_all(departure: Departure, move: _Move) -> Tensor:
+    """Row after the stage that takes each token in, or would if it left, (B, M)."""
     if departure.takers_BM is None:  # `fuse`: the extra token behind those that stay
-        return (starts_B1 + departure.keep_BM.sum(1, keepdim=True)).expand_as(move.slots_BM).flatten()
-    return (starts_B1 + move.slots_BM.gather(1, departure.takers_BM)).flatten()
+        return move.layout.rows_of(departure.keep_BM.sum(1, keepdim=True)).expand_as(move.rows_BM)
+    return move.rows_BM.gather(1, departure.takers_BM)
 
 
 def _learning(departure: Departure, teaching: Teaching, move: _Move, learns_T: Tensor | None) -> Learning:
@@ -218,10 +217,10 @@ def _learning(departure: Departure, teaching: Teaching, move: _Move, learns_T: T
     return Learning(mask_T, seen_T, learns_T)
 
 
-def _select(rows: tuple[Tensor, Tensor], mask_BM: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows before and after a stage of the tokens in a mask."""
-    index = mask_BM.flatten().nonzero().squeeze(1)
-    return rows[0].index_select(0, index), rows[1].index_select(0, index)
+def _select(batch: TokenBatch, rows_BM: Tensor, mask_BM: Tensor) -> tuple[Tensor, Tensor]:
+    """Of the tokens in a mask the rows before a stage, and those of them that `rows_BM` names."""
+    places_X = mask_BM.flatten().nonzero().squeeze(1)
+    return batch.rows_at(places_X), rows_BM.flatten().index_select(0, places_X)
 
 
 def _merge_(y_TD: Tensor, left: Tensor, takers: Tensor, shares: Tensor) -> None:
@@ -242,4 +241,4 @@ def _redirect(batch: TokenBatch, slots_BM: Tensor) -> Tensor:
     carriers_BN = batch.carriers_BN
     if batch.learning is not None:  # ghosts of the stage before are gone now
         carriers_BN = torch.where(batch.present_BN, carriers_BN, NOBODY)
-    return torch.where(carriers_BN == NOBODY, NOBODY, slots_BM.gather(1, carriers_BN.clamp(min=0)))
+    return slots_BM.gather(1, carriers_BN.clamp(min=0)).masked_fill_(carriers_BN == NOBODY, NOBODY)

@@ -34,6 +34,13 @@ class PackedPass:
         self.keep_masks: list[Tensor] = []
         self.tally: Tally | None = None
         self.num_tokens = 0
+        # where nobody observes or learns, a stage at which nothing can leave is none
+        watched = learns or bool(observers)
+        self._stages = {
+            block: stage
+            for stage, (block, level) in enumerate(zip(policy.before_blocks, policy.levels.tolist(), strict=True))
+            if watched or not policy.keeps_all(level)
+        }
         self._tokens_B = torch.empty(0)  # that are seen; with gradient where the pass learns
         self._batch: TokenBatch | None = None
         self._valid_BN: Tensor | None = None
@@ -52,12 +59,12 @@ class PackedPass:
         policy = self.policy
         if block == 0:
             hidden_states = self._begin(hidden_states, valid_BN)
-        if block in policy.before_blocks:
-            hidden_states = self._prune(policy.before_blocks.index(block), hidden_states)
+        if block in self._stages:
+            hidden_states = self._prune(self._stages[block], hidden_states)
         if self.observers:
             assert self.tally is not None
             self.tally.add_block(block, self._tokens_B)
-        stage_follows = block + 1 in policy.before_blocks
+        stage_follows = block + 1 in self._stages
         self._call = AttentionCall(
             tokens=self._batch,
             scores_of=policy.scores_of if stage_follows else None,
@@ -114,7 +121,7 @@ class PackedPass:
         policy, batch = self.policy, self._batch
         if batch is None:
             batch = self._dense(hidden_states)
-        positions_BM = batch.pad(batch.positions_T)
+        positions_BM = batch.pad(batch.positions_T) if policy.spec.select == "random" else None
         decision = decide(
             policy, stage, self._call.findings, batch.valid_BM, positions_BM, self.observers, ask_all=self.learns
         )

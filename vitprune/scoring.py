@@ -29,10 +29,11 @@ def attention_row(
 
 def _products(q_BHK: Tensor, k_BHMK: Tensor) -> Tensor:
     """Each key with its image's query, (B, H, M)."""
-    if k_BHMK.device.type == "cpu" and k_BHMK.dtype == torch.float32:
-        # image by image no key is copied, and a row is five times as fast
-        return torch.stack([(q[:, None] @ k.transpose(-1, -2))[:, 0] for q, k in zip(q_BHK, k_BHMK, strict=True)])
-    return (k_BHMK @ q_BHK[..., None]).squeeze(-1)
+    if k_BHMK.device.type != "cpu":
+        return (k_BHMK @ q_BHK[..., None]).squeeze(-1)
+    # image by image a row is five times as fast; half precision would be compiled for each number of keys
+    images = zip(q_BHK[:, :, None].float(), k_BHMK.transpose(-1, -2), strict=True)
+    return torch.stack([(q_H1K @ k_HKM.float())[:, 0] for q_H1K, k_HKM in images])
 
 
 def mean_query(q_BHMK: Tensor, sizes_BM: Tensor) -> Tensor:
@@ -59,16 +60,16 @@ def key_metric(k_HTK: Tensor) -> Tensor:
 
     (…, H, T, K) to (…, T, K), float32.
     """
-    # head by head into float32: a mean over a dimension in the middle takes a CPU twice as long in half precision
-    first, *others = k_HTK.unbind(-3)
-    return F.normalize(sum(others, first.float()), dim=-1)
+    return F.normalize(k_HTK.sum(-3, dtype=torch.float32), dim=-1)
 
 
-def redundancy(metric_BMK: Tensor, valid_BM: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+def redundancy(
+    metric_BMK: Tensor, valid_BM: Tensor, num_prefix_tokens: int, weights_BM: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """How little each candidate resembles its most similar anchor: r(i) = 1 − max cosine, and that anchor.
 
-    Patches 0, 2, 4, … of an image are anchors, the others candidates. Returns r (B, M) and the anchors' indices
-    (B, M); what is no candidate has r = +inf (it stays) or, where not valid, −inf.
+    Patches 0, 2, 4, … of an image are anchors, the others candidates. Returns r (B, M), with weights r(i)·w(i), and
+    the anchors' indices (B, M); what is no candidate has r = +inf (it stays) or, where not valid, −inf.
     """
     first = num_prefix_tokens
     anchors_BAK, candidates_BCK = metric_BMK[:, first::2], metric_BMK[:, first + 1 :: 2]
@@ -77,19 +78,19 @@ def redundancy(metric_BMK: Tensor, valid_BM: Tensor, num_prefix_tokens: int) -> 
         # added, not filled: half the time
         cosines_BCA = cosines_BCA.add_(torch.where(valid_BM, 0.0, -torch.inf)[:, None, first::2])
     best = cosines_BCA.max(-1)
+    r_BC = (1.0 - best.values).clamp(min=0.0)
+    if weights_BM is not None:  # infinities stay out of it: their product would have a NaN for a gradient
+        r_BC = r_BC * weights_BM[:, first + 1 :: 2]
     r_BM = metric_BMK.new_full(valid_BM.shape, torch.inf)
-    r_BM[:, first + 1 :: 2] = (1.0 - best.values).clamp(min=0.0)
+    r_BM[:, first + 1 :: 2] = r_BC
     anchors_BM = torch.zeros_like(valid_BM, dtype=torch.long)
     anchors_BM[:, first + 1 :: 2] = best.indices * 2 + first
-    return r_BM.masked_fill(~valid_BM, -torch.inf), anchors_BM
+    return r_BM if len(valid_BM) == 1 else r_BM.masked_fill(~valid_BM, -torch.inf), anchors_BM
 
 
-def weigh_redundancy(r_BM: Tensor, attention_score_BM: Tensor, exponent: float) -> Tensor:
-    """r(i)·S(i)^α, (B, M): of two equally redundant patches the one that matters less goes first."""
-    # infinities are taken out first: their product would have a NaN for a gradient
-    finite_BM = r_BM.isfinite()
-    weighed_BM = torch.where(finite_BM, r_BM, 0.0) * attention_score_BM.clamp(min=1e-12) ** exponent
-    return torch.where(finite_BM, weighed_BM, r_BM)
+def redundancy_weights(attention_score_BM: Tensor, exponent: float) -> Tensor:
+    """S(i)^α, (B, M): of two equally redundant patches the one that matters less goes first."""
+    return attention_score_BM.clamp(min=1e-12) ** exponent  # also at 0 with a finite gradient
 
 
 def most_similar(metric_BMK: Tensor, asks_BM: Tensor, answers_BM: Tensor) -> Tensor:

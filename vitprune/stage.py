@@ -18,7 +18,7 @@ from vitprune.attention import Findings, Query
 from vitprune.cost import CostModel
 from vitprune.cost_table import Costs
 from vitprune.recipe import PruningSpec
-from vitprune.scoring import most_similar, redundancy, weigh_redundancy
+from vitprune.scoring import most_similar, redundancy, redundancy_weights
 from vitprune.thresholds import above_threshold, random_scores, top_counts
 
 
@@ -63,6 +63,10 @@ class Policy:
     def needs_metric(self) -> bool:
         return self.is_redundancy or self.spec.dropped == "merge"
 
+    def keeps_all(self, level: float) -> bool:
+        """Whether nothing can leave at a stage of such a level; no score is negative."""
+        return level < 0 if self.spec.select == "threshold" else level >= 1
+
 
 class Observer(Protocol):
     """Watches the stages of a forward; calibration also sets their levels as it watches."""
@@ -85,13 +89,14 @@ def decide(
     stage: int,
     findings: Findings,
     valid_BM: Tensor,
-    positions_BM: Tensor,
+    positions_BM: Tensor | None,
     observers: tuple[Observer, ...],
     *,
     ask_all: bool = False,
 ) -> Decision:
     """Applies the policy at one stage to what the block before found.
 
+    positions_BM: index of each token in the dense sequence; asked for by a random choice alone.
     ask_all: find a taker for tokens that stay, too, as the gradient of a mask asks what would be if they left.
     """
     scores_BM, anchors_BM = _scores(policy, stage, findings, valid_BM, positions_BM)
@@ -118,24 +123,25 @@ def decide(
 
 
 def _scores(
-    policy: Policy, stage: int, findings: Findings, valid_BM: Tensor, positions_BM: Tensor
+    policy: Policy, stage: int, findings: Findings, valid_BM: Tensor, positions_BM: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     prefix = policy.num_prefix_tokens
     if policy.is_redundancy:
         assert findings.metric_BMK is not None
-        scores_BM, anchors_BM = redundancy(findings.metric_BMK, valid_BM, prefix)
+        weights_BM = None
         if policy.exponent > 0:
             assert findings.attention_scores_BM is not None
-            scores_BM = weigh_redundancy(scores_BM, findings.attention_scores_BM, policy.exponent)
-        return scores_BM, anchors_BM
+            weights_BM = redundancy_weights(findings.attention_scores_BM, policy.exponent)
+        return redundancy(findings.metric_BMK, valid_BM, prefix, weights_BM)
     if policy.spec.select == "random":
+        assert positions_BM is not None
         scores_BM = random_scores(positions_BM, stage)
     else:
         assert findings.attention_scores_BM is not None
         scores_BM = findings.attention_scores_BM
-    is_prefix_M = torch.arange(valid_BM.shape[1], device=valid_BM.device) < prefix
-    scores_BM = torch.where(is_prefix_M, torch.inf, scores_BM)
-    return scores_BM.masked_fill(~valid_BM, -torch.inf), None
+    scores_BM = scores_BM.masked_fill(~valid_BM, -torch.inf)
+    scores_BM[:, :prefix] = torch.inf
+    return scores_BM, None
 
 
 def fuse_weights(policy: Policy, decision: Decision) -> Tensor:

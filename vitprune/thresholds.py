@@ -16,8 +16,8 @@ BAND = 9.0
 
 def above_threshold(scores_BM: Tensor, threshold: Tensor, at_least: int) -> Tensor:
     """bool (B, M): tokens with S(i) > θ, and in any case the `at_least` best of each image (prefix included)."""
-    above_BM = (scores_BM > threshold) | scores_BM.isnan()
-    if bool((above_BM.sum(1) >= at_least).all()):  # then the best are among them
+    above_BM = ~(scores_BM <= threshold)  # so what is no number stays
+    if int(above_BM.sum(1).min()) >= at_least:  # then the best are among them
         return above_BM
     least_B1 = scores_BM.topk(min(at_least, scores_BM.shape[1]), dim=1).values[:, -1:]
     better_BM, equal_BM = scores_BM > least_B1, scores_BM == least_B1

@@ -25,8 +25,10 @@ KEY_ALIGNMENT = 4
 TILE_KEY_ALIGNMENT = 16
 # what one more attention call costs on a CPU beside its work, in multiply-accumulates that would take as long
 CALL_MACS = 1_500_000
-# half-precision matrix products on a CPU are compiled for their shape (milliseconds each): keep to few
+# half-precision matrix products on a CPU are compiled for their shape (up to milliseconds each): keep to few
 HALF_PRECISION_ROWS = 64
+# but of fewer rows no more than this part may be nobody's
+HALF_PRECISION_PADDING = 1 / 32
 
 
 def needs_tiles(x: Tensor) -> bool:
@@ -37,11 +39,22 @@ def needs_tiles(x: Tensor) -> bool:
 def _alignment(counts: Sequence[int], width: int, least: int) -> int:
     """Fewer buckets are fewer attention calls, and more fillers for the 12·D² MACs of a row: what costs least."""
 
+    if len(counts) == 1:
+        return least
+
     def macs(alignment: int) -> int:
         rows = [count + -count % alignment for count in counts]
         return len(set(rows)) * CALL_MACS + (sum(rows) - sum(counts)) * 12 * width * width
 
     return min((least, 2 * least, 4 * least), key=macs)
+
+
+def _row_multiple(rows: int) -> int:
+    """`HALF_PRECISION_ROWS`, or as many of them as pad no more than they may, in powers of two: shapes stay few."""
+    multiple = HALF_PRECISION_ROWS
+    while multiple > max(1, rows * HALF_PRECISION_PADDING):
+        multiple //= 2
+    return multiple
 
 
 @dataclass(frozen=True)
@@ -66,9 +79,9 @@ class Layout:
     def fitting(cls, lengths: Sequence[int], ghosts: Sequence[int], x_TD: Tensor) -> Layout:
         """As the kernels like it that work on such hidden states."""
         counts = [sum(pair) for pair in zip(lengths, ghosts, strict=True)] if ghosts else list(lengths)
-        half_on_cpu = x_TD.device.type == "cpu" and x_TD.dtype != torch.float32
         alignment = _alignment(counts, x_TD.shape[-1], TILE_KEY_ALIGNMENT if needs_tiles(x_TD) else KEY_ALIGNMENT)
-        return cls(tuple(lengths), alignment, HALF_PRECISION_ROWS if half_on_cpu else 1, tuple(ghosts))
+        half_on_cpu = x_TD.device.type == "cpu" and x_TD.dtype != torch.float32
+        return cls(tuple(lengths), alignment, _row_multiple(sum(counts)) if half_on_cpu else 1, tuple(ghosts))
 
     @cached_property
     def rows(self) -> list[int]:
@@ -100,24 +113,34 @@ class Layout:
         """Rows behind the last image."""
         return -sum(self.rows) % self.row_multiple
 
-    def images(self, device: torch.device) -> Tensor:
-        """Image of each row, (T,); the last image's go on behind it."""
+    def rows_of(self, slots_BM: Tensor) -> Tensor:
+        """Rows of tokens that are numbered within their image."""
+        if len(self.lengths) == 1:
+            return slots_BM
+        return slots_BM + torch.tensor(self.starts, device=slots_BM.device)[:, None]
+
+    def spread(self, numbers: Sequence[int], device: torch.device) -> Tensor:
+        """Each image's number at all of its rows, (T,); the last image's go on behind it."""
         counts = [self.rows[image] for image in self.order]
         counts[-1] += self.padding
-        order = torch.tensor(self.order, device=device)
-        return order.repeat_interleave(torch.tensor(counts, device=device), output_size=sum(counts))
+        if len(counts) == 1:
+            return torch.full((counts[0],), numbers[0], device=device)
+        in_order = torch.tensor([numbers[image] for image in self.order], device=device)
+        return in_order.repeat_interleave(torch.tensor(counts, device=device), output_size=sum(counts))
+
+    def images(self, device: torch.device) -> Tensor:
+        """Image of each row, (T,); the last image's go on behind it."""
+        return self.spread(range(len(self.lengths)), device)
 
     def places(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Image of each row, (T,), and its place within that image's rows, (T,)."""
         images_T = self.images(device)
-        starts_B = torch.tensor(self.starts, device=device)
-        return images_T, torch.arange(len(images_T), device=device) - starts_B.index_select(0, images_T)
+        return images_T, torch.arange(len(images_T), device=device) - self.spread(self.starts, device)
 
     def split(self, values_T: Tensor) -> list[Tensor]:
         """(T, …) as one view (G, L, …) a bucket."""
-        if len(self.buckets) == 1:
-            (images, rows), *_ = self.buckets
-            return [values_T[: images * rows].unflatten(0, (images, rows))]
+        if len(self.rows) == 1:
+            return [values_T[None, : self.rows[0]]]
         parts = values_T.split([*(images * rows for images, rows in self.buckets), self.padding])
         return [part.unflatten(0, bucket) for part, bucket in zip(parts, self.buckets, strict=False)]
 
@@ -188,24 +211,34 @@ class TokenBatch:
     @cached_property
     def valid_BM(self) -> Tensor:
         """True where the padded view holds a token."""
+        if len(set(self.lengths)) == 1:
+            return self.positions_T.new_ones((len(self.lengths), self.lengths[0]), dtype=torch.bool)
         return torch.arange(max(self.lengths), device=self.positions_T.device) < self.lengths_B[:, None]
 
     @cached_property
     def index_BM(self) -> Tensor:
         """Row of each place of the padded view; padding repeats the image's last token."""
-        slots = torch.arange(max(self.lengths), device=self.positions_T.device)
-        return self.starts_B[:, None] + torch.minimum(slots, self.lengths_B[:, None] - 1)
+        slots_M = torch.arange(max(self.lengths), device=self.positions_T.device)
+        return self.layout.rows_of(torch.minimum(slots_M, self.lengths_B[:, None] - 1))
+
+    def rows_at(self, places_X: Tensor) -> Tensor:
+        """Rows of places of the padded view, which are numbered through."""
+        return places_X if len(self.lengths) == 1 else self.index_BM.flatten().index_select(0, places_X)
 
     @cached_property
     def key_bias_T(self) -> Tensor:
         """What is added to a key's logits, float32: the log of its size, −inf for fillers."""
         if self.sizes_T is None:
             return torch.where(self.positions_T == NOBODY, -torch.inf, 0.0)
+        if not self.sizes_T.requires_grad:
+            return self.sizes_T.log()
         fillers_T = self.sizes_T == 0  # the logarithm of 0 would have a NaN for a gradient
         return self.sizes_T.masked_fill(fillers_T, 1.0).log().masked_fill(fillers_T, -torch.inf)
 
     def pad(self, values_T: Tensor) -> Tensor:
         """(T, …) to (B, M, …); what lies beyond an image's tokens is a copy of one of them or a filler of its own."""
+        if len(self.lengths) == 1:
+            return values_T[None, : self.lengths[0]]
         if len(self.layout.buckets) == 1:
             return self.layout.split(values_T)[0][:, : max(self.lengths)]
         return values_T.index_select(0, self.index_BM.flatten()).unflatten(0, self.index_BM.shape)
@@ -256,4 +289,4 @@ class TokenBatch:
     @property
     def carrier_rows_BN(self) -> Tensor:
         """Row that stands for each token of the dense sequence, (B, N); its image's first where nobody does."""
-        return self.starts_B[:, None] + self.carriers_BN.clamp(min=0)
+        return self.layout.rows_of(self.carriers_BN.clamp(min=0))
