@@ -7,36 +7,29 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-from transformers.image_processing_utils import BaseImageProcessor
+from torch import Tensor
 
 from vitprune import preemption, processes
-from vitprune.anatomy import examine
-from vitprune.answers import Answers, embed_classes, is_two_towers
 from vitprune.augmentation import pixel_scale
 from vitprune.calibration import calibrate, scale_to_budget
-from vitprune.checkpoint import digest_weights, load, load_processor, load_tokenizer, require_free, save
+from vitprune.checkpoint import require_free, save
 from vitprune.cost_measurement import measure_latency
 from vitprune.cost_table import CostTable
-from vitprune.data import Images, load_images
+from vitprune.data import Images
 from vitprune.evaluation import compare, describe_environment, measure_throughput
-from vitprune.finetuning import NonFiniteLoss, finetune, require_trainable
+from vitprune.finetuning import NonFiniteLoss, finetune
 from vitprune.latency import budget_latency, check_latency, meet_latency, shortfall
-from vitprune.planning import is_calibrated, require_images
-from vitprune.pruner import prune_
-from vitprune.recipe import Recipe, SplitSpec
-from vitprune.recipe_errors import Problem, RecipeError
+from vitprune.planning import is_calibrated
+from vitprune.recipe import Recipe
 from vitprune.report import model_card
 from vitprune.results import Comparison, Latency, Report
 from vitprune.run_folder import RunFolder, was_saved
-from vitprune.tracing import Levels, is_pruned, pruning_of
+from vitprune.run_inputs import RunInputs, flat, moved
+from vitprune.tracing import Levels, pruning_of
 from vitprune.tracking import Diary
 from vitprune.training_state import States
 
@@ -44,18 +37,6 @@ from vitprune.training_state import States
 TIMED_BATCHES = 3
 # images whose kept tokens trackers are shown
 SHOWN = 8
-# what may change while a run is broken off
-_NO_MATTER = {
-    "output": True,
-    "finetune": {
-        "checkpoint_every",
-        "checkpoints_kept",
-        "batch_size",
-        "gradient_accumulation_steps",
-        "gradient_checkpointing",
-        "trackers",
-    },
-}
 
 
 def apply(recipe: Recipe, *, restart: bool = False) -> Report:
@@ -72,7 +53,7 @@ def apply(recipe: Recipe, *, restart: bool = False) -> Report:
     output = Path(recipe.output.path).resolve()
     with preemption.watch():
         _require_free(recipe, output)
-        run = _Run.start(recipe)
+        run = _Run.load(recipe)
         folder = RunFolder.open(output, run.fingerprint(), restart=restart)
         calibrated = None
         if recipe.budget.latency is not None and run.train is not None:
@@ -97,91 +78,19 @@ def _require_free(recipe: Recipe, output: Path) -> None:
 
 def evaluate(checkpoint: str, recipe: Recipe) -> Report:
     """Compares a pruned checkpoint with the recipe's dense one on the recipe's images."""
-    run = _Run.start(recipe, pruned=checkpoint)
+    run = _Run.load(recipe, pruned=checkpoint)
     return run.report(run.compare(), None)
 
 
-@dataclass(frozen=True)
-class _Run:
-    """The models and images of one run, and what is done with them."""
-
-    recipe: Recipe
-    dense: PreTrainedModel
-    pruned: PreTrainedModel
-    answers: tuple[Answers, Answers]
-    processor: BaseImageProcessor
-    tokenizer: PreTrainedTokenizerBase | None
-    train: Images | None
-    holdout: Images | None
-    eval: Images
-    is_main: bool
-
-    @classmethod
-    def start(cls, recipe: Recipe, pruned: str | None = None) -> _Run:
-        """Loads everything; `pruned` names a checkpoint that is pruned already."""
-        state = processes.join()
-        processes.require_same(_flat(recipe.model_dump(mode="json")), "recipes")
-        # weights are trained in float32, whatever the model computes in afterwards
-        dtype = torch.float32 if recipe.finetune is not None and pruned is None else _dtype(recipe)
-        spec = recipe.model
-        dense = _moved(load(spec.checkpoint, dtype=dtype, revision=spec.revision), state.device)
-        require_images(spec.checkpoint, examine(dense))
-        if spec.prompt is not None and not is_two_towers(dense):
-            raise RecipeError(
-                [Problem(("model", "prompt"), f"{type(dense).__name__} reads no text; leave the prompt out")]
-            )
-        _require_device(recipe, dense.device)
-        if is_pruned(dense):
-            raise ValueError(f"model.checkpoint {spec.checkpoint} is pruned already; name the dense model")
-        if pruned is None:
-            model = prune_(copy.deepcopy(dense), recipe.pruning)
-        else:
-            model = _moved(load(pruned, dtype=dtype), state.device)
-            pruning_of(model)
-        processor = load_processor(spec.checkpoint, spec.revision)
-        tokenizer = load_tokenizer(spec.checkpoint, spec.revision) if is_two_towers(dense) else None
-        read = partial(_load_images, recipe, processor, dense)
-        train = holdout = None
-        if pruned is None and (recipe.finetune is not None or is_calibrated(recipe)):
-            train = read(recipe.data.train)
-            if recipe.finetune is not None:
-                require_trainable(train, recipe.finetune, has_classes=_has_classes(recipe, dense))
-                train, holdout = train.holdout(recipe.finetune.holdout, recipe.seed)
-        compared = read(recipe.data.eval)
-        classes_CE = _embed_classes(recipe, dense, tokenizer, compared)
-        return cls(
-            recipe=recipe,
-            dense=dense,
-            pruned=model,
-            answers=(Answers(dense, classes_CE), Answers(model, classes_CE)),
-            processor=processor,
-            tokenizer=tokenizer,
-            train=train,
-            holdout=holdout,
-            eval=compared,
-            is_main=state.is_main_process,
-        )
-
-    def fingerprint(self) -> dict[str, object]:
-        """What a run that goes on has to share with the one that was broken off."""
-        settings = _flat(self.recipe.model_dump(mode="json", exclude=_NO_MATTER))
-        images = {"train": self.train, "held out": self.holdout, "eval": self.eval}
-        found = {f"images ({name})": one.fingerprint for name, one in images.items() if one is not None}
-        weights = {"weights of model.checkpoint": digest_weights(self.dense)}
-        if (tuning := self.recipe.finetune) is not None:
-            # the images of a step are what the result depends on, and of a stream how they come
-            key = "finetune.batch_size x gradient_accumulation_steps"
-            settings[key] = tuning.batch_size * tuning.gradient_accumulation_steps
-            if self.recipe.data.streaming:
-                settings["finetune.batch_size"] = tuning.batch_size
-        return {**settings, **found, **weights, "processes": processes.join().num_processes}
+class _Run(RunInputs):
+    """What is done with the inputs of one run."""
 
     def measure_latency(self, folder: RunFolder) -> None:
         """From here on the budget is one of time. Measured in the dtype that the model will have, on copies."""
-        dtype = _dtype(self.recipe)
+        dtype = self.dtype
         answers = self.answers if self.pruned.dtype == dtype else copy.deepcopy(self.answers)
         for model in answers:
-            _moved(model.model, dtype)
+            moved(model.model, dtype)
         size = self.recipe.budget.timed_batch
         timed = self._timed(self.holdout or self.train, size)
         measure = partial(processes.on_main, lambda: measure_latency(*answers, timed, size))
@@ -223,8 +132,8 @@ class _Run:
             if self.is_main:
                 save(self.pruned, rescued, processor=self.processor, tokenizer=self.tokenizer, overwrite=True)
             raise NonFiniteLoss(f"{error}; the last good model is in {rescued}") from error
-        _moved(self.pruned, _dtype(recipe))
-        _moved(self.dense, _dtype(recipe))
+        moved(self.pruned, self.dtype)
+        moved(self.dense, self.dtype)
         if recipe.pruning.select == "threshold":
             batches = self._batches(self.holdout, recipe.calibration.batch_size)
             scale = partial(scale_to_budget, self.pruned, batches, budget, progress=self.is_main)
@@ -232,7 +141,7 @@ class _Run:
 
     def _diary(self, output: Path) -> Diary:
         assert self.holdout is not None
-        settings = _flat(self.recipe.model_dump(mode="json"))
+        settings = flat(self.recipe.model_dump(mode="json"))
         samples = self.holdout.sample(SHOWN, self.recipe.seed).pixels()
         return Diary(
             output.with_name(f"{output.name}.logs"), output.name, settings, samples, *pixel_scale(self.processor)
@@ -317,59 +226,6 @@ class _Run:
     def _batches(self, images: Images, batch_size: int) -> list[Tensor]:
         device, dtype = self.pruned.device, self.pruned.dtype
         return [batch["pixel_values"].to(device, dtype) for batch in images.loader(batch_size)]
-
-
-def _require_device(recipe: Recipe, device: torch.device) -> None:
-    """Raises ValueError for a run that isn't where its time is to be measured."""
-    asked = recipe.budget.device
-    if asked is not None and asked != device.type:
-        way_out = "set ACCELERATE_USE_CPU=true to run it there" if asked == "cpu" else "run it there"
-        text = f"is {asked!r}, but this run is on {device.type!r}; {way_out}, or leave the device out"
-        raise RecipeError([Problem(("budget", "device"), text)])
-
-
-def _has_classes(recipe: Recipe, dense: PreTrainedModel) -> bool:
-    return recipe.model.prompt is not None or Answers(dense).are_logits
-
-
-def _embed_classes(
-    recipe: Recipe, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, images: Images
-) -> Tensor | None:
-    """What a prompt says of the data's classes, (C, E); None without a prompt."""
-    if recipe.model.prompt is None:
-        return None
-    if images.class_names is None:
-        text = "needs names of the classes, but the data has none; cast its labels to ClassLabel(names=[...])"
-        raise RecipeError([Problem(("model", "prompt"), text)])
-    assert tokenizer is not None
-    return embed_classes(dense, tokenizer, images.class_names, recipe.model.prompt)
-
-
-def _load_images(recipe: Recipe, processor: BaseImageProcessor, dense: PreTrainedModel, split: SplitSpec) -> Images:
-    """Labels are the model's classes; without a head they are those of the data; of no use without a prompt."""
-    labels = None
-    if Answers(dense).are_logits:
-        labels = {int(index): name for index, name in (dense.config.id2label or {}).items()}
-    labelled = _has_classes(recipe, dense)
-    return load_images(recipe.data, split, processor, id2label=labels, labelled=labelled, seed=recipe.seed)
-
-
-def _moved(model: PreTrainedModel, to: torch.device | torch.dtype | None) -> PreTrainedModel:
-    """`model.to(...)`, in place, which transformers declares without types."""
-    nn.Module.to(model, to)
-    return model
-
-
-def _flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Nested keys as a recipe's `--set` writes them."""
-    flat: dict[str, object] = {}
-    for key, value in values.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
-    return flat
-
-
-def _dtype(recipe: Recipe) -> torch.dtype:
-    return getattr(torch, recipe.model.dtype)
 
 
 def _with_versions(recipe: Recipe, report: Report) -> str:
