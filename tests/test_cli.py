@@ -171,6 +171,13 @@ def test_a_failure_is_one_clear_message(heavy: Heavy, error: Exception, monkeypa
     assert "Traceback" in result.stderr
 
 
+def test_a_loader_process_that_was_killed(heavy: Heavy) -> None:
+    heavy.error = RuntimeError("DataLoader worker (pid 16314) is killed by signal: Killed. ")
+    result = invoke("apply", "recipe.yaml")
+    assert result.exit_code == 1
+    assert "a process that loads images was killed, most often for want of memory; lower data.workers" in result.stderr
+
+
 @pytest.mark.parametrize("error", [AssertionError("ours"), KeyError("ours")])
 def test_our_bugs_keep_their_traceback(heavy: Heavy, error: Exception) -> None:
     heavy.error = error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from vitprune.finetuning import _Loop
 from vitprune.recipe import Recipe, load_recipe
 from vitprune.run_folder import place_of
 from vitprune.training_state import States
+from vitprune.update import Update
 
 FINETUNE = """\
 finetune: {epochs: 4, batch_size: 8, holdout: 24, learning_rate: 1e-3, checkpoint_every: 2, checkpoints_kept: 2}
@@ -37,6 +39,8 @@ seed: 3
 """
 TEXT = RECIPE.replace("batch_sizes: [1, 4]", "batch_sizes: []") + FINETUNE
 EXACT = Tolerance(rtol=0.0, atol=0.0)
+# sums of floats in another order, through AdamW at 50 times the usual learning rate
+REORDERED = Tolerance(rtol=1e-3, atol=1e-3)
 PATIENCE = 120  # seconds, for what takes ten
 
 
@@ -159,6 +163,29 @@ def test_how_often_states_are_kept_may_change(tmp_path: Path) -> None:
     # written anew the images would be others
     overrides = ("finetune.checkpoint_every=2h", "finetune.checkpoints_kept=1")
     apply(load_recipe(tmp_path / "recipe.yaml", overrides))
+
+
+def test_a_step_may_be_cut_in_smaller_batches(
+    tmp_path: Path, unbroken: tuple[dict[str, torch.Tensor], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the message on memory that ran out advises."""
+    asked = recipe(tmp_path)
+    original = Update.__call__
+
+    def update(self: Update, parts: Any, step: int) -> Any:
+        if step == 5:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return original(self, parts, step)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Update, "__call__", update)
+        with pytest.raises(RuntimeError, match="memory ran out") as raised:
+            apply(asked)
+    assert "at step 6, in batches of 8" in str(raised.value)
+    advice = re.findall(r"finetune\.(?:batch_size|gradient_accumulation_steps)=\d+", str(raised.value))
+    assert advice == ["finetune.batch_size=4", "finetune.gradient_accumulation_steps=2"]
+    apply(load_recipe(tmp_path / "recipe.yaml", advice))
+    assert_close(result(tmp_path)[0], unbroken[0], **REORDERED)
 
 
 def test_sigterm_keeps_the_state_and_has_an_exit_code_of_its_own(

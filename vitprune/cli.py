@@ -83,6 +83,11 @@ def _explained(error: Exception) -> str:
 
         if has_lost_another(error):
             return "another process of this run ended; the same command goes on from what was kept"
+    if "DataLoader worker" in str(error):  # which torch raises wherever the main process is just then
+        return (
+            "a process that loads images was killed, most often for want of memory; lower data.workers, or free some, "
+            "and run the same command again: it goes on from what was kept"
+        )
     return str(error) or type(error).__name__
 
 

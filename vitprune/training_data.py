@@ -20,7 +20,7 @@ from torch.utils import data as torch_data
 
 from vitprune.augmentation import Augment, Augmentation, augment
 from vitprune.data import Images
-from vitprune.reading import BrokenImageError, Collate, Sample
+from vitprune.reading import Collate, Sample
 from vitprune.rows import Order, Stream, Table, digest
 
 
@@ -73,10 +73,7 @@ class TrainingBatches:
     def __next__(self) -> dict[str, Tensor] | None:
         if self._loader is None:
             self._loader = self._load()
-        try:
-            batch = next(self._loader, None)
-        except RuntimeError as error:
-            raise _explained(error, self.images.rows.reader.source.place) from error
+        batch = next(self._loader, None)
         self.position = Position(self.position.epoch, self.position.images + self.batch_size)
         return batch
 
@@ -111,16 +108,6 @@ class TrainingBatches:
             generator=torch.Generator().manual_seed(self.seed),
             **batching,
         )
-
-
-def _explained(error: RuntimeError, place: str) -> RuntimeError:
-    """What torch says of a loader's process that was killed, in a user's words."""
-    if "DataLoader worker" not in str(error) or isinstance(error, BrokenImageError):
-        return error
-    return RuntimeError(
-        f"{place}: a process that loads images was killed, most often for want of memory; lower data.workers, or free "
-        "some, and run the same command again: it goes on from what was kept"
-    )
 
 
 @dataclass(frozen=True)
