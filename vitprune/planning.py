@@ -73,7 +73,8 @@ def _steps(recipe: Recipe) -> tuple[str, ...]:
             f"calibrate on {recipe.calibration.images} training images to {recipe.budget.part:.0%} of the {counts}"
         )
     if (tuning := recipe.finetune) is not None:
-        steps.append(f"fine-tune for {tuning.epochs:g} epochs in batches of {tuning.batch_size}")
+        length = f"{tuning.epochs:g} epochs" if tuning.steps is None else f"{tuning.steps} steps"
+        steps.append(f"fine-tune for {length} in batches of {tuning.batch_size}")
         steps.append(f"meet the budget on {tuning.holdout} training images held out")
     steps.append(f"compare with the dense model on split '{recipe.data.eval.split}' of {recipe.data.path}")
     if recipe.evaluate.batch_sizes:
