@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 import json
+import signal
 import sys
 from pathlib import Path
+from typing import Any
 
 import tiny
 import torch
@@ -18,16 +20,31 @@ from safetensors.torch import save_file
 from transformers import ViTImageProcessorPil
 
 import vitprune
-from vitprune import processes
+from vitprune import preemption, processes
 from vitprune.calibration import calibrate
 from vitprune.data import load_images
+from vitprune.exit_codes import TERMINATED
 from vitprune.finetuning import finetune
 from vitprune.recipe import DataSpec, FinetuneSpec, PruningSpec, SplitSpec
+from vitprune.training_state import States
+from vitprune.update import Update
+
+
+def tell_main_to_end(at: object) -> None:
+    """SIGTERM to one of the processes, in the midst of a step."""
+    original = Update.__call__
+
+    def update(self: Update, parts: Any, step: int) -> Any:
+        if step == at and processes.join().is_main_process:
+            signal.raise_signal(signal.SIGTERM)
+        return original(self, parts, step)
+
+    Update.__call__ = update
 
 
 def run(out: Path, settings: dict[str, object]) -> None:
     data, fsdp = str(settings.pop("data")), settings.pop("fsdp", False)
-    policy = settings.pop("policy", tiny.AS_VIT)
+    policy, told_at = settings.pop("policy", tiny.AS_VIT), settings.pop("told_at", None)
     state = processes.join()
     if fsdp:
         # Accelerate shards models on accelerators only; what it then does works on CPUs too
@@ -43,7 +60,12 @@ def run(out: Path, settings: dict[str, object]) -> None:
     pruned = vitprune.prune_(copy.deepcopy(dense), PruningSpec.model_validate(policy, strict=False))
     calibrate(pruned, [batch["pixel_values"] for batch in images.loader(16)], 0.6, progress=False)
     spec = FinetuneSpec.model_validate(settings, strict=False)
-    history = finetune(pruned, dense, images, spec, 0.6, progress=False)
+    tell_main_to_end(told_at)
+    try:
+        with preemption.watch():
+            history = finetune(pruned, dense, images, spec, 0.6, progress=False, states=States.of(spec, out))
+    except preemption.Terminated:
+        sys.exit(TERMINATED)
     if state.is_main_process:
         save_file(
             {name: weight.contiguous() for name, weight in pruned.state_dict().items()}, out / "weights.safetensors"

@@ -19,6 +19,7 @@ from torch.testing import assert_close
 WORKER = Path(__file__).parent / "distributed_worker.py"
 # sums of floats in another order, through AdamW
 SAME = Tolerance(rtol=1e-5, atol=1e-5)
+EXACT = Tolerance(rtol=0.0, atol=0.0)
 PATIENCE = 120  # seconds, for what takes ten
 PAPER = {"before_blocks": [2, 4], "score": "head-weighted-class-attention", "dropped": "leave"}
 # as `accelerate launch --use_fsdp --fsdp_version 2` sets them
@@ -40,28 +41,29 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def start(out: Path, processes: int, *, fsdp: bool, **settings: object) -> subprocess.CompletedProcess[str]:
+    """20 steps: batches of 16 that share 50 images don't end where epochs do."""
+    common = {"data": str(out.parent / "data"), "epochs": 20 * 16 / 50, "augmentation": "light", "fsdp": fsdp}
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    arguments = [str(WORKER), str(out), json.dumps(common | settings)]
+    command = [sys.executable, *(torchrun if processes > 1 else []), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(FSDP if fsdp else {})}
+    out.mkdir(exist_ok=True)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+
+def result(out: Path, done: subprocess.CompletedProcess[str]) -> Trained:
+    assert done.returncode == 0, done.stderr
+    return json.loads((out / "records.json").read_text()), load_file(out / "weights.safetensors")
+
+
 @cache
 def trained(
     folder: Path, processes: int, policy: str, batch_size: int = 16, accumulation: int = 1, fsdp: bool = False
 ) -> Trained:
-    """After 20 steps: batches of 16 that share 50 images don't end where epochs do."""
-    settings = {
-        "data": str(folder / "data"),
-        "policy": json.loads(policy),
-        "epochs": 20 * 16 / 50,
-        "batch_size": batch_size,
-        "gradient_accumulation_steps": accumulation,
-        "augmentation": "light",
-        "fsdp": fsdp,
-    }
     out = folder / f"{processes} {batch_size} {fsdp} {abs(hash(policy))}"
-    out.mkdir()
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), str(WORKER), str(out), json.dumps(settings)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(FSDP if fsdp else {})}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads((out / "records.json").read_text()), load_file(out / "weights.safetensors")
+    sizes = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
+    return result(out, start(out, processes, fsdp=fsdp, policy=json.loads(policy), **sizes))
 
 
 @pytest.mark.parametrize("policy", [PAPER, {}], ids=["paper, leave", "redundancy, merge"])
@@ -74,3 +76,17 @@ def test_two_processes_train_as_one_does(folder: Path, policy: dict[str, object]
     assert len(records) == 20
     assert_close(records, expected_records, **SAME)
     assert_close(weights, expected_weights, **SAME)
+
+
+@pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
+def test_processes_that_are_told_to_end_go_on(folder: Path, fsdp: bool) -> None:
+    """One is told; both keep their state."""
+    text = json.dumps(PAPER)
+    out = folder / f"told {fsdp}"
+    told = start(out, 2, fsdp=fsdp, policy=PAPER, batch_size=16, told_at=7)
+    assert told.returncode != 0
+    assert [path.name for path in out.iterdir()] == ["step-000000008"], told.stderr
+    records, weights = result(out, start(out, 2, fsdp=fsdp, policy=PAPER, batch_size=16))
+    expected_records, expected_weights = trained(folder, 2, text, fsdp=fsdp)
+    assert_close(records, expected_records[8:], **EXACT)
+    assert_close(weights, expected_weights, **EXACT)
