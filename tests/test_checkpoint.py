@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import samples
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
@@ -21,6 +22,7 @@ from transformers import (
 )
 
 import vitprune
+from vitprune.checkpoint import load_tokenizer
 from vitprune.tracing import is_pruned, pruning_of
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
@@ -176,3 +178,12 @@ def test_a_foreign_checkpoint_is_refused_with_a_list(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "swin", "architectures": ["SwinForImageClassification"]}')
     with pytest.raises(ValueError, match=r"SwinForImageClassification .* supported are: ViTForImageClassification"):
         vitprune.load(tmp_path)
+
+
+def test_a_tokenizer_without_words_is_none(tmp_path: Path) -> None:
+    folder = samples.write_checkpoint(tmp_path / "clip", "clip-zero-shot")
+    assert load_tokenizer(str(folder))("a photo")["input_ids"][1:3] == [3, 4]
+    for file in folder.glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(ValueError, match=r"model\.checkpoint .*: no tokenizer: .*; add its files$"):
+        load_tokenizer(str(folder))

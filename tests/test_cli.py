@@ -47,7 +47,7 @@ def heavy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Heavy:
     monkeypatch.delenv("VITPRUNE_DEBUG", raising=False)
     Path("recipe.yaml").write_text(RECIPE)
     heavy = Heavy()
-    names = ("apply", "planning", "benchmarking", "report", "bench_report")
+    names = ("apply", "planning", "prefetch", "benchmarking", "report", "bench_report")
     modules = {name: ModuleType(f"vitprune.{name}") for name in names}
     work = modules["apply"]
     for module, verb in ((work, "apply"), (modules["planning"], "plan"), (work, "evaluate")):
@@ -58,6 +58,7 @@ def heavy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Heavy:
                 verb, *arguments, *(name for name, value in options.items() if value)
             ),
         )
+    vars(modules["prefetch"])["prefetch"] = lambda recipe: heavy.run("prefetch", recipe).split(" of ")
     vars(modules["benchmarking"])["bench"] = lambda settings, output: heavy.run("bench", settings, output)
     for name in ("print_report", "print_plan"):
         setattr(modules["report"], name, lambda result, console, name=name: console.print(f"{name}: {result}"))
@@ -79,6 +80,7 @@ def invoke(*arguments: str) -> Result:
     [
         ("apply", (), "print_report: result of apply"),
         ("plan", (), "print_plan: result of plan"),
+        ("prefetch", (), "result\nprefetch"),
         ("evaluate", ("runs/x",), "print_report: result of evaluate"),
     ],
 )

@@ -338,7 +338,10 @@ def test_what_is_not_there(parquet: Callable[..., Path], tmp_path: Path, monkeyp
         return str(raised.value)
 
     assert "data.path no/where" in error("no/where")
-    assert "check the spelling" in error("no/where")
+    assert f"not in the cache {tmp_path / 'cache'}" in error("no/where")
+    assert error("no/where").endswith("check the spelling, or run `vitprune prefetch RECIPE` where there is a network")
+    assert "set `data.streaming: false` and run `vitprune prefetch RECIPE`" in error("no/where", streaming=True)
+    assert "vitprune prefetch" not in error(tmp_path / "nowhere")
     assert "Should be one of ['train']" in error(folder, "test")
     assert "the splits are train, test" in error(saved(tmp_path / "saved"), "validation")
     assert ".parquet, .arrow" in error(tmp_path / "readme.txt")

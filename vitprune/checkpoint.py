@@ -26,6 +26,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from vitprune.anatomy import Anatomy, examine
 from vitprune.families import supported
+from vitprune.hub import CONFIG, PROCESSOR, TOKENIZER, WEIGHTS, WEIGHTS_INDEX, absence
 from vitprune.pruner import SUBMODULE
 from vitprune.recipe_errors import first_line
 from vitprune.tracing import is_pruned
@@ -36,7 +37,8 @@ def load_config(checkpoint: str, revision: str | None = None) -> PreTrainedConfi
     try:
         return AutoConfig.from_pretrained(checkpoint, revision=revision, trust_remote_code=False)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model.checkpoint {checkpoint}: {first_line(error)}") from error
+        reason = absence(error, checkpoint, revision, "its config is", CONFIG) or first_line(error)
+        raise ValueError(f"model.checkpoint {checkpoint}: {reason}") from error
 
 
 def model_class(checkpoint: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
@@ -65,9 +67,14 @@ def outline(cls: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[PreTr
 def load_tokenizer(checkpoint: str, revision: str | None = None) -> PreTrainedTokenizerBase:
     """The tokenizer of a model of two towers. Raises ValueError if none."""
     try:
-        return AutoTokenizer.from_pretrained(checkpoint, revision=revision or "main", trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, revision=revision or "main", trust_remote_code=False)
+        if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+            raise ValueError("there are no words in it")  # what transformers makes of a config alone
+        return tokenizer
     except (OSError, ValueError) as error:
-        raise ValueError(f"model.checkpoint {checkpoint}: no tokenizer: {first_line(error)}; add its files") from error
+        absent = absence(error, checkpoint, revision, "its tokenizer is", TOKENIZER)
+        reason = absent or f"no tokenizer: {first_line(error)}; add its files"
+        raise ValueError(f"model.checkpoint {checkpoint}: {reason}") from error
 
 
 def load(checkpoint: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None) -> PreTrainedModel:
@@ -86,6 +93,9 @@ def load(checkpoint: str | Path, *, dtype: torch.dtype = torch.float32, revision
             checkpoint, revision=revision or "main", dtype=dtype, use_safetensors=True, output_loading_info=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        absent = absence(error, checkpoint, revision, "its weights are", (WEIGHTS, WEIGHTS_INDEX))
+        if absent is not None:
+            raise ValueError(f"model.checkpoint {checkpoint}: {absent}") from error
         hint = "; is it a Git LFS pointer? run `git lfs pull`" if isinstance(error, SafetensorError) else ""
         raise ValueError(f"{checkpoint}: its weights can't be read: {first_line(error)}{hint}") from error
     model, info = loaded
@@ -110,9 +120,9 @@ def load_processor(checkpoint: str, revision: str | None = None) -> BaseImagePro
     try:
         return AutoImageProcessor.from_pretrained(checkpoint, revision=revision or "main", backend="pil")
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model.checkpoint {checkpoint}: no image processor: {first_line(error)}; add a preprocessor_config.json"
-        ) from error
+        absent = absence(error, checkpoint, revision, "its image processor is", PROCESSOR)
+        reason = absent or f"no image processor: {first_line(error)}; add a preprocessor_config.json"
+        raise ValueError(f"model.checkpoint {checkpoint}: {reason}") from error
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:

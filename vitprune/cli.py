@@ -159,6 +159,16 @@ def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 @app.command()
+def prefetch(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Bring what apply needs into the cache, checkpoint and data, so that it runs without a network."""
+    with _loaded(recipe, overrides) as settings:
+        from vitprune.prefetch import prefetch as run
+
+        for piece in run(settings):
+            typer.echo(piece)
+
+
+@app.command()
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a pruned checkpoint.")],
     recipe: RecipePath,

@@ -16,10 +16,12 @@ import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value
 from datasets.exceptions import DatasetsError
 
+from vitprune.hub import PREFETCH, Cache, Disconnected, is_hub_id
 from vitprune.recipe import DataSpec
 
 FILE_KINDS: Mapping[str, str] = {".parquet": "parquet", ".arrow": "arrow"}
 LABEL_NAMES = ("label", "labels")
+_CANT_BE_OPENED = (OSError, ValueError, RuntimeError, DatasetsError, Disconnected)
 SHOWN = 20  # differing labels that an error shows
 
 
@@ -62,7 +64,7 @@ def open_source(data: DataSpec, split: str, id2label: Mapping[int, str] | None, 
     place = f"data.path {data.path}, split {split!r}"
     try:
         rows = _open(data, split)
-    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+    except _CANT_BE_OPENED as error:
         raise ValueError(f"{place}: {_reason(data, error)}") from error
     if rows.features is None:
         raise ValueError(f"{place}: what the columns hold can't be told while streaming; set `data.streaming: false`")
@@ -72,6 +74,19 @@ def open_source(data: DataSpec, split: str, id2label: Mapping[int, str] | None, 
     if labels is not None and isinstance(rows, Dataset):
         labels = _checked(labels, rows, place)
     return Source(rows.cast_column(image, Image(decode=False)), place, image, labels)
+
+
+def require_found(data: DataSpec) -> None:
+    """Raises ValueError, as `open_source` does, for a data set that is neither here nor on the Hub. Fetches no rows."""
+    if is_hub_id(data.path):
+        try:
+            _find(data)
+        except _CANT_BE_OPENED as error:
+            raise ValueError(f"data.path {data.path}: {_reason(data, error)}") from error
+
+
+def _find(data: DataSpec) -> None:
+    datasets.load_dataset_builder(data.path, name=data.name)
 
 
 def _open(data: DataSpec, split: str) -> Dataset | IterableDataset:
@@ -117,12 +132,31 @@ def _quiet() -> Iterator[None]:
 
 
 def _reason(data: DataSpec, error: Exception) -> str:
+    cache = Cache.of_data()
+    if trouble := cache.trouble(error):
+        return trouble
+    if is_hub_id(data.path):
+        fetch = f"set `data.streaming: false` and {PREFETCH}" if data.streaming else PREFETCH
+        absent = cache.lack("it is", fetch)
+        if absent is not None and not _is_found(data):
+            if isinstance(error, OSError):
+                return f"there is no such file or folder (seen from {Path.cwd()}), {absent}"
+            return f"{error}\nName one of them in `data.name`, or {fetch} where there is a network"
     if Path(data.path).expanduser().exists() or isinstance(error, ValueError):
         return str(error)
     return (
         f"there is no such file or folder (seen from {Path.cwd()}), and the Hub doesn't give it: {error}; check the "
         "spelling, the network, and for a gated data set that `hf auth login` was done"
     )
+
+
+def _is_found(data: DataSpec) -> bool:
+    """Whether a data set is on the Hub, or in the cache, as far as its splits; then those are the trouble."""
+    try:
+        _find(data)
+    except _CANT_BE_OPENED:
+        return False
+    return True
 
 
 def _image_column(features: Features, named: str | None, place: str) -> str:
