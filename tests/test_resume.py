@@ -127,6 +127,23 @@ def test_a_broken_run_ends_as_an_unbroken_one(
     assert not place_of(tmp_path / "out").exists()
 
 
+def test_a_stream_goes_on_in_mid_epoch(tmp_path: Path) -> None:
+    streamed = ("data.streaming=true", "finetune.steps=7")
+    apply(recipe(tmp_path / "unbroken", *streamed))
+    asked = recipe(tmp_path / "broken", *streamed)
+    break_off(asked, _Loop, "_next_record", lambda loop: loop.step == 5)
+    apply(asked)
+    expected_weights, expected_report = result(tmp_path / "unbroken")
+    weights, report = result(tmp_path / "broken")
+    assert_close(weights, expected_weights, **EXACT)
+    assert report == expected_report
+
+
+def test_a_stream_needs_a_number_of_steps(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"finetune\.steps: needed with data\.streaming"):
+        apply(recipe(tmp_path, "data.streaming=true"))
+
+
 def test_finished_stages_are_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = recipe(tmp_path)
     break_off(asked, steps, "scale_to_budget")
@@ -169,7 +186,7 @@ def test_a_step_may_be_cut_in_smaller_batches(
     tmp_path: Path, unbroken: tuple[dict[str, torch.Tensor], dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the message on memory that ran out advises."""
-    asked = recipe(tmp_path)
+    asked = recipe(tmp_path, "finetune.checkpoint_every=5")  # an odd number of batches before
     original = Update.__call__
 
     def update(self: Update, parts: Any, step: int) -> Any:
@@ -184,6 +201,7 @@ def test_a_step_may_be_cut_in_smaller_batches(
     assert "at step 6, in batches of 8" in str(raised.value)
     advice = re.findall(r"finetune\.(?:batch_size|gradient_accumulation_steps)=\d+", str(raised.value))
     assert advice == ["finetune.batch_size=4", "finetune.gradient_accumulation_steps=2"]
+    assert states(tmp_path) == ["step-000000005"]
     apply(load_recipe(tmp_path / "recipe.yaml", advice))
     assert_close(result(tmp_path)[0], unbroken[0], **REORDERED)
 

@@ -80,6 +80,8 @@ class States:
         if not complete:
             return None
         accelerator.load_state(str(complete[-1]))
+        # states are kept between steps; how many parts those have may have changed since
+        accelerator.step = 0
         found = json.loads((complete[-1] / "progress.json").read_text(encoding="utf-8"))
         return Progress(found["steps"], Position(**found["position"]))
 
