@@ -216,7 +216,8 @@ def _accelerator(spec: FinetuneSpec, diary: Diary | None) -> Accelerator:
 def _trained(answers: Answers, teacher: Answers, spec: FinetuneSpec, accelerator: Accelerator) -> Iterator[Student]:
     """The student to be trained; afterwards `answers` has its weights and is ready to be used.
 
-    FSDP makes other modules of a model, in place and for good, so it trains a copy.
+    FSDP makes other modules of a model, in place and for good, so it trains a copy. Its weights are brought together
+    where all processes come to it: at the end, or where a loss became infinite, but not where one of them failed.
     """
     teacher.to(accelerator.device).eval().requires_grad_(False)
     sharded = accelerator.distributed_type == DistributedType.FSDP
@@ -226,10 +227,14 @@ def _trained(answers: Answers, teacher: Answers, spec: FinetuneSpec, accelerator
     pruning_of(model).execution = spec.execution
     if spec.gradient_checkpointing:
         model.activation_checkpointing_enable()
+    together = True
     try:
         yield Student(trained)
+    except BaseException as error:
+        together = isinstance(error, NonFiniteLoss)
+        raise
     finally:
-        if sharded:
+        if sharded and together:
             weights = get_model_state_dict(trained, options=StateDictOptions(full_state_dict=True))
             answers.load_state_dict(weights)
         if spec.gradient_checkpointing:
