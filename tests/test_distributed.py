@@ -87,6 +87,6 @@ def test_processes_that_are_told_to_end_go_on(folder: Path, fsdp: bool) -> None:
     assert told.returncode != 0
     assert [path.name for path in out.iterdir()] == ["step-000000008"], told.stderr
     records, weights = result(out, start(out, 2, fsdp=fsdp, policy=PAPER, batch_size=16))
-    expected_records, expected_weights = trained(folder, 2, text, fsdp=fsdp)
+    expected_records, expected_weights = trained(folder, 2, text, 16, 1, fsdp=fsdp)
     assert_close(records, expected_records[8:], **EXACT)
     assert_close(weights, expected_weights, **EXACT)
