@@ -9,7 +9,6 @@ import pytest
 import samples
 import tiny
 import torch
-from accelerate.state import AcceleratorState
 from tiny import Tolerance
 from torch.testing import assert_close
 from transformers import PreTrainedModel, ViTImageProcessorPil
@@ -28,12 +27,6 @@ SPEC = FinetuneSpec(epochs=1, batch_size=8, learning_rate=1e-3, threshold_learni
 # sums of floats in another order, through AdamW
 SAME = Tolerance(rtol=1e-5, atol=1e-5)
 EXACT = Tolerance(rtol=0.0, atol=0.0)
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> None:
-    """Accelerate fixes the precision once a process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def images(tmp_path: Path, *, labelled: bool = True) -> Images:

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -42,13 +42,6 @@ EXACT = Tolerance(rtol=0.0, atol=0.0)
 # sums of floats in another order, through AdamW at 50 times the usual learning rate
 REORDERED = Tolerance(rtol=1e-3, atol=1e-3)
 PATIENCE = 120  # seconds, for what takes ten
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def recipe(folder: Path, *overrides: str) -> Recipe:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_apply import RECIPE, recipe
 
@@ -18,13 +16,6 @@ from vitprune.tracking import DIMMED, beside_kept, require_installed, unscaled
 FINETUNE = "finetune: {epochs: 2, batch_size: 8, holdout: 24, trackers: [tensorboard]}\n"
 # tensorboard's own, of its dependencies
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard")
-
-
-@pytest.fixture(autouse=True)
-def _fresh_accelerator() -> Iterator[None]:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_tensorboard_is_told_of_every_step(tmp_path: Path) -> None:

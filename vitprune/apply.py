@@ -54,7 +54,7 @@ def apply(recipe: Recipe, *, restart: bool = False) -> Report:
     with preemption.watch():
         _require_free(recipe, output)
         run = _Run.load(recipe)
-        folder = RunFolder.open(output, run.fingerprint(), restart=restart)
+        folder = RunFolder.open(output, run.fingerprint, restart=restart)
         calibrated = None
         if recipe.budget.latency is not None and run.train is not None:
             run.measure_latency(folder)

@@ -71,3 +71,8 @@ class FinetuneSpec(Spec):
     """How often the full state is kept, from which a run that was broken off goes on: 500 (steps) or 15min."""
     checkpoints_kept: PositiveInt = 2
     """The newest so many of these states stay while the run lasts."""
+
+    @property
+    def images_per_step(self) -> int:
+        """Images that one step of the optimizer sees, of all processes and all accumulated batches."""
+        return self.batch_size * self.gradient_accumulation_steps

@@ -158,8 +158,8 @@ class _Loop:
 
     def _epoch(self, steps: int) -> int:
         """Steps of an epoch; a tenth of all where nobody knows."""
-        length, spec = self.batches.images.length, self.update.spec
-        return max(1, steps // 10 if length is None else length // (spec.batch_size * spec.gradient_accumulation_steps))
+        length = self.batches.images.length
+        return max(1, steps // 10 if length is None else length // self.update.spec.images_per_step)
 
     def _next_record(self) -> dict[str, float]:
         record = None
@@ -172,7 +172,7 @@ class _Loop:
                     raise RuntimeError(_out_of_memory(self.update.spec, self.step, self.accelerator)) from error
                 raise
             if record is None:
-                _require_some(self.batches.position, self.batches.batch_size * len(parts))
+                _require_some(self.batches.position, self.update.spec.images_per_step)
                 self.batches.begin_epoch()
         record["lr"] = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
@@ -195,8 +195,7 @@ def _tracking(accelerator: Accelerator, student: nn.Module, spec: FinetuneSpec, 
         return None
     if diary is None:
         raise ValueError(f"finetune.trackers are {list(spec.trackers)}; pass finetune() a diary for them")
-    images = spec.batch_size * spec.gradient_accumulation_steps
-    return Tracking(accelerator, student, diary, images)
+    return Tracking(accelerator, student, diary, spec.images_per_step)
 
 
 def _accelerator(spec: FinetuneSpec, diary: Diary | None) -> Accelerator:
@@ -265,8 +264,8 @@ def _out_of_memory(spec: FinetuneSpec, step: int, accelerator: Accelerator) -> s
     )
 
 
-def _require_some(position: Position, batch_size: int) -> None:
-    if position.images <= batch_size:
+def _require_some(position: Position, images_per_step: int) -> None:
+    if position.images <= images_per_step:
         raise ValueError("data.train: the stream has no images to fine-tune with")
 
 
@@ -276,7 +275,7 @@ def count_steps(spec: FinetuneSpec, images: Images) -> int:
         return spec.steps
     if images.length is None:
         raise ValueError("finetune.steps: needed with data.streaming, as this stream doesn't tell how long an epoch is")
-    steps = math.ceil(spec.epochs * images.length / (spec.batch_size * spec.gradient_accumulation_steps))
+    steps = math.ceil(spec.epochs * images.length / spec.images_per_step)
     if steps < 1:
         raise ValueError("data.train: there are no images left to fine-tune with")
     return steps

@@ -7,6 +7,9 @@ from torch.nn import functional as F
 
 from vitprune.recipe import LossWeights
 
+LOSSES = ("budget", "task", "distillation")
+"""The names of the losses that training sums."""
+
 
 def budget_loss(costs_B: Tensor, dense_costs_B: Tensor, budget: float, overall: Tensor | None = None) -> Tensor:
     """|ratio − budget|, the ratio of MACs (AS-ViT) or seconds averaged over the images; dimensionless.

@@ -43,10 +43,9 @@ def watch() -> Iterator[None]:
 @contextmanager
 def deferred() -> Iterator[Notice]:
     """Inside, SIGTERM is only noted: who asked for this ends, when it suits, by raising `Terminated`."""
-    token = _notice.set(Notice())
+    notice = Notice()
+    token = _notice.set(notice)
     try:
-        notice = _notice.get()
-        assert notice is not None
         yield notice
     finally:
         _notice.reset(token)

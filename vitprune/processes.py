@@ -14,8 +14,9 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object, parse_flag_from_env
 from datasets import disable_progress_bars
-from torch import distributed
+from torch import Tensor, distributed
 from torch.distributed.distributed_c10d import _get_default_store
+from torch.distributed.tensor import DTensor
 from transformers.utils import logging as transformers_logging
 
 T = TypeVar("T")
@@ -69,6 +70,11 @@ def on_main(compute: Callable[[], T]) -> T:
 def gathered(value: T) -> list[T]:
     """Everybody's value, in the order of the processes."""
     return gather_object([value])
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """All of a tensor that is sharded over the processes; another as it is."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def require_same(what: Mapping[str, object], name: str) -> None:

@@ -43,8 +43,8 @@ class RunFolder:
     path: Path
 
     @classmethod
-    def open(cls, output: Path, fingerprint: Mapping[str, Any], *, restart: bool) -> RunFolder:
-        """A new folder, or that of a run which was broken off.
+    def open(cls, output: Path, fingerprint: Callable[[], Mapping[str, Any]], *, restart: bool) -> RunFolder:
+        """A new folder, or that of a run which was broken off. fingerprint: asked of the main process alone.
 
         Raises ValueError, with the list of differences, if that run had another recipe, data or base checkpoint.
         """
@@ -52,13 +52,13 @@ class RunFolder:
 
         def prepare() -> None:
             shutil.rmtree(path.with_suffix(".done"), ignore_errors=True)
-            if restart or not (path / _FINGERPRINT).is_file():
-                shutil.rmtree(path, ignore_errors=True)
-            if (path / _FINGERPRINT).is_file():
-                _require_same(json.loads((path / _FINGERPRINT).read_text(encoding="utf-8")), dict(fingerprint), path)
+            mark = path / _FINGERPRINT
+            if mark.is_file() and not restart:
+                _require_same(json.loads(mark.read_text(encoding="utf-8")), fingerprint(), path)
                 return
+            shutil.rmtree(path, ignore_errors=True)
             path.mkdir(parents=True, exist_ok=True)
-            _write(path / _FINGERPRINT, json.dumps(fingerprint, indent=1))
+            _write(mark, json.dumps(fingerprint(), indent=1))
 
         processes.on_main(prepare)
         return cls(path)

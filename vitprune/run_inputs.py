@@ -107,7 +107,7 @@ class RunInputs:
         if (tuning := self.recipe.finetune) is not None:
             # the images of a step are what the result depends on, and of a stream how they come
             key = "finetune.batch_size x gradient_accumulation_steps"
-            settings[key] = tuning.batch_size * tuning.gradient_accumulation_steps
+            settings[key] = tuning.images_per_step
             if self.recipe.data.streaming:
                 settings["finetune.batch_size"] = tuning.batch_size
         return {**settings, **found, **weights, "processes": processes.join().num_processes}

@@ -18,8 +18,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from vitprune import processes
+from vitprune.losses import LOSSES
 from vitprune.tracing import eval_mode, pruning_of, trace
 
 DIMMED = 0.25  # how bright a picture is where its tokens left
@@ -72,7 +73,7 @@ class Tracking:
         now = time.perf_counter()
         speed, self._last = self.images_per_step / (now - self._last), now
         pruning = pruning_of(self.student)
-        levels = _whole(pruning.levels).tolist()
+        levels = processes.whole(pruning.levels).tolist()
         rates = dict(zip(("weights", "vectors", "thresholds"), learning_rates, strict=False))
         self.accelerator.log(
             {
@@ -107,7 +108,7 @@ class Tracking:
         return [(key, "none" if value is None else value) for key, value in self.diary.settings.items()]
 
 
-_NAMES = {name: f"loss/{name}" for name in ("task", "budget", "distillation")} | {"loss": "loss/total"}
+_NAMES = {name: f"loss/{name}" for name in LOSSES} | {"loss": "loss/total"}
 
 
 def unscaled(x_BCHW: Tensor, scale_C: Tensor, shift_C: Tensor) -> Tensor:
@@ -127,8 +128,3 @@ def beside_kept(unit_BCHW: Tensor, keep_BP: Tensor) -> Any:
     )
     both_BCHW = torch.cat([unit_BCHW, unit_BCHW * light_B1HW], dim=3)
     return (both_BCHW * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    """Of a sharded parameter all of it."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()

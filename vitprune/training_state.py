@@ -17,12 +17,11 @@ from pathlib import Path
 from accelerate import Accelerator
 from safetensors import SafetensorError
 
+from vitprune.memory import GIB
 from vitprune.recipe import FinetuneSpec
 from vitprune.recipe_errors import first_line
 from vitprune.recipe_values import seconds
 from vitprune.training_data import Position
-
-GIB = 2**30
 
 
 @dataclass(frozen=True)

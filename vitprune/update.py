@@ -16,11 +16,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from vitprune import processes
 from vitprune.answers import Answers
-from vitprune.losses import answer_losses, budget_loss
+from vitprune.losses import LOSSES, answer_losses, budget_loss
 from vitprune.recipe import FinetuneSpec
 from vitprune.tracing import trace
 
@@ -125,17 +125,15 @@ class Update:
     def _record(self, sums: Mapping[str, Tensor], images: Tensor) -> dict[str, float]:
         means = (self._sum(torch.stack(list(sums.values()))) / images).tolist()
         record = dict(zip(sums, means, strict=True))
-        loss = sum(record[name] for name in ("budget", "task", "distillation") if name in record)
+        loss = sum(record[name] for name in LOSSES if name in record)
         return {"loss": loss, **record}
 
     def _step(self, record: Mapping[str, float], step: int) -> None:
         if not torch.tensor(record["loss"]).isfinite():
-            parts = ", ".join(
-                f"{name} {record[name]:.4g}" for name in ("budget", "task", "distillation") if name in record
-            )
+            parts = ", ".join(f"{name} {record[name]:.4g}" for name in LOSSES if name in record)
             raise NonFiniteLoss(f"fine-tuning: the loss isn't finite at step {step + 1} ({parts}); {_WAY_OUT}")
-        norm: Any = self.accelerator.clip_grad_norm_(self.student.parameters(), self.spec.max_grad_norm)
-        norm = norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm)
+        clipped: Any = self.accelerator.clip_grad_norm_(self.student.parameters(), self.spec.max_grad_norm)
+        norm = processes.whole(torch.as_tensor(clipped))
         # under fp16 the scaler skips such a step by itself and goes on with a smaller scale
         if self.accelerator.scaler is None and not norm.isfinite():
             raise NonFiniteLoss(f"fine-tuning: the gradient isn't finite at step {step + 1}; {_WAY_OUT}")
