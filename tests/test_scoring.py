@@ -45,47 +45,47 @@ def dot(first: Tensor, second: Tensor) -> float:
 @pytest.mark.parametrize("heads", [1, H], ids=["a bias for all heads", "one a head"])
 @pytest.mark.parametrize("sized", [False, True])
 def test_class_attention_is_a_softmax_over_the_class_tokens_row(sized: bool, heads: int) -> None:
-    q, k, sizes = torch.randn(B, H, K), torch.randn(B, H, M, K), torch.randint(1, 5, (B, heads, M)).float()
+    q, k, sizes = torch.randn(B, H, K), torch.randn(B, M, H, K), torch.randint(1, 5, (B, M, heads)).float()
     ours = attention_row(q, k, 0.5, sizes.log() if sized else None)
     for b in range(B):
         for h in range(H):
             # a token of size s counts like s tokens: s·exp(a)
-            sizes_M = sizes[b, h % heads].tolist() if sized else [1.0] * M
-            weights = [sizes_M[i] * math.exp(0.5 * dot(q[b, h], k[b, h, i])) for i in range(M)]
-            assert_close(ours[b, h], torch.tensor([w / sum(weights) for w in weights]), **FLOAT32)
+            sizes_M = sizes[b, :, h % heads].tolist() if sized else [1.0] * M
+            weights = [sizes_M[i] * math.exp(0.5 * dot(q[b, h], k[b, i, h])) for i in range(M)]
+            assert_close(ours[b, :, h], torch.tensor([w / sum(weights) for w in weights]), **FLOAT32)
 
 
 def test_the_mean_query_is_a_mean_by_size_of_what_is_there() -> None:
-    q, sizes = torch.randn(B, H, M, K), torch.randint(1, 5, (B, M)).float() * valid()
+    q, sizes = torch.randn(B, M, H, K), torch.randint(1, 5, (B, M)).float() * valid()
     ours = mean_query(q, sizes)
     for b, length in enumerate(LENGTHS):
         for h in range(H):
             total = sum(sizes[b, :length].tolist())
             for c in range(K):
-                expected = sum(sizes[b, i].item() * q[b, h, i, c].item() for i in range(length)) / total
+                expected = sum(sizes[b, i].item() * q[b, i, h, c].item() for i in range(length)) / total
                 assert_close(ours[b, h, c].item(), expected, **FLOAT32)
     assert mean_query(q.bfloat16(), sizes).dtype == torch.bfloat16
 
 
 def test_the_score_weighs_each_head_by_its_share_of_the_tokens_norm() -> None:
-    attention, norms = torch.rand(B, H, M), torch.rand(B, H, M)
-    norms[0, :, 2] = 0.0  # no head says anything there
+    attention, norms = torch.rand(B, M, H), torch.rand(B, M, H)
+    norms[0, 2] = 0.0  # no head says anything there
     ours = head_weighted_attention(attention, norms)
     for b in range(B):
         for i in range(M):
-            total = sum(norms[b, h, i].item() for h in range(H)) + 1e-8
-            expected = sum(norms[b, h, i].item() / total * attention[b, h, i].item() for h in range(H))
+            total = sum(norms[b, i, h].item() for h in range(H)) + 1e-8
+            expected = sum(norms[b, i, h].item() / total * attention[b, i, h].item() for h in range(H))
             assert_close(ours[b, i].item(), expected, **FLOAT32)
     assert ours[0, 2] == 0.0
 
 
 def test_the_metric_is_the_mean_key_of_length_one() -> None:
-    keys_HTK = torch.randn(H, M, K)
-    ours = key_metric(keys_HTK.bfloat16())
+    keys_THK = torch.randn(M, H, K)
+    ours = key_metric(keys_THK.bfloat16())
     assert ours.dtype == torch.float32
-    ours = key_metric(keys_HTK)
+    ours = key_metric(keys_THK)
     for t in range(M):
-        mean = [sum(keys_HTK[h, t, c].item() for h in range(H)) / H for c in range(K)]
+        mean = [sum(keys_THK[t, h, c].item() for h in range(H)) / H for c in range(K)]
         length = math.sqrt(sum(c * c for c in mean))
         assert_close(ours[t], torch.tensor([c / length for c in mean]), **FLOAT32)
 
@@ -178,7 +178,7 @@ def test_true_indices_lists_the_true_entries_first_and_in_order() -> None:
 
 
 def test_scores_are_float32_in_bfloat16_models() -> None:
-    assert attention_row(torch.randn(B, H, K).bfloat16(), torch.randn(B, H, M, K).bfloat16(), 0.5).dtype == (
+    assert attention_row(torch.randn(B, H, K).bfloat16(), torch.randn(B, M, H, K).bfloat16(), 0.5).dtype == (
         torch.float32
     )
     assert_close(true_indices(torch.zeros(2, 3, dtype=torch.bool)), torch.zeros(2, 0, dtype=torch.long), **EXACT)

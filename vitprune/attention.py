@@ -138,36 +138,32 @@ def attend(
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     match call.tokens:
         case None:
-            output = _dense_attention(query, key, value, bias_1HNN, dropout, scale)
+            output = _dense_attention(query, key, value, bias_1HNN, dropout, scale).transpose(1, 2)
             if call.scores_of is not None:
-                row_BHM = _dense_row(query, key, bias_1HNN, scale, call.scores_of)
-                _record_scores(call, row_BHM, output)
+                row_BNH = _dense_row(query, key, bias_1HNN, scale, call.scores_of)
+                call.findings.attention_scores_BM = head_weighted_attention(row_BNH, _norms(output))
         case MaskedTokens() as tokens:
             weights_BHNN = masked_attention_weights(query, key, scale, tokens, bias_1HNN)
-            output = F.dropout(weights_BHNN, dropout).to(value.dtype) @ value
-            if call.scores_of == "class":
-                _record_scores(call, weights_BHNN[:, :, 0], output)
-            elif call.scores_of == "mean":
-                _record_scores(call, _masked_mean_row(query, key, scale, tokens), output)
+            output = (F.dropout(weights_BHNN, dropout).to(value.dtype) @ value).transpose(1, 2)
+            if call.scores_of is not None:
+                of_class = call.scores_of == "class"
+                row_BHN = weights_BHNN[:, :, 0] if of_class else _masked_mean_row(query, key, scale, tokens)
+                call.findings.attention_scores_BM = head_weighted_attention(row_BHN.transpose(1, 2), _norms(output))
         case TokenBatch() as batch:
             if dropout:
                 raise ValueError(
                     f"attention dropout ({dropout:g}) isn't done while tokens are packed; train with "
                     "finetune.execution: masked, or set the dropout in the checkpoint's config.json to 0"
                 )
-            output_1THK, scores_T = packed_attention(query, key, value, batch, scale, bias_1HNN, call.scores_of)
+            output, scores_T = packed_attention(query, key, value, batch, scale, bias_1HNN, call.scores_of)
             if scores_T is not None:
                 call.findings.attention_scores_BM = batch.pad(scores_T)
             if call.wants_metric:
-                call.findings.metric_BMK = batch.pad(key_metric(key[0]))
-            return output_1THK
+                call.findings.metric_BMK = batch.pad(key_metric(key[0].transpose(0, 1)))
+            return output
     if call.wants_metric:
-        call.findings.metric_BMK = key_metric(key)
-    return output.transpose(1, 2).contiguous()
-
-
-def _record_scores(call: AttentionCall, row_BHM: Tensor, output_BHNK: Tensor) -> None:
-    call.findings.attention_scores_BM = head_weighted_attention(row_BHM, _norms(output_BHNK))
+        call.findings.metric_BMK = key_metric(key.transpose(1, 2))
+    return output.contiguous()
 
 
 def _norms(context: Tensor) -> Tensor:
@@ -206,7 +202,7 @@ def _masked_softmax(logits_BHQN: Tensor, seen_BHQN: Tensor, tokens: MaskedTokens
 def _masked_mean_row(q_BHNK: Tensor, k_BHNK: Tensor, scaling: float, tokens: MaskedTokens) -> Tensor:
     """What the mean query of the tokens that are seen pays to each token, (B, H, N)."""
     weights_BN = tokens.mask_BN.float() if tokens.sizes_BN is None else tokens.mask_BN * tokens.sizes_BN
-    q_BHK = mean_query(q_BHNK, weights_BN)
+    q_BHK = mean_query(q_BHNK.transpose(1, 2), weights_BN)
     logits_BH1N = (q_BHK[:, :, None] @ k_BHNK.transpose(-1, -2)).float() * scaling
     return _masked_softmax(logits_BH1N, tokens.mask_BN[:, None, None].float(), tokens)[:, :, 0]
 
@@ -224,9 +220,10 @@ def _dense_attention(
 
 
 def _dense_row(q_BHNK: Tensor, k_BHNK: Tensor, bias_1HNN: Tensor | None, scaling: float, query: Query) -> Tensor:
+    q_BNHK, k_BNHK = q_BHNK.transpose(1, 2), k_BHNK.transpose(1, 2)
     if query == "mean":
-        return attention_row(mean_query(q_BHNK, torch.ones_like(q_BHNK[:, 0, :, 0])), k_BHNK, scaling)
-    return attention_row(q_BHNK[:, :, 0], k_BHNK, scaling, None if bias_1HNN is None else bias_1HNN[:, :, 0])
+        return attention_row(mean_query(q_BNHK, torch.ones_like(q_BNHK[..., 0, 0])), k_BNHK, scaling)
+    return attention_row(q_BNHK[:, 0], k_BNHK, scaling, None if bias_1HNN is None else bias_1HNN[:, :, 0].mT)
 
 
 def packed_attention(
@@ -245,35 +242,45 @@ def packed_attention(
     """
     layout, learning = batch.layout, batch.learning
     outputs, rows = [], []
-    queries, keys, values = (_buckets(layout, x_1HTK) for x_1HTK in (q_1HTK, k_1HTK, v_1HTK))
+    # in memory tokens before heads, as linear layers and the kernel have it
+    queries, keys, values = (layout.split(x_1HTK[0].transpose(0, 1)) for x_1HTK in (q_1HTK, k_1HTK, v_1HTK))
     biases = layout.split(batch.key_bias_T)
     ghosts = [None] * len(biases) if learning is None else _ghost_keys(layout, biases, learning)
     pairs_of = repeat(None, len(biases)) if bias_1HNN is None else _pairs(bias_1HNN, layout.split(batch.positions_T))
     for q, k, v, key_bias_GL, ghost_keys, pairs in zip(queries, keys, values, biases, ghosts, pairs_of, strict=True):
-        bias = key_bias_GL[:, None, None] if pairs is None else key_bias_GL[:, None, None] + pairs
+        heads_first = (x_GLHK.transpose(1, 2) for x_GLHK in (q, k, v))
         if ghost_keys is not None:
-            output = ghost_attention(q, k, v, ghost_keys, scaling, pairs)
+            output = ghost_attention(*heads_first, ghost_keys, scaling, pairs)
         else:
-            mask = bias.to(q.dtype).expand(-1, -1, q.shape[2], -1)
-            output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
+            bias = key_bias_GL[:, None, None]
+            mask = (bias if pairs is None else bias + pairs).to(q.dtype).expand(-1, -1, q.shape[1], -1)
+            output = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scaling)
         outputs.append(output.transpose(1, 2))
-        seen_GL = None if ghost_keys is None else ghost_keys.mask_GL
-        if scores_of == "class":
-            rows.append(attention_row(q[:, :, 0], k, scaling, bias[:, :, 0], seen_GL).transpose(1, 2))
-        elif scores_of == "mean":
-            weights_GL = key_bias_GL.exp() if seen_GL is None else key_bias_GL.exp() * seen_GL
-            query = mean_query(q, weights_GL)
-            rows.append(attention_row(query, k, scaling, key_bias_GL[:, None], seen_GL).transpose(1, 2))
+        if scores_of is not None:
+            seen_GL = None if ghost_keys is None else ghost_keys.mask_GL
+            rows.append(_bucket_row(q, k, key_bias_GL, seen_GL, scaling, pairs, scores_of))
     output_THK = layout.join(outputs)
     scores_T = head_weighted_attention(layout.join(rows), _norms(output_THK)) if rows else None
     return output_THK[None], scores_T
 
 
-def _buckets(layout: Layout, x_1HTK: Tensor) -> list[Tensor]:
-    """A view of each bucket, (G, H, L, K); in memory tokens before heads, as linear layers and the kernel have it."""
-    if len(layout.rows) == 1:
-        return [x_1HTK[:, :, : layout.rows[0]]]
-    return [x_GLHK.transpose(1, 2) for x_GLHK in layout.split(x_1HTK[0].transpose(0, 1))]
+def _bucket_row(
+    q_GLHK: Tensor,
+    k_GLHK: Tensor,
+    key_bias_GL: Tensor,
+    seen_GL: Tensor | None,
+    scaling: float,
+    pairs_GHLL: Tensor | None,
+    query: Query,
+) -> Tensor:
+    """What the class token, or the mean query, of each image of a bucket pays to its rows, (G, L, H)."""
+    bias_GLH = key_bias_GL[..., None]
+    if query == "mean":
+        weights_GL = key_bias_GL.exp() if seen_GL is None else key_bias_GL.exp() * seen_GL
+        return attention_row(mean_query(q_GLHK, weights_GL), k_GLHK, scaling, bias_GLH, seen_GL)
+    if pairs_GHLL is not None:
+        bias_GLH = bias_GLH + pairs_GHLL[:, :, 0].mT
+    return attention_row(q_GLHK[:, 0], k_GLHK, scaling, bias_GLH, seen_GL)
 
 
 def _ghost_keys(layout: Layout, biases: list[Tensor], learning: Learning) -> list[GhostKeys]:

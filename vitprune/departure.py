@@ -11,9 +11,11 @@ longest image before it, D width, X tokens that a mask names, in the order of th
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from vitprune.tokens import NOBODY, Layout, Learning, TokenBatch
 
@@ -75,10 +77,26 @@ class _Move:
     lingering: tuple[Tensor, Tensor] | None = None
     lasting: tuple[Tensor, Tensor] | None = None
 
-    @property
-    def itself(self) -> list[tuple[Tensor, Tensor]]:
-        """Everything that goes on as what it was: tokens that stay and ghosts."""
-        return [moved for moved in (self.kept, self.lingering, self.lasting) if moved is not None]
+    @cached_property
+    def itself(self) -> tuple[Tensor, Tensor]:
+        """Rows before and after of everything that goes on as what it was: tokens that stay and ghosts."""
+        moves = [moved for moved in (self.kept, self.lingering, self.lasting) if moved is not None]
+        before, after = zip(*moves, strict=True)
+        return (torch.cat(before), torch.cat(after)) if len(moves) > 1 else moves[0]
+
+    def take_along(self, values_T: Tensor, default: Tensor | float) -> Tensor:
+        """What each row after the stage has of what was known of it before, (T',); rows that are new have `default`."""
+        before, after = self.itself
+        return self.put(values_T.index_select(0, before), after, default)
+
+    def put(self, values_X: Tensor, after: Tensor, default: Tensor | float) -> Tensor:
+        """Values at rows after the stage, and elsewhere `default`."""
+        rows = self.layout.num_rows
+        if isinstance(default, Tensor):
+            return default.index_copy(0, after, values_X)
+        if len(self.layout.lengths) == 1 and self.lingering is None:  # then they are the first rows
+            return F.pad(values_X, (0, rows - len(values_X)), value=default) if rows > len(values_X) else values_X
+        return values_X.new_full((rows,), default).index_copy_(0, after, values_X)
 
 
 def depart(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[TokenBatch, Tensor]:
@@ -89,40 +107,47 @@ def depart(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[Token
     move = _plan(batch, x_TD, departure)
     if move is None:
         return batch, x_TD
-    # what isn't a token that stays, fillers and tokens that `fuse` adds, begins as a copy of the image's first
-    source_T = move.layout.spread(batch.layout.starts, x_TD.device)
-    positions_T = torch.full_like(source_T, NOBODY)
-    for before, after in move.itself:
-        source_T.index_copy_(0, after, before)
-        positions_T.index_copy_(0, after, batch.positions_T.index_select(0, before))
-    y_TD = x_TD.index_select(0, source_T)
+    positions_T = move.take_along(batch.positions_T, NOBODY)
+    y_TD = x_TD.index_select(0, _sources(batch, move))
     sizes_T = learns_T = None
     if not departure.leaves:
         y_TD, sizes_T, learns_T = _give(batch, x_TD, y_TD, departure, move)
-    carriers_BN = _redirect(batch, move.slots_BM)
+    carriers_BN = _redirect(batch, move.slots_BM, departure)
     learning = None if departure.teaching is None else _learning(departure, departure.teaching, move, learns_T)
-    return TokenBatch(move.layout, batch.num_prefix_tokens, positions_T, sizes_T, carriers_BN, learning), y_TD
+    has_carriers = batch.has_carriers and not departure.leaves
+    after = TokenBatch(move.layout, batch.num_prefix_tokens, positions_T, sizes_T, carriers_BN, learning, has_carriers)
+    return after, y_TD
+
+
+def _sources(batch: TokenBatch, move: _Move) -> Tensor:
+    """Row before the stage that each row after it is a copy of, (T',).
+
+    What isn't a token that stays, fillers and tokens that `fuse` adds, begins as a copy of the image's first.
+    """
+    before, after = move.itself
+    if len(batch.lengths) == 1:
+        return move.put(before, after, 0)
+    return move.put(before, after, move.layout.spread(batch.layout.starts, before.device))
 
 
 def _plan(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> _Move | None:
     """None where nothing leaves and nothing is learned."""
     keep_BM, teaching = departure.keep_BM, departure.teaching
     counts_BM = keep_BM.cumsum(1)
-    kept_B = counts_BM[:, -1]
     linger_BM = departure.linger_BM
     if linger_BM is None:
-        kept, counts = kept_B.tolist(), []
+        kept, counts = counts_BM[:, -1].tolist(), []
         if tuple(kept) == batch.lengths:
             return None
     else:
-        kept, counts = torch.stack([kept_B, linger_BM.sum(1)]).tolist()
+        kept, counts = torch.stack([counts_BM[:, -1], linger_BM.sum(1)]).tolist()
     if teaching is not None and teaching.lasting and batch.layout.ghosts:
         counts = [sum(pair) for pair in zip(counts, batch.layout.ghosts, strict=True)]
     # `fuse` adds one at the end of an image that loses something
     fuses = departure.fuse_weights_BM is not None
     lengths = [count + (fuses and count < length) for count, length in zip(kept, batch.lengths, strict=True)]
     layout = Layout.fitting(lengths, counts, x_TD)
-    slots_BM = _destinations(departure, counts_BM - 1, kept_B)
+    slots_BM = _destinations(departure, counts_BM - 1)
     rows_BM = layout.rows_of(slots_BM)
     move = _Move(layout, slots_BM, rows_BM, _select(batch, rows_BM, keep_BM))
     return move if linger_BM is None else _with_ghosts(batch, move, linger_BM, stand_for_themselves=departure.leaves)
@@ -145,16 +170,13 @@ def _with_ghosts(batch: TokenBatch, move: _Move, linger_BM: Tensor, *, stand_for
     return replace(move, lasting=(old, first_B1.squeeze(1).index_select(0, images) + places))
 
 
-def _destinations(departure: Departure, slots_BM: Tensor, kept_B: Tensor) -> Tensor:
-    """Which of its image's tokens each token is or becomes part of, (B, M).
-
-    slots_BM: of those that stay. kept_B: how many do.
-    """
+def _destinations(departure: Departure, slots_BM: Tensor) -> Tensor:
+    """Which of its image's tokens each token is or becomes part of, (B, M); slots_BM: of those that stay."""
     keep_BM, takers_BM = departure.keep_BM, departure.takers_BM
     if takers_BM is not None:
         return torch.where(keep_BM, slots_BM, slots_BM.gather(1, takers_BM))
     if departure.fuse_weights_BM is not None:
-        return torch.where(keep_BM, slots_BM, kept_B[:, None])
+        return torch.where(keep_BM, slots_BM, slots_BM[:, -1:] + 1)
     return torch.where(keep_BM, slots_BM, NOBODY)
 
 
@@ -162,21 +184,18 @@ def _give(
     batch: TokenBatch, x_TD: Tensor, y_TD: Tensor, departure: Departure, move: _Move
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hands tokens that leave to their takers; returns hidden states, sizes and, in training, whose sizes learn."""
-    gives_BM, takers_BM, teaching = batch.valid_BM & ~departure.keep_BM, move.rows_BM, departure.teaching
+    gives_BM, takers_BM, teaching = batch.valid_BM ^ departure.keep_BM, move.rows_BM, departure.teaching
     if teaching is not None:  # those that stay give nothing, but with a gradient
         is_fused_B1 = gives_BM.any(1, keepdim=True) | (departure.takers_BM is not None)
         gives_BM = gives_BM | (teaching.near_BM & is_fused_B1)
         takers_BM = _takers_of_all(departure, move)
     left, takers = _select(batch, takers_BM, gives_BM)
-    old_sizes_T = x_TD.new_ones(len(x_TD), dtype=torch.float32) if batch.sizes_T is None else batch.sizes_T
+    old_sizes_T = batch.sizes_T if batch.sizes_T is not None else x_TD.new_ones(len(x_TD), dtype=torch.float32)
     given = old_sizes_T.index_select(0, left)
     amounts = None if teaching is None else 1 - teaching.mask_BM[gives_BM]
     if amounts is not None:
         given = given * amounts
-    sizes_T = old_sizes_T.new_zeros(len(y_TD))
-    for before, after in move.itself:
-        sizes_T.index_copy_(0, after, old_sizes_T.index_select(0, before))
-    sizes_T.index_add_(0, takers, given)
+    sizes_T = move.take_along(old_sizes_T, 0.0).index_add_(0, takers, given)
     states = x_TD.index_select(0, left)
     if departure.fuse_weights_BM is None:
         _merge_(y_TD, states, takers, given / sizes_T.index_select(0, takers))
@@ -237,8 +256,10 @@ def _fuse_(y_TD: Tensor, left: Tensor, takers: Tensor, weights: Tensor) -> None:
     y_TD.index_copy_(0, extra, means.to(y_TD.dtype))
 
 
-def _redirect(batch: TokenBatch, slots_BM: Tensor) -> Tensor:
+def _redirect(batch: TokenBatch, slots_BM: Tensor, departure: Departure) -> Tensor:
     carriers_BN = batch.carriers_BN
+    if batch.has_carriers and not departure.leaves:
+        return slots_BM.gather(1, carriers_BN)
     if batch.learning is not None:  # ghosts of the stage before are gone now
         carriers_BN = torch.where(batch.present_BN, carriers_BN, NOBODY)
     return slots_BM.gather(1, carriers_BN.clamp(min=0)).masked_fill_(carriers_BN == NOBODY, NOBODY)

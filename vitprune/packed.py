@@ -123,7 +123,14 @@ class PackedPass:
             batch = self._dense(hidden_states)
         positions_BM = batch.pad(batch.positions_T) if policy.spec.select == "random" else None
         decision = decide(
-            policy, stage, self._call.findings, batch.valid_BM, positions_BM, self.observers, ask_all=self.learns
+            policy,
+            stage,
+            self._call.findings,
+            batch.valid_BM,
+            positions_BM,
+            self.observers,
+            fewest=min(batch.lengths),
+            ask_all=self.learns,
         )
         weights_BM = fuse_weights(policy, decision) if policy.spec.dropped == "fuse" else None
         teaching = self._teaching(stage, decision) if self.learns else None

@@ -92,11 +92,13 @@ def decide(
     positions_BM: Tensor | None,
     observers: tuple[Observer, ...],
     *,
+    fewest: int = 0,
     ask_all: bool = False,
 ) -> Decision:
     """Applies the policy at one stage to what the block before found.
 
     positions_BM: index of each token in the dense sequence; asked for by a random choice alone.
+    fewest: tokens that each image has at least, as far as the host knows.
     ask_all: find a taker for tokens that stay, too, as the gradient of a mask asks what would be if they left.
     """
     scores_BM, anchors_BM = _scores(policy, stage, findings, valid_BM, positions_BM)
@@ -106,7 +108,9 @@ def decide(
     prefix = policy.num_prefix_tokens
     match policy.spec.select:
         case "threshold":
-            keep_BM = above_threshold(scores_BM, level, prefix + policy.spec.min_tokens)
+            anchors = (max(fewest - prefix, 0) + 1) // 2 if policy.is_redundancy else 0
+            certain = prefix + anchors
+            keep_BM = above_threshold(scores_BM, level, prefix + policy.spec.min_tokens, certain=certain)
         case "top-k" | "random" | "tome":
             counts_B = (level * (valid_BM.sum(1) - prefix)).round().long().clamp(min=policy.spec.min_tokens)
             keep_BM = top_counts(scores_BM, counts_B + prefix) | (scores_BM == torch.inf)

@@ -14,10 +14,13 @@ from torch import Tensor
 BAND = 9.0
 
 
-def above_threshold(scores_BM: Tensor, threshold: Tensor, at_least: int) -> Tensor:
-    """bool (B, M): tokens with S(i) > θ, and in any case the `at_least` best of each image (prefix included)."""
+def above_threshold(scores_BM: Tensor, threshold: Tensor, at_least: int, *, certain: int = 0) -> Tensor:
+    """bool (B, M): tokens with S(i) > θ, and in any case the `at_least` best of each image (prefix included).
+
+    certain: as many tokens of each image are known to stay; where they are enough, the device isn't asked.
+    """
     above_BM = ~(scores_BM <= threshold)  # so what is no number stays
-    if int(above_BM.sum(1).min()) >= at_least:  # then the best are among them
+    if certain >= at_least or int(above_BM.sum(1).min()) >= at_least:  # then the best are among them
         return above_BM
     least_B1 = scores_BM.topk(min(at_least, scores_BM.shape[1]), dim=1).values[:, -1:]
     better_BM, equal_BM = scores_BM > least_B1, scores_BM == least_B1
