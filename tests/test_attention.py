@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
@@ -17,9 +17,26 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from written_out import (
+    DENSE,
+    SCALING,
+    H,
+    K,
+    bias_of,
+    dense_attention,
+    every_layout,
+    images_of,
+    mean_score,
+    of_images,
+    packed,
+    relative_positions,
+    score,
+    with_or_without_sizes,
+)
 
 from vitprune import attention
-from vitprune.attention import AttentionCall, MaskedTokens, Query, attention_forward, calling, masked_attention_weights
+from vitprune.attention import AttentionCall, MaskedTokens, attention_forward, calling, masked_attention_weights
+from vitprune.packed_attention import Query, packed_attention
 from vitprune.tokens import NOBODY, Layout, TokenBatch
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
@@ -27,18 +44,6 @@ EXACT = Tolerance(rtol=0.0, atol=0.0)
 FLOAT32 = Tolerance(rtol=1e-5, atol=1e-6)
 # the published masked softmax adds 1e-6
 PUBLISHED_EPS = Tolerance(rtol=1e-5, atol=1e-5)
-
-H, K, SCALING = 3, 8, 0.3
-LENGTHS = (6, 2, 9)
-QKV = tuple[Tensor, Tensor, Tensor]
-# tokens of the dense sequence that packed ones are left of
-DENSE = 12
-
-# a bucket for every length, buckets of a few, and one for all
-every_alignment = pytest.mark.parametrize("alignment", [1, 4, 16])
-# uneven batches and even ones go different ways
-every_layout = pytest.mark.parametrize("lengths", [LENGTHS, (5, 5, 5)], ids=["uneven", "even"])
-with_or_without_sizes = pytest.mark.parametrize("sized", [False, True], ids=["plain", "sized"])
 
 
 class Layer(nn.Module):
@@ -62,101 +67,6 @@ def fused(qkv: Sequence[Tensor], scale: float | None = None) -> Tensor:
     """torch's own attention, laid out as transformers' interface gives it out."""
     query, key, value = qkv
     return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
-
-
-def dense_attention(
-    q_HNK: Tensor, k_HNK: Tensor, v_HNK: Tensor, sizes_N: Tensor, bias_HNN: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """One image alone: weights s_j·exp(a_ij + b_ij) / Σ_j (H, N, N) and context (H, N, K)."""
-    logits = SCALING * q_HNK.double() @ k_HNK.double().transpose(1, 2)
-    exps = sizes_N.double() * (logits + (0.0 if bias_HNN is None else bias_HNN.double())).exp()
-    weights = exps / exps.sum(-1, keepdim=True)
-    return weights.float(), (weights @ v_HNK.double()).float()
-
-
-def score(weights_HNN: Tensor, context_HNK: Tensor) -> Tensor:
-    """S(i) = Σ_h ‖o_h(i)‖ / Σ_h ‖o_h(i)‖ · A_h(cls, i) of one image, (N,)."""
-    result = []
-    for i in range(weights_HNN.shape[1]):
-        norms = [context_HNK[h, i].square().sum().sqrt().item() for h in range(H)]
-        result.append(sum(norms[h] / sum(norms) * weights_HNN[h, 0, i].item() for h in range(H)))
-    return torch.tensor(result)
-
-
-def mean_score(q_HNK: Tensor, k_HNK: Tensor, v_HNK: Tensor, sizes_N: Tensor, bias_HNN: Tensor | None = None) -> Tensor:
-    """The score of one image by its mean query q̄ = Σ s_j·q_j / Σ s_j, which has no position, (N,)."""
-    _, context = dense_attention(q_HNK, k_HNK, v_HNK, sizes_N, bias_HNN)
-    rows = []
-    for h in range(H):
-        mean = sum((s * q for s, q in zip(sizes_N, q_HNK[h], strict=True)), torch.zeros(K)) / sizes_N.sum()
-        exps = [s.item() * math.exp(SCALING * float(mean @ k)) for s, k in zip(sizes_N, k_HNK[h], strict=True)]
-        rows.append(torch.tensor([e / sum(exps) for e in exps]))
-    return score(torch.stack(rows)[:, None].expand(-1, len(sizes_N), -1), context)
-
-
-def packed(
-    sized: bool, lengths: tuple[int, ...] = LENGTHS, alignment: int = 16, row_multiple: int = 1
-) -> tuple[TokenBatch, QKV, list[Tensor]]:
-    """A batch, its q, k and v, and the sizes of each image's tokens."""
-    layout = Layout(lengths, alignment, row_multiple)
-    total = sum(layout.rows) + layout.padding
-    sizes_T, positions_T = torch.zeros(total), torch.full((total,), NOBODY)
-    for start, length in zip(layout.starts, lengths, strict=True):
-        sizes_T[start : start + length] = torch.randint(1, 6, (length,)) if sized else 1
-        positions_T[start : start + length] = torch.randperm(DENSE)[:length].sort().values
-    batch = TokenBatch(layout, 1, positions_T, sizes_T if sized else None, torch.zeros(len(lengths), DENSE))
-    q, k, v = torch.randn(3, 1, H, total, K)
-    return batch, (q, k, v), of_images(batch, sizes_T)
-
-
-def of_images(batch: TokenBatch, values_T: Tensor, dim: int = 0) -> list[Tensor]:
-    """Each image's own part of what has one row a token, without fillers."""
-    images = zip(batch.layout.starts, batch.lengths, strict=True)
-    return [values_T.narrow(dim, start, length) for start, length in images]
-
-
-def images_of(batch: TokenBatch, qkv: QKV, sizes: list[Tensor]) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Each image's own q, k, v and sizes."""
-    q, k, v = (of_images(batch, x[0], 1) for x in qkv)
-    return zip(q, k, v, sizes, strict=True)
-
-
-def bias_of(positions: list[int], bias_1HNN: Tensor) -> Tensor:
-    """The bias of one image's pairs of tokens, (H, L, L); nothing for a token without a position."""
-    own = torch.zeros(H, len(positions), len(positions))
-    for i, p in enumerate(positions):
-        for j, q in enumerate(positions):
-            if NOBODY not in (p, q):
-                own[:, i, j] = bias_1HNN[0, :, p, q]
-    return own
-
-
-@every_alignment
-@every_layout
-@with_or_without_sizes
-def test_packed_attention_is_each_image_alone(alignment: int, sized: bool, lengths: tuple[int, ...]) -> None:
-    batch, qkv, sizes = packed(sized, lengths, alignment)
-    output, scores = attention.packed_attention(*qkv, batch, SCALING, scores_of="class")
-    assert scores is not None
-    for ours, score_T, image in zip(
-        of_images(batch, output[0]), of_images(batch, scores), images_of(batch, qkv, sizes), strict=True
-    ):
-        weights, context = dense_attention(*image)
-        assert_close(ours.transpose(0, 1), context, **FLOAT32)
-        assert_close(score_T, score(weights, context), **FLOAT32)
-
-
-@every_alignment
-@with_or_without_sizes
-def test_an_image_that_is_not_finite_stays_alone(alignment: int, sized: bool) -> None:
-    batch, qkv, _ = packed(sized, alignment=alignment)
-    expected, _ = attention.packed_attention(*qkv, batch, SCALING)
-    is_image = batch.layout.images(expected.device) == 1
-    for x in qkv:
-        x[:, :, is_image] = torch.nan
-    ours, _ = attention.packed_attention(*qkv, batch, SCALING)
-    assert_close(ours[:, ~is_image], expected[:, ~is_image], **EXACT)
-    assert ours[:, is_image].isnan().all()
 
 
 @every_layout
@@ -238,8 +148,8 @@ def test_a_token_of_size_two_counts_like_the_token_twice() -> None:
     doubled = TokenBatch(Layout((7,)), 1, torch.arange(7), None, torch.zeros(1, 7))
     sizes = torch.tensor([1.0, 1, 1, 2, 1, 1])
     merged = TokenBatch(Layout((6,)), 1, torch.arange(6), sizes, torch.zeros(1, 6))
-    expected, _ = attention.packed_attention(q[:, :, twice], k[:, :, twice], v[:, :, twice], doubled, SCALING)
-    ours, _ = attention.packed_attention(q, k, v, merged, SCALING)
+    expected, _ = packed_attention(q[:, :, twice], k[:, :, twice], v[:, :, twice], doubled, SCALING)
+    ours, _ = packed_attention(q, k, v, merged, SCALING)
     assert_close(ours, expected[:, torch.tensor([0, 1, 2, 3, 5, 6])], **FLOAT32)
 
     masked = masked_attention_weights(q, k, SCALING, MaskedTokens(torch.ones(1, 6), sizes[None]))
@@ -290,32 +200,6 @@ def test_the_default_scaling_is_one_over_the_root_of_the_head_width() -> None:
 # --- a bias of pairs of positions ---
 
 
-def relative_positions() -> Tensor:
-    return torch.randn(1, H, DENSE, DENSE)
-
-
-@every_alignment
-@every_layout
-@with_or_without_sizes
-def test_in_packed_attention_the_bias_goes_by_position(alignment: int, sized: bool, lengths: tuple[int, ...]) -> None:
-    batch, qkv, sizes = packed(sized, lengths, alignment)
-    if sized:  # a token that a stage added, at the end of the first image
-        batch.positions_T[batch.layout.starts[0] + lengths[0] - 1] = NOBODY
-    bias = relative_positions()
-    output, scores = attention.packed_attention(*qkv, batch, SCALING, bias, "class")
-    assert scores is not None
-    for ours, score_T, image, positions in zip(
-        of_images(batch, output[0]),
-        of_images(batch, scores),
-        images_of(batch, qkv, sizes),
-        of_images(batch, batch.positions_T),
-        strict=True,
-    ):
-        weights, context = dense_attention(*image, bias_of(positions.tolist(), bias))
-        assert_close(ours.transpose(0, 1), context, **FLOAT32)
-        assert_close(score_T, score(weights, context), **FLOAT32)
-
-
 @pytest.mark.parametrize("added", [0, 1], ids=["as many as there were", "one that a stage added"])
 @with_or_without_sizes
 def test_in_masked_attention_the_bias_goes_by_position(
@@ -350,19 +234,6 @@ def test_in_dense_attention_the_bias_is_added_as_it_is() -> None:
 
 
 # --- scores of the mean query ---
-
-
-@every_alignment
-@every_layout
-@with_or_without_sizes
-def test_packed_attention_scores_by_the_mean_query_of_each_image(
-    alignment: int, sized: bool, lengths: tuple[int, ...]
-) -> None:
-    batch, qkv, sizes = packed(sized, lengths, alignment)
-    _, scores = attention.packed_attention(*qkv, batch, SCALING, scores_of="mean")
-    assert scores is not None
-    for ours, image in zip(of_images(batch, scores), images_of(batch, qkv, sizes), strict=True):
-        assert_close(ours, mean_score(*image), **FLOAT32)
 
 
 @with_or_without_sizes

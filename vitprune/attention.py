@@ -1,9 +1,10 @@
 """Dense, masked and packed attention behind the one function that transformers' layers call.
 
-Knows how a block attends and what its attention says about the tokens; leaves what follows from that to `packed` and
-`masked`. Inside `calling(call)` a layer attends as its `AttentionCall` says; elsewhere as under sdpa.
+Knows how a block attends and what its attention says about the tokens; leaves kernels for packed tokens to
+`packed_attention`, and what follows from what was found to `packed` and `masked`. Inside `calling(call)` a layer
+attends as its `AttentionCall` says; elsewhere as under sdpa.
 
-Shapes: B images, N tokens of an image, T tokens of the batch laid end to end, M tokens of the longest image, H heads,
+Shapes: B images, N tokens of an image, T rows of the batch laid end to end, M tokens of the longest image, H heads,
 K head width.
 """
 
@@ -13,8 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from itertools import repeat
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,13 +24,12 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vitprune.ghost_attention import GhostKeys, ghost_attention
+from vitprune.packed_attention import Query, context_norms, packed_attention
 from vitprune.scoring import attention_row, head_weighted_attention, key_metric, mean_query
-from vitprune.tokens import TILE_KEY_ALIGNMENT, Layout, Learning, TokenBatch, needs_tiles
+from vitprune.tokens import TILE_KEY_ALIGNMENT, TokenBatch, needs_tiles
 
 NAME = "vitprune"
 MASKED_SOFTMAX_EPS = 1e-6
-Query = Literal["class", "mean"]
 
 
 @dataclass(frozen=True)
@@ -141,14 +140,16 @@ def attend(
             output = _dense_attention(query, key, value, bias_1HNN, dropout, scale).transpose(1, 2)
             if call.scores_of is not None:
                 row_BNH = _dense_row(query, key, bias_1HNN, scale, call.scores_of)
-                call.findings.attention_scores_BM = head_weighted_attention(row_BNH, _norms(output))
+                call.findings.attention_scores_BM = head_weighted_attention(row_BNH, context_norms(output))
         case MaskedTokens() as tokens:
             weights_BHNN = masked_attention_weights(query, key, scale, tokens, bias_1HNN)
             output = (F.dropout(weights_BHNN, dropout).to(value.dtype) @ value).transpose(1, 2)
             if call.scores_of is not None:
                 of_class = call.scores_of == "class"
                 row_BHN = weights_BHNN[:, :, 0] if of_class else _masked_mean_row(query, key, scale, tokens)
-                call.findings.attention_scores_BM = head_weighted_attention(row_BHN.transpose(1, 2), _norms(output))
+                call.findings.attention_scores_BM = head_weighted_attention(
+                    row_BHN.transpose(1, 2), context_norms(output)
+                )
         case TokenBatch() as batch:
             if dropout:
                 raise ValueError(
@@ -164,12 +165,6 @@ def attend(
     if call.wants_metric:
         call.findings.metric_BMK = key_metric(key.transpose(1, 2))
     return output.contiguous()
-
-
-def _norms(context: Tensor) -> Tensor:
-    """Lengths of context vectors, (…, K) to (…), float32."""
-    # converted afterwards: three times as fast on a CPU, and half precision sums in float32 anyway
-    return torch.linalg.vector_norm(context, dim=-1).float()
 
 
 def masked_attention_weights(
@@ -224,81 +219,6 @@ def _dense_row(q_BHNK: Tensor, k_BHNK: Tensor, bias_1HNN: Tensor | None, scaling
     if query == "mean":
         return attention_row(mean_query(q_BNHK, torch.ones_like(q_BNHK[..., 0, 0])), k_BNHK, scaling)
     return attention_row(q_BNHK[:, 0], k_BNHK, scaling, None if bias_1HNN is None else bias_1HNN[:, :, 0].mT)
-
-
-def packed_attention(
-    q_1HTK: Tensor,
-    k_1HTK: Tensor,
-    v_1HTK: Tensor,
-    batch: TokenBatch,
-    scaling: float,
-    bias_1HNN: Tensor | None = None,
-    scores_of: Query | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Every image attends to its own tokens only: one fused call a bucket of images of as many rows.
-
-    bias_1HNN: added to the logits of each pair of tokens of the dense sequence.
-    Returns the context vectors (1, T, H, K) and, if asked for, AS-ViT's score of each token (T,).
-    """
-    layout, learning = batch.layout, batch.learning
-    outputs, rows = [], []
-    # in memory tokens before heads, as linear layers and the kernel have it
-    queries, keys, values = (layout.split(x_1HTK[0].transpose(0, 1)) for x_1HTK in (q_1HTK, k_1HTK, v_1HTK))
-    biases = layout.split(batch.key_bias_T)
-    ghosts = [None] * len(biases) if learning is None else _ghost_keys(layout, biases, learning)
-    pairs_of = repeat(None, len(biases)) if bias_1HNN is None else _pairs(bias_1HNN, layout.split(batch.positions_T))
-    for q, k, v, key_bias_GL, ghost_keys, pairs in zip(queries, keys, values, biases, ghosts, pairs_of, strict=True):
-        heads_first = (x_GLHK.transpose(1, 2) for x_GLHK in (q, k, v))
-        if ghost_keys is not None:
-            output = ghost_attention(*heads_first, ghost_keys, scaling, pairs)
-        else:
-            bias = key_bias_GL[:, None, None]
-            mask = (bias if pairs is None else bias + pairs).to(q.dtype).expand(-1, -1, q.shape[1], -1)
-            output = F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=scaling)
-        outputs.append(output.transpose(1, 2))
-        if scores_of is not None:
-            seen_GL = None if ghost_keys is None else ghost_keys.mask_GL
-            rows.append(_bucket_row(q, k, key_bias_GL, seen_GL, scaling, pairs, scores_of))
-    output_THK = layout.join(outputs)
-    scores_T = head_weighted_attention(layout.join(rows), _norms(output_THK)) if rows else None
-    return output_THK[None], scores_T
-
-
-def _bucket_row(
-    q_GLHK: Tensor,
-    k_GLHK: Tensor,
-    key_bias_GL: Tensor,
-    seen_GL: Tensor | None,
-    scaling: float,
-    pairs_GHLL: Tensor | None,
-    query: Query,
-) -> Tensor:
-    """What the class token, or the mean query, of each image of a bucket pays to its rows, (G, L, H)."""
-    bias_GLH = key_bias_GL[..., None]
-    if query == "mean":
-        weights_GL = key_bias_GL.exp() if seen_GL is None else key_bias_GL.exp() * seen_GL
-        return attention_row(mean_query(q_GLHK, weights_GL), k_GLHK, scaling, bias_GLH, seen_GL)
-    if pairs_GHLL is not None:
-        bias_GLH = bias_GLH + pairs_GHLL[:, :, 0].mT
-    return attention_row(q_GLHK[:, 0], k_GLHK, scaling, bias_GLH, seen_GL)
-
-
-def _ghost_keys(layout: Layout, biases: list[Tensor], learning: Learning) -> list[GhostKeys]:
-    parts = (layout.split(x_T) for x_T in (learning.mask_T, learning.seen_T, learning.learns_T))
-    return [GhostKeys(*bucket) for bucket in zip(biases, *parts, strict=True)]
-
-
-def _pairs(bias_1HNN: Tensor, positions: list[Tensor]) -> Iterator[Tensor]:
-    """The bias of the pairs of tokens of each bucket's images, (G, H, L, L), from positions (G, L); one at a time."""
-    # nothing is added for a token without a position: −1 is the row and column of zeros at the end
-    bias_HPP = F.pad(bias_1HNN[0], (0, 1, 0, 1))
-    places = bias_HPP.shape[-1]
-    for positions_GL in positions:
-        rows_GL = positions_GL % places
-        pairs_GLL = rows_GL[:, :, None] * places + rows_GL[:, None]
-        # one flat index is twice as fast as two
-        bias_HX = bias_HPP.flatten(1).index_select(1, pairs_GLL.flatten())
-        yield bias_HX.unflatten(1, pairs_GLL.shape).transpose(0, 1)
 
 
 AttentionInterface.register(NAME, attention_forward)

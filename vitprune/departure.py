@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitprune.tokens import NOBODY, Layout, Learning, TokenBatch
+from vitprune.tokens import NOBODY, Layout, Learning, TokenBatch, on_device
 
 
 @dataclass(frozen=True)
@@ -149,16 +149,16 @@ def _plan(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> _Move | None
     layout = Layout.fitting(lengths, counts, x_TD)
     slots_BM = _destinations(departure, counts_BM - 1)
     rows_BM = layout.rows_of(slots_BM)
-    move = _Move(layout, slots_BM, rows_BM, _select(batch, rows_BM, keep_BM))
+    move = _Move(layout, slots_BM, rows_BM, _select(batch, rows_BM, keep_BM, sum(kept)))
     return move if linger_BM is None else _with_ghosts(batch, move, linger_BM, stand_for_themselves=departure.leaves)
 
 
 def _with_ghosts(batch: TokenBatch, move: _Move, linger_BM: Tensor, *, stand_for_themselves: bool) -> _Move:
     """Behind an image's tokens those that linger, and behind them ghosts of earlier stages if they last."""
-    lengths_B = torch.tensor(move.layout.lengths, device=linger_BM.device)
+    lengths_B = on_device(move.layout.lengths, linger_BM.device)
     counts_BM = linger_BM.cumsum(1)
     ghost_slots_BM = lengths_B[:, None] + counts_BM - 1
-    lingering = _select(batch, move.layout.rows_of(ghost_slots_BM), linger_BM)
+    lingering = _select(batch, move.layout.rows_of(ghost_slots_BM), linger_BM, None)
     move = replace(move, lingering=lingering)
     if stand_for_themselves:  # nobody takes them in
         move = replace(move, slots_BM=torch.where(linger_BM, ghost_slots_BM, move.slots_BM))
@@ -189,7 +189,8 @@ def _give(
         is_fused_B1 = gives_BM.any(1, keepdim=True) | (departure.takers_BM is not None)
         gives_BM = gives_BM | (teaching.near_BM & is_fused_B1)
         takers_BM = _takers_of_all(departure, move)
-    left, takers = _select(batch, takers_BM, gives_BM)
+    leave = sum(batch.lengths) - len(move.kept[0]) if teaching is None else None
+    left, takers = _select(batch, takers_BM, gives_BM, leave)
     old_sizes_T = batch.sizes_T if batch.sizes_T is not None else x_TD.new_ones(len(x_TD), dtype=torch.float32)
     given = old_sizes_T.index_select(0, left)
     amounts = None if teaching is None else 1 - teaching.mask_BM[gives_BM]
@@ -223,7 +224,7 @@ def _takers_of_all(departure: Departure, move: _Move) -> Tensor:
 def _learning(departure: Departure, teaching: Teaching, move: _Move, learns_T: Tensor | None) -> Learning:
     images_T, slots_T = move.layout.places(teaching.mask_BM.device)
     # tokens that `fuse` adds are seen too, though no mask speaks of them
-    seen_T = slots_T < torch.tensor(move.layout.lengths, device=slots_T.device).index_select(0, images_T)
+    seen_T = slots_T < on_device(move.layout.lengths, slots_T.device).index_select(0, images_T)
     mask_T = seen_T.float().index_copy(0, move.kept[1], teaching.mask_BM[departure.keep_BM])
     learns_T = torch.zeros_like(seen_T) if learns_T is None else learns_T
     near_X = teaching.near_BM[departure.keep_BM]
@@ -236,9 +237,13 @@ def _learning(departure: Departure, teaching: Teaching, move: _Move, learns_T: T
     return Learning(mask_T, seen_T, learns_T)
 
 
-def _select(batch: TokenBatch, rows_BM: Tensor, mask_BM: Tensor) -> tuple[Tensor, Tensor]:
-    """Of the tokens in a mask the rows before a stage, and those of them that `rows_BM` names."""
-    places_X = mask_BM.flatten().nonzero().squeeze(1)
+def _select(batch: TokenBatch, rows_BM: Tensor, mask_BM: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
+    """Of the tokens in a mask the rows before a stage, and those of them that `rows_BM` names.
+
+    count: how many they are, if the host knows; else it asks the device.
+    """
+    mask_X = mask_BM.flatten()
+    places_X = (mask_X.nonzero() if count is None else mask_X.nonzero_static(size=count)).squeeze(1)
     return batch.rows_at(places_X), rows_BM.flatten().index_select(0, places_X)
 
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 from typing_extensions import assert_never
 
-from vitprune.attention import Findings, Query
+from vitprune.attention import Findings
 from vitprune.cost import CostModel
 from vitprune.cost_table import Costs
+from vitprune.packed_attention import Query
 from vitprune.recipe import PruningSpec
 from vitprune.scoring import most_similar, redundancy, redundancy_weights
 from vitprune.thresholds import above_threshold, random_scores, top_counts

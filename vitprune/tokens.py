@@ -57,6 +57,11 @@ def _row_multiple(rows: int) -> int:
     return multiple
 
 
+def on_device(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """Numbers that the host knows; doesn't wait for what the device still has to do."""
+    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+
+
 @dataclass(frozen=True)
 class Layout:
     """Which rows belong to which image. Images of as many rows lie side by side: rectangles, the buckets.
@@ -79,9 +84,11 @@ class Layout:
     def fitting(cls, lengths: Sequence[int], ghosts: Sequence[int], x_TD: Tensor) -> Layout:
         """As the kernels like it that work on such hidden states."""
         counts = [sum(pair) for pair in zip(lengths, ghosts, strict=True)] if ghosts else list(lengths)
+        if x_TD.device.type != "cpu":
+            return cls(tuple(lengths), ghosts=tuple(ghosts))
         alignment = _alignment(counts, x_TD.shape[-1], TILE_KEY_ALIGNMENT if needs_tiles(x_TD) else KEY_ALIGNMENT)
-        half_on_cpu = x_TD.device.type == "cpu" and x_TD.dtype != torch.float32
-        return cls(tuple(lengths), alignment, _row_multiple(sum(counts)) if half_on_cpu else 1, tuple(ghosts))
+        half = x_TD.dtype != torch.float32
+        return cls(tuple(lengths), alignment, _row_multiple(sum(counts)) if half else 1, tuple(ghosts))
 
     @cached_property
     def rows(self) -> list[int]:
@@ -122,7 +129,7 @@ class Layout:
         """Rows of tokens that are numbered within their image."""
         if len(self.lengths) == 1:
             return slots_BM
-        return slots_BM + torch.tensor(self.starts, device=slots_BM.device)[:, None]
+        return slots_BM + on_device(self.starts, slots_BM.device)[:, None]
 
     def spread(self, numbers: Sequence[int], device: torch.device) -> Tensor:
         """Each image's number at all of its rows, (T,); the last image's go on behind it."""
@@ -130,8 +137,8 @@ class Layout:
         counts[-1] += self.padding
         if len(counts) == 1:
             return torch.full((counts[0],), numbers[0], device=device)
-        in_order = torch.tensor([numbers[image] for image in self.order], device=device)
-        return in_order.repeat_interleave(torch.tensor(counts, device=device), output_size=sum(counts))
+        in_order = on_device([numbers[image] for image in self.order], device)
+        return in_order.repeat_interleave(on_device(counts, device), output_size=sum(counts))
 
     def images(self, device: torch.device) -> Tensor:
         """Image of each row, (T,); the last image's go on behind it."""
@@ -209,12 +216,12 @@ class TokenBatch:
 
     @cached_property
     def lengths_B(self) -> Tensor:
-        return torch.tensor(self.lengths, device=self.positions_T.device)
+        return on_device(self.lengths, self.positions_T.device)
 
     @cached_property
     def starts_B(self) -> Tensor:
         """Row of each image's first token."""
-        return torch.tensor(self.layout.starts, device=self.positions_T.device)
+        return on_device(self.layout.starts, self.positions_T.device)
 
     @cached_property
     def valid_BM(self) -> Tensor:
@@ -228,6 +235,25 @@ class TokenBatch:
         """Row of each place of the padded view; padding repeats the image's last token."""
         slots_M = torch.arange(max(self.lengths), device=self.positions_T.device)
         return self.layout.rows_of(torch.minimum(slots_M, self.lengths_B[:, None] - 1))
+
+    @cached_property
+    def has_row_BM(self) -> Tensor:
+        """True where an image, padded to the most rows, has a row of its own."""
+        rows_B1 = on_device(self.layout.rows, self.positions_T.device)[:, None]
+        return torch.arange(max(self.layout.rows), device=rows_B1.device) < rows_B1
+
+    @cached_property
+    def rows_BM(self) -> Tensor:
+        """Row of each place of images padded to the most rows; padding repeats the image's last row."""
+        last_B1 = on_device(self.layout.rows, self.positions_T.device)[:, None] - 1
+        return self.layout.rows_of(torch.arange(max(self.layout.rows), device=last_B1.device).minimum(last_B1))
+
+    @cached_property
+    def places_T(self) -> Tensor:
+        """Place of each row, numbered through, in images padded to the most rows."""
+        images_T, slots_T = self.layout.places(self.positions_T.device)
+        most = max(self.layout.rows)  # behind the last image are rows that go on beyond it
+        return images_T * most + slots_T.clamp(max=most - 1)
 
     def rows_at(self, places_X: Tensor) -> Tensor:
         """Rows of places of the padded view, which are numbered through."""
@@ -267,7 +293,7 @@ class TokenBatch:
         """Rows of all ghosts and the image of each of them."""
         device = self.positions_T.device
         images_T, slots_T = self.layout.places(device)
-        ghosts_B = torch.tensor(self.layout.ghosts or (0,) * len(self.lengths), device=device)
+        ghosts_B = on_device(self.layout.ghosts or (0,) * len(self.lengths), device)
         beyond_T = slots_T - self.lengths_B.index_select(0, images_T)
         rows = ((beyond_T >= 0) & (beyond_T < ghosts_B.index_select(0, images_T))).nonzero().squeeze(1)
         return rows, images_T.index_select(0, rows)
