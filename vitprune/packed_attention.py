@@ -15,6 +15,7 @@ image, G images of a rectangle (a bucket, or all that are padded) and L rows of 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from itertools import accumulate, repeat
 from typing import Literal
 
@@ -54,14 +55,14 @@ def packed_attention(
     kernel = kernel or kernel_for(q_1HTK, k_1HTK, v_1HTK, batch, bias_1HNN)
     # in memory tokens before heads, as linear layers and the kernels have it
     q, k, v = (x_1HTK[0].transpose(0, 1) for x_1HTK in (q_1HTK, k_1HTK, v_1HTK))
-    rectangles = _Rectangles(batch, padded=kernel != "buckets")
+    rectangles = _Rectangles(batch, q, k, padded=kernel != "buckets")
     if kernel == "varlen":
         output_THK = _varlen(q, k, v, batch, scaling)
     else:
-        output_THK = _rectangular(q, k, v, rectangles, scaling, bias_1HNN)
+        output_THK = _rectangular(rectangles, v, scaling, bias_1HNN)
     if scores_of is None:
         return output_THK[None], None
-    row_TH = _rows(q, k, rectangles, scaling, bias_1HNN, scores_of)
+    row_TH = _rows(rectangles, scaling, bias_1HNN, scores_of)
     return output_THK[None], head_weighted_attention(row_TH, context_norms(output_THK))
 
 
@@ -121,9 +122,20 @@ def _with_sizes(
 class _Rectangles:
     """Rows of images as rectangles: a view a bucket, or all images padded to the longest."""
 
-    def __init__(self, batch: TokenBatch, *, padded: bool) -> None:
+    def __init__(self, batch: TokenBatch, q_THK: Tensor, k_THK: Tensor, *, padded: bool) -> None:
         self.batch, self.padded = batch, padded
         self.layout = batch.layout
+        self._q_THK, self._k_THK = q_THK, k_THK
+
+    @cached_property
+    def queries(self) -> list[Tensor]:
+        """(G, L, H, K) each."""
+        return self.split(self._q_THK)
+
+    @cached_property
+    def keys(self) -> list[Tensor]:
+        """(G, L, H, K) each."""
+        return self.split(self._k_THK)
 
     def split(self, values_T: Tensor, beyond: float | None = None) -> list[Tensor]:
         """(T, …) to (G, L, …) each. beyond: what lies beyond an image's rows; None: a copy of its last."""
@@ -138,15 +150,18 @@ class _Rectangles:
             return self.layout.join(values)
         return values[0].flatten(0, 1).index_select(0, self.batch.places_T)
 
+    @cached_property
     def key_biases(self) -> list[Tensor]:
+        """(G, L) each."""
         return self.split(self.batch.key_bias_T, -torch.inf)
 
+    @cached_property
     def ghost_keys(self) -> list[GhostKeys | None]:
-        learning, biases = self.batch.learning, self.key_biases()
+        learning = self.batch.learning
         if learning is None:
-            return [None] * len(biases)
+            return [None] * len(self.key_biases)
         parts = (self.split(x_T, 0) for x_T in (learning.mask_T, learning.seen_T, learning.learns_T))
-        return [GhostKeys(*bucket) for bucket in zip(biases, *parts, strict=True)]
+        return [GhostKeys(*rectangle) for rectangle in zip(self.key_biases, *parts, strict=True)]
 
     def pairs(self, bias_1HNN: Tensor | None, queries: int | None = None) -> Iterator[Tensor | None]:
         """The bias of the pairs of tokens of each rectangle's images, (G, H, L, L); one at a time.
@@ -167,14 +182,12 @@ class _Rectangles:
             yield bias_HX.unflatten(1, pairs_GQL.shape).transpose(0, 1)
 
 
-def _rectangular(
-    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, rectangles: _Rectangles, scaling: float, bias_1HNN: Tensor | None
-) -> Tensor:
+def _rectangular(rectangles: _Rectangles, v_THK: Tensor, scaling: float, bias_1HNN: Tensor | None) -> Tensor:
     """Context vectors (T, H, K): one fused call a rectangle."""
     outputs = []
-    qkv = zip(*(rectangles.split(x_THK) for x_THK in (q_THK, k_THK, v_THK)), strict=True)
-    keys = zip(rectangles.key_biases(), rectangles.ghost_keys(), rectangles.pairs(bias_1HNN), strict=False)
-    for x, (key_bias_GL, ghost_keys, pairs) in zip(qkv, keys, strict=True):
+    qkv = zip(rectangles.queries, rectangles.keys, rectangles.split(v_THK), strict=True)
+    known = zip(rectangles.key_biases, rectangles.ghost_keys, rectangles.pairs(bias_1HNN), strict=False)
+    for x, (key_bias_GL, ghost_keys, pairs) in zip(qkv, known, strict=True):
         q, k, v = (x_GLHK.transpose(1, 2) for x_GLHK in x)
         if ghost_keys is not None:
             output = ghost_attention(q, k, v, ghost_keys, scaling, pairs)
@@ -186,16 +199,14 @@ def _rectangular(
     return rectangles.join(outputs)
 
 
-def _rows(
-    q_THK: Tensor, k_THK: Tensor, rectangles: _Rectangles, scaling: float, bias_1HNN: Tensor | None, query: Query
-) -> Tensor:
+def _rows(rectangles: _Rectangles, scaling: float, bias_1HNN: Tensor | None, query: Query) -> Tensor:
     """What the class token, or the mean query, of each image pays to its rows, (T, H)."""
     rows = []
-    qk = zip(rectangles.split(q_THK), rectangles.split(k_THK), strict=True)
+    qk = zip(rectangles.queries, rectangles.keys, strict=True)
     # the mean query stands nowhere
     pairs = rectangles.pairs(None if query == "mean" else bias_1HNN, queries=1)
-    keys = zip(rectangles.key_biases(), rectangles.ghost_keys(), pairs, strict=False)
-    for (q, k), (key_bias_GL, ghost_keys, pairs_GH1L) in zip(qk, keys, strict=True):
+    known = zip(rectangles.key_biases, rectangles.ghost_keys, pairs, strict=False)
+    for (q, k), (key_bias_GL, ghost_keys, pairs_GH1L) in zip(qk, known, strict=True):
         bias_GLH = key_bias_GL[..., None] if pairs_GH1L is None else key_bias_GL[..., None] + pairs_GH1L[:, :, 0].mT
         seen_GL = None if ghost_keys is None else ghost_keys.mask_GL
         if query == "mean":
