@@ -1,24 +1,34 @@
 """How much of the speed-up that the MACs allow is real: pruned against dense fused attention (sdpa), interleaved.
 
-    python benchmarks/efficiency.py CHECKPOINT DATA --budget 0.65 --batch-sizes 16 --dtypes float32 bfloat16
+    python benchmarks/efficiency.py CHECKPOINT DATA --budgets 0.65 --batch-sizes 16 --dtypes float32 bfloat16
 
 CHECKPOINT: folder or Hub id of a dense classifier. DATA: as `data.path` in a recipe; timed on real test images, as it
 depends on the images how many tokens stay. Nothing else should run on the machine.
+
+Beside them runs the dense model *cut*: before each stage all images lose as many of their last tokens as the pruned
+model takes from them on average, and nothing is scored, decided, merged or unpacked. What it misses of the MACs' promise
+no pruning could win on this machine. And *attached*: pruned, with thresholds that keep everything.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
+from collections.abc import Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from vitprune import PruningSpec, calibrate, load, prune_
+from vitprune import PruningSpec, calibrate, load, prune_, trace
+from vitprune.anatomy import examine
 from vitprune.checkpoint import load_processor
 from vitprune.data import load_images
-from vitprune.evaluation import describe_environment, measure_throughput
+from vitprune.evaluation import describe_environment
 from vitprune.recipe import DataSpec, SplitSpec
+from vitprune.timing import Runner, time_in_turn
+from vitprune.tracing import KEEPS_ALL, eval_mode, pruning_of
 
 POLICIES = {
     "paper, leave": PruningSpec(score="head-weighted-class-attention", before_blocks=[4, 7, 10], dropped="leave"),
@@ -27,6 +37,8 @@ POLICIES = {
 }
 CALIBRATION_IMAGES = 64
 TIMED_BATCHES = 4
+VIT_SMALL = ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=1000)
+COLUMNS = "policy | dtype | batch | MACs | dense | pruned | speed-up | efficiency | cut's efficiency | attached ÷ dense"
 
 
 def pixels(checkpoint: str, data: str, split: str, count: int) -> Tensor:
@@ -36,36 +48,79 @@ def pixels(checkpoint: str, data: str, split: str, count: int) -> Tensor:
     return images.pixels()
 
 
+class Cut(nn.Module):
+    """A dense model; before a block only the first so many tokens of each image go on. counts: by block."""
+
+    def __init__(self, dense: PreTrainedModel) -> None:
+        super().__init__()
+        self.dense = copy.deepcopy(dense)
+        self.counts: dict[int, int] = {}
+        for block, module in enumerate(examine(self.dense).blocks):
+            module.register_forward_pre_hook(lambda _, args, block=block: self._cut(block, args))
+
+    def _cut(self, block: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        count = self.counts.get(block)
+        return args if count is None else (args[0][:, :count].contiguous(), *args[1:])
+
+    def forward(self, x_BCHW: Tensor) -> None:
+        self.dense(x_BCHW)
+
+
+@torch.no_grad()
+def measure(dense: PreTrainedModel, pruned: PreTrainedModel, batches: Sequence[Tensor], repeats: int) -> str:
+    """One line of the table, from `MACs` on."""
+    attached, cut = copy.deepcopy(pruned), Cut(dense)
+    pruning_of(attached).levels.fill_(KEEPS_ALL)
+    with eval_mode(dense, pruned, attached, cut):
+        with trace(pruned) as seen:
+            for batch in batches:
+                pruned(batch)
+        prefix = pruning_of(pruned).num_prefix_tokens
+        kept = [prefix + mask.sum(1).float().mean() for mask in seen.keep_masks]
+        cut.counts = {block: round(count.item()) for block, count in zip(seen.before_blocks, kept, strict=True)}
+        models = {"dense": dense, "pruned": pruned, "cut": cut, "attached": attached}
+        timings, _ = time_in_turn({name: Runner(model, batches) for name, model in models.items()}, repeats)
+    macs = (seen.macs.sum() / seen.dense_macs.sum()).item()
+    seconds = {name: timing.median for name, timing in timings.items()}
+    faster = {name: seconds["dense"] / s for name, s in seconds.items()}
+    return (
+        f"{macs:.1%} | {1e3 * seconds['dense']:.1f} ms | {1e3 * seconds['pruned']:.1f} ms | {faster['pruned']:.2f} | "
+        f"{macs * faster['pruned']:.2f} | {macs * faster['cut']:.2f} | {1 / faster['attached']:.2f}"
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint")
     parser.add_argument("data")
-    parser.add_argument("--budget", type=float, default=0.65)
+    parser.add_argument("--budgets", type=float, nargs="+", default=[0.65, 0.5])
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--only", default="", help="run the policies whose name contains this")
+    parser.add_argument(
+        "--vit-small", action="store_true", help="ViT-S/16 with random weights in place of the checkpoint's model"
+    )
     args = parser.parse_args()
 
     calibration = pixels(args.checkpoint, args.data, "train", CALIBRATION_IMAGES)
     timed = pixels(args.checkpoint, args.data, "test", TIMED_BATCHES * max(args.batch_sizes))
-    print("| policy | dtype | batch | dense images/s | pruned images/s | speed-up | MACs allow | efficiency |")
-    print("|---|---|---|---|---|---|---|---|")
+    print(f"| {COLUMNS} |\n|{'---|' * (COLUMNS.count('|') + 1)}")
     for dtype in args.dtypes:
-        dense = load(args.checkpoint, dtype=getattr(torch, dtype))
+        torch.manual_seed(0)
+        dense = ViTForImageClassification(VIT_SMALL) if args.vit_small else load(args.checkpoint)
+        dense = dense.to(getattr(torch, dtype))
         for name, spec in POLICIES.items():
             if args.only not in name:
                 continue
-            pruned = prune_(copy.deepcopy(dense), spec)
-            calibrate(pruned, calibration.to(dense.dtype).split(32), args.budget, progress=False)
-            for row in measure_throughput(dense, pruned, timed, args.batch_sizes, args.repeats, progress=False):
-                print(
-                    f"| {name} | {dtype} | {row.batch_size} | {row.dense_images_per_second:.1f} | "
-                    f"{row.pruned_images_per_second:.1f} | {row.speedup:.2f} | {row.ideal_speedup:.2f} | "
-                    f"{row.efficiency:.2f} |",
-                    flush=True,
-                )
-    environment = describe_environment(load(args.checkpoint))
+            for budget in args.budgets:
+                pruned = prune_(copy.deepcopy(dense), spec)
+                calibrate(pruned, calibration.to(dense.dtype).split(32), budget, progress=False)
+                for batch_size in args.batch_sizes:
+                    batches = list(timed[: TIMED_BATCHES * batch_size].to(dense.dtype).split(batch_size))
+                    found = measure(dense, pruned, batches, args.repeats)
+                    print(f"| {name} | {dtype} | {batch_size} | {found} |", flush=True)
+    environment = describe_environment(dense)
     print(f"\n{environment.cpu}, {environment.threads} threads, torch {environment.torch}")
 
 

@@ -100,6 +100,83 @@ def test_a_model_whose_attention_was_changed_says_so(policy: str) -> None:
         model(tiny.images(2))
 
 
+# --- what nobody reads isn't computed ---
+
+CLASS_HEADS = [("vit", 1), ("deit", 2), ("vit-msn", 1), ("vivit", 1), ("ast", 2)]
+
+
+class Rows:
+    """How many rows each linear layer of the last block gets, call by call."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.seen: list[int] = []
+        for module in examine(model).blocks[-1].modules():
+            if isinstance(module, nn.Linear):
+                module.register_forward_hook(lambda module, args, output: self.seen.append(args[0][..., 0].numel()))
+
+
+@pytest.mark.parametrize(("family", "read"), CLASS_HEADS)
+@pytest.mark.parametrize("policy", tiny.REPRESENTATIVE)
+@torch.no_grad()
+def test_of_the_last_block_a_class_head_gets_what_it_reads(family: str, read: int, policy: str) -> None:
+    model, x = pruned(policy, family).eval(), tiny.inputs(family, 3)
+    rows = Rows(model)
+    ours = tiny.answer(tiny.forward(model, x))
+    queries_keys_values = rows.seen[:3]
+    assert min(queries_keys_values) > 3 * read
+    # for those it reads from their queries on; all others are left out
+    assert rows.seen[3:] == [3 * read] * (len(rows.seen) - 3)
+    assert len(rows.seen) >= 3 + 6
+    in_full = tiny.answer(tiny.forward(model, x, output_hidden_states=True))
+    assert_close(ours, in_full, **FLOAT32)
+
+
+@pytest.mark.parametrize("where", ["call", "config", "selection", "backbone", "training"])
+@torch.no_grad()
+def test_whoever_else_reads_the_patches_gets_them(where: str) -> None:
+    model, x = pruned(), tiny.images(2)
+    rows = Rows(model)
+    match where:
+        case "call":
+            hidden_states = model(x, output_hidden_states=True).hidden_states
+            assert [h.shape for h in hidden_states] == [(2, 65, 48)] * 7
+        case "config":
+            model.config.output_hidden_states = True
+            assert model(x).hidden_states[-1].shape == (2, 65, 48)
+        case "selection":
+            assert model(x, output_hidden_states=[-1]).hidden_states[-1].shape == (2, 65, 48)
+        case "backbone":
+            model(x)  # leaves nothing behind
+            rows.seen.clear()
+            assert model.vit(x).last_hidden_state.shape == (2, 65, 48)
+        case "training":
+            model.train()(x)
+    assert len(set(rows.seen)) == 1
+
+
+@torch.no_grad()
+def test_a_forward_that_fails_leaves_the_next_ones_alone() -> None:
+    model = pruned()
+    with pytest.raises(ValueError, match="size"):
+        model(torch.zeros(1, 3, 7, 7))
+    assert model.vit(tiny.images(2)).last_hidden_state.shape == (2, 65, 48)
+
+
+def test_macs_count_the_last_block_as_it_is_executed() -> None:
+    model, x = pruned(), tiny.images(2)
+    with torch.no_grad():
+        with vitprune.trace(model) as for_head:
+            model(x)
+        with vitprune.trace(model) as in_full:
+            model(x, output_hidden_states=True)
+    with vitprune.trace(model.train()) as in_training:
+        model(x)
+    assert (for_head.macs < in_full.macs).all()
+    assert_close(for_head.macs, in_training.macs.detach())
+    cost, tokens = pruning_of(model).cost, 1 + in_full.keep_masks[-1].sum(1).double()
+    assert_close(in_full.macs - for_head.macs, cost.block(5, tokens) - cost.pruned_block(5, tokens))
+
+
 def test_hidden_states_are_dense_sequences_in_a_tuple_too() -> None:
     *_, hidden_states = pruned(family="vit-bare")(tiny.images(2), output_hidden_states=True, return_dict=False)
     assert [h.shape for h in hidden_states] == [(2, 65, 48)] * 7
@@ -191,7 +268,7 @@ def test_macs_follow_from_the_kept_tokens() -> None:
             if block in trace.before_blocks:
                 macs += cost.attention_row(tokens)
                 tokens = 1 + int(trace.keep_masks[trace.before_blocks.index(block)][image].sum())
-            macs += cost.block(block, tokens)
+            macs += cost.pruned_block(block, tokens)
         assert_close(trace.macs[image].item(), macs, **FLOAT32)
 
 

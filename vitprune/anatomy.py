@@ -105,11 +105,11 @@ def first_image(inputs: Inputs) -> Inputs:
     return inputs[:1] if isinstance(inputs, Tensor) else {name: values[:1] for name, values in inputs.items()}
 
 
-def run_backbone(model: nn.Module, inputs: Inputs) -> None:
-    """Runs the part of a model that sees images, for what hooks and traces learn from it."""
+def run_on_images(model: nn.Module, inputs: Inputs) -> None:
+    """Runs the part of a model that sees images, its head included, for what hooks and traces learn from it."""
     assert isinstance(model, PreTrainedModel)
-    backbone = find_backbone(model)
-    backbone(**inputs) if isinstance(inputs, Mapping) else backbone(inputs)
+    sees: Any = find_backbone(model) if model.main_input_name == "input_ids" else model
+    sees(**inputs) if isinstance(inputs, Mapping) else sees(inputs)
 
 
 def count_tokens(anatomy: Anatomy, pixel_values: Tensor) -> int:
@@ -131,6 +131,8 @@ def _dissect(model: PreTrainedModel, backbone: PreTrainedModel, family: Family, 
     # some models have these or not, as their config says
     modules = dict(backbone.named_modules())
     final_norm = None if family.final_norm is None else modules.get(family.final_norm)
+    reads_patches, prefix = family.reads_patches(model), family.num_prefix_tokens(backbone)
+    read = None if reads_patches else prefix
     return Anatomy(
         model_type=backbone.config.model_type,
         family=family,
@@ -139,15 +141,17 @@ def _dissect(model: PreTrainedModel, backbone: PreTrainedModel, family: Family, 
         final_norm=final_norm or blocks[-1],
         pooling=None if family.pooling is None else modules.get(family.pooling),
         inner=backbone.get_submodule(family.inner) if family.inner is not None else None,
-        num_prefix_tokens=family.num_prefix_tokens(backbone),
+        num_prefix_tokens=prefix,
         has_class_token=family.has_class_token(backbone),
-        reads_patches=family.reads_patches(model),
-        cost=_cost(model, blocks, *family.heads(backbone)),
+        reads_patches=reads_patches,
+        cost=_cost(model, blocks, *family.heads(backbone), read),
         is_generic=is_generic,
     )
 
 
-def _cost(model: PreTrainedModel, blocks: tuple[nn.Module, ...], heads: int, head_width: int) -> CostModel:
+def _cost(
+    model: PreTrainedModel, blocks: tuple[nn.Module, ...], heads: int, head_width: int, read: int | None = None
+) -> CostModel:
     """Linear layers inside blocks work on every token. Outside, embeddings and the keys and values of a pooling head
     work on every patch, other linear layers once an image. A text tower isn't counted.
     """
@@ -172,7 +176,13 @@ def _cost(model: PreTrainedModel, blocks: tuple[nn.Module, ...], heads: int, hea
         head_width=head_width,
         patch=patch,
         head=head,
+        read=read,
+        projections=0 if read is None else 3 * heads * head_width * _hidden_size(blocks[-1]),
     )
+
+
+def _hidden_size(block: nn.Module) -> int:
+    return next(module.in_features for module in block.modules() if isinstance(module, nn.Linear))
 
 
 def _linear_macs(block: nn.Module) -> int:

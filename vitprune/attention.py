@@ -54,13 +54,22 @@ class AttentionCall:
 
     tokens: None while all tokens of all images are there.
     scores_of: whose attention the next stage scores tokens by: the class token's, or that of the mean of all queries.
+    read: of how many tokens of an image, the first, the block's output is wanted; None: of all. Such a block runs
+        twice: for `keys_and_values` of all tokens as far as its attention, which ends it by `KeysAndValuesFound`; then
+        to its end on those few.
     Gradient checkpointing runs a layer twice with the same call; the second run only writes the same findings again.
     """
 
     tokens: TokenBatch | MaskedTokens | None = None
     scores_of: Query | None = None
     wants_metric: bool = False
+    read: int | None = None
     findings: Findings = field(default_factory=Findings)
+    keys_and_values: tuple[Tensor, Tensor] | None = None
+
+
+class KeysAndValuesFound(Exception):
+    """The first run of a block that is wanted of few tokens has come as far as it needs to."""
 
 
 # what the attention that runs now is to do
@@ -135,6 +144,8 @@ def attend(
 ) -> Tensor:
     """Attention as `call` says, (B, N, H, K); `bias_1HNN` is added to the logits of the dense sequence's pairs."""
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    if call.read is not None:
+        return _read(query, key, value, scale, call)
     match call.tokens:
         case None:
             output = _dense_attention(query, key, value, bias_1HNN, dropout, scale).transpose(1, 2)
@@ -165,6 +176,22 @@ def attend(
     if call.wants_metric:
         call.findings.metric_BMK = key_metric(key.transpose(1, 2))
     return output.contiguous()
+
+
+def _read(query: Tensor, key: Tensor, value: Tensor, scaling: float, call: AttentionCall) -> Tensor:
+    """Attention of each image's first tokens to all of its tokens, (B, read, H, K)."""
+    if call.keys_and_values is None:
+        call.keys_and_values = key, value
+        raise KeysAndValuesFound
+    key, value = call.keys_and_values
+    bias = None
+    if isinstance(call.tokens, TokenBatch):
+        batch = call.tokens
+        key, value = (batch.pad(x_1HTK[0].transpose(0, 1)).transpose(1, 2) for x_1HTK in (key, value))
+        bias_BM = batch.pad(batch.key_bias_T).masked_fill(~batch.valid_BM, -torch.inf).to(query.dtype)
+        bias = bias_BM[:, None, None].expand(-1, -1, query.shape[2], -1)
+    output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
+    return output.transpose(1, 2).contiguous()
 
 
 def masked_attention_weights(

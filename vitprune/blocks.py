@@ -6,6 +6,7 @@ Leaves what a block is given, and what its attention does, to `packed`, `masked`
 from __future__ import annotations
 
 import inspect
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
@@ -16,9 +17,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vitprune.attention import AttentionCall, calling
+from vitprune.attention import AttentionCall, KeysAndValuesFound, calling
 from vitprune.masked import MaskedPass
 from vitprune.packed import PackedPass
+from vitprune.tokens import TokenBatch
 
 
 class Removable(Protocol):
@@ -89,7 +91,20 @@ class BlockForward:
         # the layer's own forward, without transformers' checkpointing around it
         forward = self.previous or partial(inspect.unwrap(type(self.block).forward), self.block)
         with calling(call, intercept=self.intercept):
-            return forward(*args, **kwargs)
+            if call.read is None:
+                return forward(*args, **kwargs)
+            with suppress(KeysAndValuesFound):
+                forward(*args, **kwargs)
+            return forward(first_tokens(args[0], call), *args[1:], **kwargs)
+
+
+def first_tokens(hidden_states: Tensor, call: AttentionCall) -> Tensor:
+    """Of the hidden states those of the tokens that are wanted behind a block, (B, read, D)."""
+    assert call.read is not None
+    if not isinstance(call.tokens, TokenBatch):
+        return hidden_states[:, : call.read]
+    slots_BR = torch.arange(call.read, device=hidden_states.device).expand(len(call.tokens.lengths), -1)
+    return hidden_states[0, call.tokens.layout.rows_of(slots_BR)]
 
 
 def pack_rope(tables: tuple[Tensor, Tensor], positions: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vitprune.anatomy import Inputs, first_image, run_backbone
+from vitprune.anatomy import Inputs, first_image, run_on_images
 from vitprune.cost import CostModel
 from vitprune.tracing import Pruning, Trace, eval_mode, pruning_of, trace, watching
 
@@ -58,6 +58,8 @@ def calibrate(model: nn.Module, batches: Sequence[Inputs], budget: float, *, pro
         def ratio_at(rate: float) -> float:
             return _set_rate(pruning, passes, rate)
 
+        if start == 0.0 and (ratio := _keep_everything(pruning, passes)) <= budget:
+            return Calibration(tuple(pruning.levels.tolist()), ratio, passes.images, passes.count)
         # of a stage's patches, `rate` leave; the more, the less it costs
         _search(ratio_at, budget, start=start, top=0.95)
         if pruning.spec.select == "threshold":
@@ -94,7 +96,7 @@ def mean_ratio(model: nn.Module, batches: Sequence[Inputs]) -> float:
     """Cost of the pruned pass ÷ that of the dense pass, averaged over the images."""
     with trace(model) as watched:
         for inputs in batches:
-            run_backbone(model, inputs)
+            run_on_images(model, inputs)
     return (watched.costs / watched.dense_costs).mean().item()
 
 
@@ -118,14 +120,14 @@ class _Passes:
     def patches(self) -> int:
         """Patches of an image of this size."""
         with trace(self.model) as watched, eval_mode(self.model):
-            run_backbone(self.model, first_image(self.batches[0]))
+            run_on_images(self.model, first_image(self.batches[0]))
         return watched.keep_masks[0].shape[1]
 
     @torch.no_grad()
     def run(self, watched: Trace) -> float:
         with watching(watched), eval_mode(self.model):
             for inputs in self.batches:
-                run_backbone(self.model, inputs)
+                run_on_images(self.model, inputs)
         self.count += 1
         ratio = (watched.costs / watched.dense_costs).mean().item()
         self.bar.update()
@@ -184,6 +186,14 @@ def _set_rate(pruning: Pruning, passes: _Passes, rate: float) -> float:
     ratio = passes.run(setter)
     setter.apply()
     return ratio
+
+
+def _keep_everything(pruning: Pruning, passes: _Passes) -> float:
+    """The highest levels at which nothing leaves that anybody would miss, from where training can go on."""
+    _set_rate(pruning, passes, 0.0)  # for the temperatures
+    with torch.no_grad():
+        pruning.levels.fill_(0.0 if pruning.spec.select == "threshold" else 1.0)
+    return passes.run(Trace(pruning, pruning.before_blocks))
 
 
 def _scale(pruning: Pruning, passes: _Passes, budget: float) -> float:
@@ -254,6 +264,6 @@ def uniform_rate(cost: CostModel, before_blocks: tuple[int, ...], patches: int, 
     for _ in range(30):
         rate = (low + high) / 2
         tokens = uniform_tokens(before_blocks, len(cost.linear), patches, prefix, rate)
-        macs = sum(cost.block(block, n) for block, n in enumerate(tokens)) + cost.outside(patches)
+        macs = sum(cost.pruned_block(block, n) for block, n in enumerate(tokens)) + cost.outside(patches)
         low, high = (rate, high) if macs > budget * cost.dense(patches, prefix) else (low, rate)
     return low

@@ -26,6 +26,8 @@ class CostModel:
     head_width: K.
     patch: MACs of embedding one patch.
     head: MACs of everything applied once an image (classifier, pooler).
+    read: of how many tokens of an image the head reads the last block's output; None: of all.
+    projections: for each block, MACs of queries, keys and values for one token.
     """
 
     linear: tuple[int, ...]
@@ -33,10 +35,18 @@ class CostModel:
     head_width: int
     patch: int
     head: int
+    read: int | None = None
+    projections: int = 0
 
     def block(self, block: int, tokens: Count) -> Count:
         """Block `block` on `tokens` tokens: linear layers, QKᵀ and the weighted sum of the values."""
         return self.linear[block] * tokens + 2 * self.width * tokens * tokens
+
+    def pruned_block(self, block: int, tokens: Count) -> Count:
+        """Block `block` in a pruned model: the last one makes keys and values of all tokens, and the rest of few."""
+        if self.read is None or block + 1 < len(self.linear):
+            return self.block(block, tokens)
+        return (self.projections + 2 * self.width * self.read) * tokens + self.linear[block] * self.read
 
     def dense(self, patches: Count, prefix: int) -> Count:
         """The whole dense model for one image."""

@@ -145,8 +145,10 @@ def _probe(model: Answers, blocks: tuple[nn.Module, ...], x_BCHW: Tensor, rate: 
 def _table(pruning: Pruning, probes: list[_Probe], dense_seconds: float, batch_size: int) -> CostTable:
     """Fits one curve to blocks of one kind, and one to all stages."""
     stages, linear = pruning.before_blocks, pruning.cost.linear
-    # a block that a stage follows also computes what the stage asks for; before the first stage nothing is packed
-    names = [(linear[block], block + 1 in stages, block >= stages[0]) for block in range(len(linear))]
+    last = None if pruning.cost.read is None else len(linear) - 1
+    # a block that a stage follows also computes what the stage asks for; before the first stage nothing is packed; of
+    # the last one the head may read few tokens
+    names = [(linear[block], block + 1 in stages, block >= stages[0], block == last) for block in range(len(linear))]
     distinct = list(dict.fromkeys(names))
     kinds = tuple(distinct.index(name) for name in names)
     dense_tokens = int(probes[0].tokens.blocks_PB[0].max())

@@ -138,10 +138,13 @@ FAMILIES = {
     "videomae": Family(
         ("VideoMAEForVideoClassification", "VideoMAEModel"), _none, has_class_token=_never, media="videos"
     ),
-    "vivit": Family(("VivitForVideoClassification", "VivitModel"), media="videos"),
+    "vivit": Family(("VivitForVideoClassification", "VivitModel"), media="videos", reads_patches=_all_but_class_heads),
     # Mean of class and distillation token.
     "audio-spectrogram-transformer": Family(
-        ("ASTForAudioClassification", "ASTModel"), lambda backbone: 2, media="sounds"
+        ("ASTForAudioClassification", "ASTModel"),
+        lambda backbone: 2,
+        media="sounds",
+        reads_patches=_all_but_class_heads,
     ),
     # Class token or mean of the kept patches, as the model says.
     "timm_wrapper": Family(
@@ -153,6 +156,7 @@ FAMILIES = {
         has_interface=False,
         inner="timm_model",
         heads=_heads_of_timm,
+        reads_patches=lambda model: _all_but_class_heads(model) or _timm(model).global_pool != "token",
     ),
 }
 

@@ -23,14 +23,18 @@ from vitprune.tokens import TokenBatch
 class PackedPass:
     """The state of one forward. Belongs to that forward alone.
 
+    for_head: nobody but the model's head sees what the last block gives out.
     keep_masks: after each stage so far, bool (B, patches): the patches that are still tokens of their own.
     tally: what it cost so far, counted where somebody observes; None before the first block.
     """
 
-    def __init__(self, policy: Policy, observers: tuple[Observer, ...], *, learns: bool = False) -> None:
+    def __init__(
+        self, policy: Policy, observers: tuple[Observer, ...], *, learns: bool = False, for_head: bool = False
+    ) -> None:
         self.policy = policy
         self.observers = observers
         self.learns = learns
+        self.read = policy.cost.read if for_head and not learns else None
         self.keep_masks: list[Tensor] = []
         self.tally: Tally | None = None
         self.num_tokens = 0
@@ -63,12 +67,13 @@ class PackedPass:
             hidden_states = self._prune(self._stages[block], hidden_states)
         if self.observers:
             assert self.tally is not None
-            self.tally.add_block(block, self._tokens_B)
+            self.tally.add_block(block, self._tokens_B, in_full=self.read is None and not self.learns)
         stage_follows = block + 1 in self._stages
         self._call = AttentionCall(
             tokens=self._batch,
             scores_of=policy.scores_of if stage_follows else None,
             wants_metric=stage_follows and policy.needs_metric,
+            read=self.read if block + 1 == len(policy.cost.linear) else None,
         )
         self._batches.append(self._batch)
         return hidden_states, self._call
@@ -95,7 +100,12 @@ class PackedPass:
         return absent_BN if absent_BN.any() else None
 
     def unpack(self, hidden_states: Tensor) -> Tensor:
-        """Hidden states behind the last block in the dense sequence, (B, N, D); zero for padding."""
+        """Hidden states behind the last block in the dense sequence, (B, N, D); zero for padding.
+
+        Where nobody but the head sees them, those that it reads.
+        """
+        if self.read is not None:
+            return hidden_states
         self._last = self._unpack(self._batch, hidden_states)
         if self._gifts:
             assert self._batch is not None

@@ -31,7 +31,7 @@ def plan(recipe: Recipe) -> Plan:
             tokens_dense=patches + prefix,
             tokens_budget=tokens,
             macs_dense=cost.block(block, float(patches + prefix)),
-            macs_budget=None if tokens is None else cost.block(block, tokens),
+            macs_budget=None if tokens is None else cost.pruned_block(block, tokens),
         )
         for block, tokens in enumerate(expected)
     )

@@ -10,6 +10,7 @@ alone: how many tokens an image keeps is decided by their values.
 
 from __future__ import annotations
 
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +29,8 @@ from vitprune.tokens import TokenBatch
 from vitprune.tracing import Pruning, Trace, is_pruned, pruning_of, watched_traces
 
 SUBMODULE = "vitprune"
+# whether nobody but the model's own head sees what the backbone gives out
+_for_head: ContextVar[bool] = ContextVar("vitprune_for_head", default=False)
 _QUANTIZER_MARKS = ("hf_quantizer", "quantization_method", "is_quantized")
 
 
@@ -36,8 +39,9 @@ def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
 
     In eval mode tokens are removed. In train mode the thresholds learn: all tokens are masked, or, with
     `model.vitprune.execution = "packed"`, tokens are removed that no threshold learns from. Module names stay. With
-    `thresholds: calibrated` everything is kept until `calibrate` has been called. A forward with
-    `output_hidden_states=True` gives dense sequences: a patch that left holds the state of the token that stands for
+    `thresholds: calibrated` everything is kept until `calibrate` has been called. Where the head reads nothing but
+    prefix tokens, the last block computes no more than it needs for them. A forward with `output_hidden_states=True`
+    gives dense sequences: a patch that left holds the state of the token that stands for
     it, or under `leave` the mean of the image's remaining patches.
 
     Raises:
@@ -54,7 +58,7 @@ def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
     device = next(model.parameters()).device
     owner = model if anatomy.inner is None else anatomy.inner
     owner.add_module(SUBMODULE, pruning if device.type == "meta" else pruning.to(device))
-    pruning.handles = _attach(pruning, anatomy)
+    pruning.handles = _attach(model, pruning, anatomy)
     if anatomy.family.has_interface:
         anatomy.backbone.set_attn_implementation(attention.NAME)
     # what `plugin` reads when the model comes back through from_pretrained
@@ -81,7 +85,7 @@ def restore_(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _attach(pruning: Pruning, anatomy: Anatomy) -> list[Removable]:
+def _attach(model: PreTrainedModel, pruning: Pruning, anatomy: Anatomy) -> list[Removable]:
     """Hooks are objects, not closures, so that a copy of the model has hooks of its own."""
     family, backbone = anatomy.family, anatomy.backbone
     handles: list[Removable] = [
@@ -94,11 +98,26 @@ def _attach(pruning: Pruning, anatomy: Anatomy) -> list[Removable]:
     # transformers and timm have a class of that name for stochastic depth
     drops = (module for module in backbone.modules() if type(module).__name__.endswith("DropPath"))
     handles += [module.register_forward_hook(_drop_by_image) for module in drops]
+    if anatomy.cost.read is not None:
+        handles.append(model.register_forward_pre_hook(_begin_for_head, prepend=True, with_kwargs=True))
+        handles.append(model.register_forward_hook(_end_for_head, always_call=True))
     for index, block in enumerate(anatomy.blocks):
         enter = _EnterBlock(index, family.rope, family.pads)
         handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
         handles.append(BlockForward(block, intercept=not family.has_interface).attach())
     return handles
+
+
+@torch.compiler.disable()
+def _begin_for_head(module: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
+    wanted = kwargs.get("output_hidden_states")
+    wanted = module.config.output_hidden_states if wanted is None else wanted
+    _for_head.set(wanted is None or wanted is False)
+
+
+@torch.compiler.disable()
+def _end_for_head(module: nn.Module, args: Any, output: Any) -> None:
+    _for_head.set(False)
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +147,8 @@ class _Begin:
         if module.training and self.pruning.execution == "masked":
             running = RunningForward(MaskedPass(policy, observers))
         else:
-            running = RunningForward(PackedPass(policy, observers, learns=module.training))
+            packed = PackedPass(policy, observers, learns=module.training, for_head=_for_head.get())
+            running = RunningForward(packed)
         if self.inner is not None and self.inner.grad_checkpointing:
             vars(self.inner)["grad_checkpointing"] = False
             running.checkpoints = True
@@ -159,9 +179,11 @@ class _End:
         return output
 
 
-def _unpacked(state: PackedPass | MaskedPass, hidden_states: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    # the first is what block 0 was given: without its padding already
-    return tuple(state.unpack_block_output(max(index - 1, 0), x) for index, x in enumerate(hidden_states))
+def _unpacked(state: PackedPass | MaskedPass, hidden_states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    # the first is what block 0 was given: without its padding already; those that nobody selected are None
+    return tuple(
+        None if x is None else state.unpack_block_output(max(index - 1, 0), x) for index, x in enumerate(hidden_states)
+    )
 
 
 @dataclass(frozen=True, eq=False)

@@ -44,7 +44,7 @@ def head_weighted_attention(attention_BMH: Tensor, context_norms_BMH: Tensor) ->
     R_h(i) = ‖o_h(i)‖₂ / (Σ_h ‖o_h(i)‖₂ + 1e-8) of the norm of the token's own context vectors.
     """
     norms_BM = context_norms_BMH.sum(-1) + 1e-8
-    return torch.linalg.vecdot(attention_BMH, context_norms_BMH) / norms_BM
+    return (attention_BMH * context_norms_BMH).sum(-1) / norms_BM
 
 
 def key_metric(k_THK: Tensor) -> Tensor:

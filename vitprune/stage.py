@@ -177,9 +177,10 @@ class Tally:
         self.macs_B = torch.zeros_like(dense_tokens_B)
         self.seconds_B = torch.zeros_like(dense_tokens_B)
 
-    def add_block(self, block: int, tokens_B: Tensor) -> None:
-        """A block on so many tokens."""
-        self.macs_B = self.macs_B + self.policy.cost.block(block, tokens_B)
+    def add_block(self, block: int, tokens_B: Tensor, *, in_full: bool = False) -> None:
+        """A block on so many tokens. in_full: the last one too, though the head reads few tokens of it."""
+        cost = self.policy.cost
+        self.macs_B = self.macs_B + (cost.block if in_full else cost.pruned_block)(block, tokens_B)
         if self.policy.latency is not None:
             self.seconds_B = self.seconds_B + self.policy.latency.block(block, tokens_B)
 
