@@ -5,9 +5,9 @@
 CHECKPOINT: folder or Hub id of a dense classifier. DATA: as `data.path` in a recipe; timed on real test images, as it
 depends on the images how many tokens stay. Nothing else should run on the machine.
 
-Beside them runs the dense model *cut*: before each stage all images lose as many of their last tokens as the pruned
-model takes from them on average, and nothing is scored, decided, merged or unpacked. What it misses of the MACs' promise
-no pruning could win on this machine. And *attached*: pruned, with thresholds that keep everything.
+Beside them runs the dense model *cut*: at each stage all images lose as many of their last tokens as the pruned model
+takes from them on average, and nothing is scored, decided, merged or unpacked. What it misses of the MACs' promise no
+pruning could win on this machine. And *attached*: pruned, with thresholds that keep everything.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ POLICIES = {
 }
 CALIBRATION_IMAGES = 64
 TIMED_BATCHES = 4
-VIT_SMALL = ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536, num_labels=1000)
+VIT_SMALL = ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536)
 COLUMNS = "policy | dtype | batch | MACs | dense | pruned | speed-up | efficiency | cut's efficiency | attached ÷ dense"
 
 
@@ -56,9 +57,9 @@ class Cut(nn.Module):
         self.dense = copy.deepcopy(dense)
         self.counts: dict[int, int] = {}
         for block, module in enumerate(examine(self.dense).blocks):
-            module.register_forward_pre_hook(lambda _, args, block=block: self._cut(block, args))
+            module.register_forward_pre_hook(partial(self._cut, block))
 
-    def _cut(self, block: int, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def _cut(self, block: int, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         count = self.counts.get(block)
         return args if count is None else (args[0][:, :count].contiguous(), *args[1:])
 
@@ -106,10 +107,10 @@ def main() -> None:
     calibration = pixels(args.checkpoint, args.data, "train", CALIBRATION_IMAGES)
     timed = pixels(args.checkpoint, args.data, "test", TIMED_BATCHES * max(args.batch_sizes))
     print(f"| {COLUMNS} |\n|{'---|' * (COLUMNS.count('|') + 1)}")
+    torch.manual_seed(0)
+    model = ViTForImageClassification(VIT_SMALL) if args.vit_small else load(args.checkpoint)
     for dtype in args.dtypes:
-        torch.manual_seed(0)
-        dense = ViTForImageClassification(VIT_SMALL) if args.vit_small else load(args.checkpoint)
-        dense = dense.to(getattr(torch, dtype))
+        dense = copy.deepcopy(model).to(getattr(torch, dtype))
         for name, spec in POLICIES.items():
             if args.only not in name:
                 continue
@@ -120,7 +121,7 @@ def main() -> None:
                     batches = list(timed[: TIMED_BATCHES * batch_size].to(dense.dtype).split(batch_size))
                     found = measure(dense, pruned, batches, args.repeats)
                     print(f"| {name} | {dtype} | {batch_size} | {found} |", flush=True)
-    environment = describe_environment(dense)
+    environment = describe_environment(model)
     print(f"\n{environment.cpu}, {environment.threads} threads, torch {environment.torch}")
 
 

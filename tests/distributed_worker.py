@@ -26,6 +26,7 @@ from vitprune.data import load_images
 from vitprune.exit_codes import TERMINATED
 from vitprune.finetuning import finetune
 from vitprune.recipe import DataSpec, FinetuneSpec, PruningSpec, SplitSpec
+from vitprune.tracing import pruning_of
 from vitprune.training_state import States
 from vitprune.update import Update
 
@@ -56,8 +57,11 @@ def run(out: Path, settings: dict[str, object]) -> None:
         id2label=None,
     )
     torch.manual_seed(0)
-    dense = tiny.build("vit")
+    dense = tiny.build("vit").double()
     pruned = vitprune.prune_(copy.deepcopy(dense), PruningSpec.model_validate(policy, strict=False))
+    pruning = pruning_of(pruned)
+    pruning.thresholds = torch.nn.Parameter(pruning.thresholds.double())
+    pruning.register_buffer("temperatures", pruning.temperatures.double())
     calibrate(pruned, [batch["pixel_values"] for batch in images.loader(16)], 0.6, progress=False)
     spec = FinetuneSpec.model_validate(settings, strict=False)
     tell_main_to_end(told_at)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +116,8 @@ def test_a_novel_vit_is_recognised(name: str) -> None:
 
 @pytest.mark.parametrize(("name", "family"), [("vit", "vit"), ("vit-bare", "vit-bare"), ("deit", "deit")])
 def test_a_novel_vit_costs_what_its_likeness_costs(name: str, family: str) -> None:
-    assert examine(novel(name)).cost == examine(tiny.build(family)).cost
+    # nobody knows what the head of a novel model reads
+    assert examine(novel(name)).cost == replace(examine(tiny.build(family)).cost, read=None, projections=0)
 
 
 @every_novelty

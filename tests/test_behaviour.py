@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pickle
 from concurrent.futures import ThreadPoolExecutor
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 import tiny
@@ -15,6 +15,7 @@ from tiny import Inputs, Tolerance
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
@@ -122,6 +123,39 @@ def test_dense_macs_are_what_is_executed(family: str) -> None:
     with torch.no_grad(), FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         tiny.forward(model, x)
     assert_close(trace.dense_macs.sum().item(), counter.get_total_flops() / 2, **COUNTED)
+
+
+class Waits(TorchDispatchMode):
+    """Counts operators whose result the host needs, for which it would wait for a GPU."""
+
+    WAITING = frozenset({torch.ops.aten.nonzero.default, torch.ops.aten._local_scalar_dense.default})
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += func in self.WAITING
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_stage_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For how many tokens each image keeps, as every shape depends on it."""
+    model, x = pruned("vit", "redundancy-merge"), tiny.inputs("vit", 5)
+    stages, asked = pruning_of(model).before_blocks, 0
+    lists = Tensor.tolist
+
+    def tolist(tensor: Tensor) -> Any:
+        nonlocal asked
+        asked += 1
+        return lists(tensor)
+
+    monkeypatch.setattr(Tensor, "tolist", tolist)
+    with torch.no_grad(), Waits() as waits:
+        tiny.forward(model, x)
+    assert waits.count == 0
+    # beside all levels, once a forward
+    assert asked == len(stages) + 1
 
 
 def gradients(model: PreTrainedModel, x: Inputs, execution: Execution) -> tuple[Tensor, dict[str, Tensor]]:

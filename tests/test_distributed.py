@@ -17,8 +17,9 @@ from tiny import Tolerance
 from torch.testing import assert_close
 
 WORKER = Path(__file__).parent / "distributed_worker.py"
-# sums of floats in another order, through AdamW
-SAME = Tolerance(rtol=1e-5, atol=1e-5)
+# float64 sums in another order, through AdamW. In float32 every second run of 20 steps has a token whose score lies
+# within rounding of its threshold: it leaves in one run and stays in the other. What is recorded of a step is float32
+SAME = Tolerance(rtol=1e-6, atol=1e-8)
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 PATIENCE = 120  # seconds, for what takes ten
 PAPER = {"before_blocks": [2, 4], "score": "head-weighted-class-attention", "dropped": "leave"}

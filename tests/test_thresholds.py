@@ -28,6 +28,14 @@ def test_what_is_above_the_threshold_stays() -> None:
     assert stays(scores, 0.2, at_least=2) == [[0, 2, 4], [0, 1]]
 
 
+def test_where_enough_are_sure_to_stay_the_best_are_not_looked_for() -> None:
+    scores = torch.tensor([[INF, 0.1, 0.3], [INF, 0.4, 0.1]])
+    keep = above_threshold(scores, torch.tensor(9.0), at_least=2, certain=1)
+    assert keep.tolist() == [[True, False, True], [True, True, False]]
+    # who says so answers for it
+    assert above_threshold(scores, torch.tensor(9.0), at_least=2, certain=2).sum() == 2
+
+
 def test_the_best_stay_below_the_threshold() -> None:
     scores = torch.tensor([[INF, 0.1, 0.3, 0.2, 0.5], [INF, 0.4, 0.1, -INF, -INF]])
     assert stays(scores, 9.0, at_least=3) == [[0, 2, 4], [0, 1, 2]]

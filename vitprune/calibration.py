@@ -150,7 +150,7 @@ class _LevelSetter(Trace):
             if not len(scores):  # anchors only: nothing can leave, whatever the level
                 return current
             patches = valid_BM.sum() - len(valid_BM) * self.pruning.num_prefix_tokens
-            place = (rate * patches / len(scores)).clamp(0, 1).float()
+            place = (rate * patches / len(scores)).clamp(0, 1).to(scores.dtype)
             level = scores.quantile(place)
             self.temperatures.setdefault(stage, []).append(_temperature(scores, place))
         else:

@@ -97,7 +97,7 @@ class _GhostAttention(torch.autograd.Function):
             # a token sees itself whatever its mask; a ghost's size concerns itself alone, which nobody hears of
             own_GC = dlogits_GLC.gather(1, columns_GC[:, None])[:, 0]
             all_GC = dlogits_GLC.sum(1)
-            zeros_GL = torch.zeros_like(bias_GL, dtype=torch.float32)
+            zeros_GL = dlogits_GLC.new_zeros(bias_GL.shape)
             dmask_GL = zeros_GL.scatter_add(1, columns_GC, (all_GC - own_GC) * learns_GC)
             dbias_GL = zeros_GL.scatter_add(1, columns_GC, all_GC * (learns_GC & seen_GL.gather(1, columns_GC)))
         return dq, dk, dv, dbias_GL, dmask_GL, None, None, None, None

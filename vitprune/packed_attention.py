@@ -25,8 +25,8 @@ from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
 from vitprune.ghost_attention import GhostKeys, ghost_attention
-from vitprune.scoring import attention_row, head_weighted_attention, mean_query
-from vitprune.tokens import TokenBatch, on_device
+from vitprune.scoring import at_least_float32, attention_row, head_weighted_attention, mean_query
+from vitprune.tokens import TokenBatch, is_half, on_device
 
 Query = Literal["class", "mean"]
 Kernel = Literal["buckets", "varlen", "padded"]
@@ -70,7 +70,7 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, batch: TokenBatch, bias_1HNN: Te
     """What suits the device and what is asked."""
     if q.device.type == "cpu":
         return "buckets"
-    half = q.dtype in (torch.bfloat16, torch.float16) and q.dtype == k.dtype == v.dtype
+    half = is_half(q) and q.dtype == k.dtype == v.dtype
     # nobody's rows would be uninitialised, and a filler would be a key
     tight = sum(batch.lengths) == batch.layout.num_rows
     fits = q.shape[-1] % FLASH_MULTIPLE == 0 and q.shape[-1] + _SIZE_WIDTH <= FLASH_MOST
@@ -85,9 +85,9 @@ def _has_flash(device: torch.device) -> bool:
 
 
 def context_norms(context: Tensor) -> Tensor:
-    """Lengths of context vectors, (…, K) to (…), float32."""
+    """Lengths of context vectors, (…, K) to (…), at least float32."""
     # converted afterwards: three times as fast on a CPU, and half precision sums in float32 anyway
-    return torch.linalg.vector_norm(context, dim=-1).float()
+    return at_least_float32(torch.linalg.vector_norm(context, dim=-1))
 
 
 def _varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, batch: TokenBatch, scaling: float) -> Tensor:

@@ -10,15 +10,20 @@ from torch import Tensor
 from torch.nn import functional as F
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Half precision is too coarse for scores; a float64 model's stay what they are."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 def attention_row(
     q_BHK: Tensor, k_BMHK: Tensor, scaling: float, bias_BMH: Tensor | None = None, mask_BM: Tensor | None = None
 ) -> Tensor:
-    """One query's row of the attention matrix, (B, M, H), float32: the one extra row that a score costs.
+    """One query's row of the attention matrix, (B, M, H), at least float32: the one extra row that a score costs.
 
     mask_BM: 0/1 with gradient, keys that are seen.
     """
     # element by element: a matrix product of one row takes three times as long
-    logits_BMH = torch.linalg.vecdot(k_BMHK.float(), q_BHK.float()[:, None] * scaling)
+    logits_BMH = torch.linalg.vecdot(at_least_float32(k_BMHK), at_least_float32(q_BHK)[:, None] * scaling)
     if bias_BMH is not None:
         logits_BMH = logits_BMH + bias_BMH
     row_BMH = logits_BMH.softmax(1)
@@ -50,9 +55,9 @@ def head_weighted_attention(attention_BMH: Tensor, context_norms_BMH: Tensor) ->
 def key_metric(k_THK: Tensor) -> Tensor:
     """What similarity of tokens is measured on: keys averaged over heads, of length one (ToMe, arXiv 2210.09461).
 
-    (…, T, H, K) to (…, T, K), float32.
+    (…, T, H, K) to (…, T, K), at least float32.
     """
-    return F.normalize(k_THK.sum(-2, dtype=torch.float32), dim=-1)
+    return F.normalize(k_THK.sum(-2, dtype=torch.promote_types(k_THK.dtype, torch.float32)), dim=-1)
 
 
 def redundancy(

@@ -17,10 +17,13 @@ BAND = 9.0
 def above_threshold(scores_BM: Tensor, threshold: Tensor, at_least: int, *, certain: int = 0) -> Tensor:
     """bool (B, M): tokens with S(i) > θ, and in any case the `at_least` best of each image (prefix included).
 
-    certain: as many tokens of each image are known to stay; where they are enough, the device isn't asked.
+    certain: as many tokens of each image are known to stay.
     """
     above_BM = ~(scores_BM <= threshold)  # so what is no number stays
-    if certain >= at_least or int(above_BM.sum(1).min()) >= at_least:  # then the best are among them
+    if certain >= at_least:
+        return above_BM
+    # a CPU answers at once, and then the best are among them; other devices would have to be waited for
+    if above_BM.device.type == "cpu" and int(above_BM.sum(1).min()) >= at_least:
         return above_BM
     least_B1 = scores_BM.topk(min(at_least, scores_BM.shape[1]), dim=1).values[:, -1:]
     better_BM, equal_BM = scores_BM > least_B1, scores_BM == least_B1
@@ -42,10 +45,10 @@ def top_counts(scores_BM: Tensor, counts_B: Tensor) -> Tensor:
 
 
 def straight_through(scores_BM: Tensor, threshold: Tensor, temperature: Tensor, keep_BM: Tensor) -> Tensor:
-    """The 0/1 mask `keep` with the gradient of m = sigmoid((S − θ)/τ) (AS-ViT), float (B, M)."""
+    """The 0/1 mask `keep` with the gradient of m = sigmoid((S − θ)/τ) (AS-ViT), float32 (B, M)."""
     gone_BM = scores_BM == -torch.inf  # against a threshold of −inf the difference would be NaN
-    soft_BM = torch.sigmoid((scores_BM - threshold).masked_fill(gone_BM, -torch.inf) / temperature)
-    return keep_BM.to(soft_BM.dtype) - soft_BM.detach() + soft_BM
+    soft_BM = torch.sigmoid((scores_BM - threshold).masked_fill(gone_BM, -torch.inf) / temperature).float()
+    return keep_BM.float() - soft_BM.detach() + soft_BM
 
 
 def near_threshold(scores_BM: Tensor, threshold: Tensor, temperature: Tensor) -> Tensor:

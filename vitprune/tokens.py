@@ -31,9 +31,14 @@ HALF_PRECISION_ROWS = 64
 HALF_PRECISION_PADDING = 1 / 32
 
 
+def is_half(x: Tensor) -> bool:
+    """Whether a tensor is in half precision."""
+    return x.dtype in (torch.bfloat16, torch.float16)
+
+
 def needs_tiles(x: Tensor) -> bool:
     """Whether fused attention on such tensors works in tiles of AMX."""
-    return x.device.type == "cpu" and x.dtype != torch.float32 and torch.cpu._is_amx_tile_supported()
+    return x.device.type == "cpu" and is_half(x) and torch.cpu._is_amx_tile_supported()
 
 
 def _alignment(counts: Sequence[int], width: int, least: int) -> int:
@@ -87,8 +92,8 @@ class Layout:
         if x_TD.device.type != "cpu":
             return cls(tuple(lengths), ghosts=tuple(ghosts))
         alignment = _alignment(counts, x_TD.shape[-1], TILE_KEY_ALIGNMENT if needs_tiles(x_TD) else KEY_ALIGNMENT)
-        half = x_TD.dtype != torch.float32
-        return cls(tuple(lengths), alignment, _row_multiple(sum(counts)) if half else 1, tuple(ghosts))
+        row_multiple = _row_multiple(sum(counts)) if is_half(x_TD) else 1
+        return cls(tuple(lengths), alignment, row_multiple, tuple(ghosts))
 
     @cached_property
     def rows(self) -> list[int]:
