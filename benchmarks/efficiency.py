@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from vitprune import PruningSpec, calibrate, load, prune_, trace
@@ -36,17 +37,18 @@ POLICIES = {
     "paper, merge": PruningSpec(score="head-weighted-class-attention", before_blocks=[4, 7, 10], dropped="merge"),
     "redundancy, every block, merge": PruningSpec(),
 }
-CALIBRATION_IMAGES = 64
 TIMED_BATCHES = 4
 VIT_SMALL = ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536)
 COLUMNS = "policy | dtype | batch | MACs | dense | pruned | speed-up | efficiency | cut's efficiency | attached ÷ dense"
 
 
-def pixels(checkpoint: str, data: str, split: str, count: int) -> Tensor:
+def pixels(checkpoint: str, data: str, split: str, count: int, size: int | None = None) -> Tensor:
+    """size: in pixels; None: what the checkpoint's processor gives. DINOv2 takes any."""
     images = load_images(
         DataSpec(path=data), SplitSpec(split=split, limit=count), load_processor(checkpoint), id2label=None
     )
-    return images.pixels()
+    x_BCHW = images.pixels()
+    return x_BCHW if size is None else F.interpolate(x_BCHW, (size, size), mode="bicubic", antialias=True)
 
 
 class Cut(nn.Module):
@@ -99,13 +101,15 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--only", default="", help="run the policies whose name contains this")
+    parser.add_argument("--image-size", type=int, help="in pixels; else what the checkpoint's processor gives")
+    parser.add_argument("--calibration-images", type=int, default=64)
     parser.add_argument(
         "--vit-small", action="store_true", help="ViT-S/16 with random weights in place of the checkpoint's model"
     )
     args = parser.parse_args()
 
-    calibration = pixels(args.checkpoint, args.data, "train", CALIBRATION_IMAGES)
-    timed = pixels(args.checkpoint, args.data, "test", TIMED_BATCHES * max(args.batch_sizes))
+    calibration = pixels(args.checkpoint, args.data, "train", args.calibration_images, args.image_size)
+    timed = pixels(args.checkpoint, args.data, "test", TIMED_BATCHES * max(args.batch_sizes), args.image_size)
     print(f"| {COLUMNS} |\n|{'---|' * (COLUMNS.count('|') + 1)}")
     torch.manual_seed(0)
     model = ViTForImageClassification(VIT_SMALL) if args.vit_small else load(args.checkpoint)
