@@ -30,7 +30,7 @@ class Anatomy:
     backbone: the innermost module whose forward takes the image.
     blocks: the transformer blocks in order.
     final_norm: behind its output the dense sequence comes back; the last block where there is none.
-    pooling, inner, reads_patches: as in `Family`.
+    pooling, inner: as in `Family`.
     is_generic: no entry names the model; its parts were found by looking.
     """
 
@@ -43,7 +43,6 @@ class Anatomy:
     inner: nn.Module | None
     num_prefix_tokens: int
     has_class_token: bool
-    reads_patches: bool
     cost: CostModel
     is_generic: bool = False
 
@@ -131,8 +130,8 @@ def _dissect(model: PreTrainedModel, backbone: PreTrainedModel, family: Family, 
     # some models have these or not, as their config says
     modules = dict(backbone.named_modules())
     final_norm = None if family.final_norm is None else modules.get(family.final_norm)
-    reads_patches, prefix = family.reads_patches(model), family.num_prefix_tokens(backbone)
-    read = None if reads_patches else prefix
+    prefix = family.num_prefix_tokens(backbone)
+    read = None if family.reads_patches(model) else prefix
     return Anatomy(
         model_type=backbone.config.model_type,
         family=family,
@@ -143,7 +142,6 @@ def _dissect(model: PreTrainedModel, backbone: PreTrainedModel, family: Family, 
         inner=backbone.get_submodule(family.inner) if family.inner is not None else None,
         num_prefix_tokens=prefix,
         has_class_token=family.has_class_token(backbone),
-        reads_patches=reads_patches,
         cost=_cost(model, blocks, *family.heads(backbone), read),
         is_generic=is_generic,
     )

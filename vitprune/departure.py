@@ -84,7 +84,7 @@ class _Move:
         before, after = zip(*moves, strict=True)
         return (torch.cat(before), torch.cat(after)) if len(moves) > 1 else moves[0]
 
-    def take_along(self, values_T: Tensor, default: Tensor | float) -> Tensor:
+    def take_along(self, values_T: Tensor, default: float) -> Tensor:
         """What each row after the stage has of what was known of it before, (T',); rows that are new have `default`."""
         before, after = self.itself
         return self.put(values_T.index_select(0, before), after, default)

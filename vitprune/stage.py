@@ -29,7 +29,6 @@ class Policy:
 
     levels: one a stage: thresholds for `select: threshold`, else the part of its patches that an image keeps.
     temperatures: one a stage, τ of the straight-through gradient.
-    reads_patches: the model's answer depends on the patches behind the last block, not on the prefix tokens alone.
     latency: what the budget counts instead of MACs.
     """
 
@@ -40,8 +39,12 @@ class Policy:
     cost: CostModel
     levels: Tensor
     temperatures: Tensor
-    reads_patches: bool = True
     latency: Costs | None = None
+
+    @property
+    def reads_patches(self) -> bool:
+        """Whether the model's answer depends on the patches behind the last block, not on the prefix tokens alone."""
+        return self.cost.read is None
 
     @property
     def is_redundancy(self) -> bool:

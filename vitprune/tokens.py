@@ -88,9 +88,9 @@ class Layout:
     @classmethod
     def fitting(cls, lengths: Sequence[int], ghosts: Sequence[int], x_TD: Tensor) -> Layout:
         """As the kernels like it that work on such hidden states."""
-        counts = [sum(pair) for pair in zip(lengths, ghosts, strict=True)] if ghosts else list(lengths)
         if x_TD.device.type != "cpu":
             return cls(tuple(lengths), ghosts=tuple(ghosts))
+        counts = [sum(pair) for pair in zip(lengths, ghosts, strict=True)] if ghosts else list(lengths)
         alignment = _alignment(counts, x_TD.shape[-1], TILE_KEY_ALIGNMENT if needs_tiles(x_TD) else KEY_ALIGNMENT)
         row_multiple = _row_multiple(sum(counts)) if is_half(x_TD) else 1
         return cls(tuple(lengths), alignment, row_multiple, tuple(ghosts))
@@ -233,25 +233,30 @@ class TokenBatch:
         """True where the padded view holds a token."""
         if len(set(self.lengths)) == 1:
             return self.positions_T.new_ones((len(self.lengths), self.lengths[0]), dtype=torch.bool)
-        return torch.arange(max(self.lengths), device=self.positions_T.device) < self.lengths_B[:, None]
+        return self._slots(self.lengths) < self.lengths_B[:, None]
 
     @cached_property
     def index_BM(self) -> Tensor:
         """Row of each place of the padded view; padding repeats the image's last token."""
-        slots_M = torch.arange(max(self.lengths), device=self.positions_T.device)
-        return self.layout.rows_of(torch.minimum(slots_M, self.lengths_B[:, None] - 1))
+        return self.layout.rows_of(self._slots(self.lengths).minimum(self.lengths_B[:, None] - 1))
+
+    def _slots(self, counts: Sequence[int]) -> Tensor:
+        """Places of one image, padded to the largest of the counts."""
+        return torch.arange(max(counts), device=self.positions_T.device)
+
+    @cached_property
+    def _rows_B1(self) -> Tensor:
+        return on_device(self.layout.rows, self.positions_T.device)[:, None]
 
     @cached_property
     def has_row_BM(self) -> Tensor:
         """True where an image, padded to the most rows, has a row of its own."""
-        rows_B1 = on_device(self.layout.rows, self.positions_T.device)[:, None]
-        return torch.arange(max(self.layout.rows), device=rows_B1.device) < rows_B1
+        return self._slots(self.layout.rows) < self._rows_B1
 
     @cached_property
     def rows_BM(self) -> Tensor:
         """Row of each place of images padded to the most rows; padding repeats the image's last row."""
-        last_B1 = on_device(self.layout.rows, self.positions_T.device)[:, None] - 1
-        return self.layout.rows_of(torch.arange(max(self.layout.rows), device=last_B1.device).minimum(last_B1))
+        return self.layout.rows_of(self._slots(self.layout.rows).minimum(self._rows_B1 - 1))
 
     @cached_property
     def places_T(self) -> Tensor:

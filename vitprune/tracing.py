@@ -46,7 +46,6 @@ class Pruning(nn.Module):
         self.before_blocks = anatomy.stages(spec)
         self.num_prefix_tokens = anatomy.num_prefix_tokens
         self.has_class_token = anatomy.has_class_token
-        self.reads_patches = anatomy.reads_patches
         self.cost = anatomy.cost
         self.dense_attention = anatomy.backbone.config._attn_implementation or "sdpa"
         self.execution: Execution = "masked"
@@ -75,7 +74,6 @@ class Pruning(nn.Module):
             self.cost,
             self.levels,
             self.temperatures,
-            self.reads_patches,
             self.latency,
         )
 
