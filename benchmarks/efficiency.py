@@ -23,14 +23,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
-from vitprune import PruningSpec, calibrate, load, prune_, trace
+from vitprune import PruningSpec, load, trace
 from vitprune.anatomy import examine
 from vitprune.checkpoint import load_processor
+from vitprune.contestants import Contest, twin
 from vitprune.data import load_images
 from vitprune.evaluation import describe_environment
 from vitprune.recipe import DataSpec, SplitSpec
 from vitprune.timing import Runner, time_in_turn
-from vitprune.tracing import KEEPS_ALL, eval_mode, pruning_of
+from vitprune.tracing import Levels, eval_mode, pruning_of
 
 POLICIES = {
     "paper, leave": PruningSpec(score="head-weighted-class-attention", before_blocks=[4, 7, 10], dropped="leave"),
@@ -56,7 +57,7 @@ class Cut(nn.Module):
 
     def __init__(self, dense: PreTrainedModel) -> None:
         super().__init__()
-        self.dense = copy.deepcopy(dense)
+        self.dense = twin(dense)
         self.counts: dict[int, int] = {}
         for block, module in enumerate(examine(self.dense).blocks):
             module.register_forward_pre_hook(partial(self._cut, block))
@@ -70,10 +71,9 @@ class Cut(nn.Module):
 
 
 @torch.no_grad()
-def measure(dense: PreTrainedModel, pruned: PreTrainedModel, batches: Sequence[Tensor], repeats: int) -> str:
+def measure(contest: Contest, levels: Levels, batches: Sequence[Tensor], repeats: int) -> str:
     """One line of the table, from `MACs` on."""
-    attached, cut = copy.deepcopy(pruned), Cut(dense)
-    pruning_of(attached).levels.fill_(KEEPS_ALL)
+    dense, pruned, attached, cut = contest.dense, contest.pruned(levels), contest.attached(), Cut(contest.dense)
     with eval_mode(dense, pruned, attached, cut):
         with trace(pruned) as seen:
             for batch in batches:
@@ -119,11 +119,11 @@ def main() -> None:
             if args.only not in name:
                 continue
             for budget in args.budgets:
-                pruned = prune_(copy.deepcopy(dense), spec)
-                calibrate(pruned, calibration.to(dense.dtype).split(32), budget, progress=False)
+                contest = Contest(dense, spec, own=None)
+                levels = contest.calibrated(calibration.to(dense.dtype).split(32), budget)
                 for batch_size in args.batch_sizes:
                     batches = list(timed[: TIMED_BATCHES * batch_size].to(dense.dtype).split(batch_size))
-                    found = measure(dense, pruned, batches, args.repeats)
+                    found = measure(contest, levels, batches, args.repeats)
                     print(f"| {name} | {dtype} | {batch_size} | {found} |", flush=True)
     environment = describe_environment(model)
     print(f"\n{environment.cpu}, {environment.threads} threads, torch {environment.torch}")
