@@ -247,7 +247,7 @@ def test_an_image_that_is_not_finite_stays_alone(dropped: str, alignment: int, m
     assert torch.equal(batch.unpack(y_TD).isnan().flatten(1).any(1), torch.arange(IMAGES) == 1)
 
 
-def teach(batch: TokenBatch, x_TD: Tensor, dropped: str, *, lasting: bool) -> tuple[TokenBatch, Tensor]:
+def teach(batch: TokenBatch, x_TD: Tensor, dropped: str) -> tuple[TokenBatch, Tensor]:
     """Of each image's patches the 2nd, 5th, … leave near the threshold, the 3rd, 6th, … far from it."""
     slots = torch.arange(batch.valid_BM.shape[1]).expand_as(batch.valid_BM)
     patches = batch.valid_BM & (slots >= PREFIX)
@@ -261,51 +261,15 @@ def teach(batch: TokenBatch, x_TD: Tensor, dropped: str, *, lasting: bool) -> tu
             keep,
             takers_BM=torch.full_like(slots, PREFIX) if dropped == "merge" else None,
             fuse_weights_BM=torch.ones(keep.shape) if dropped == "fuse" else None,
-            teaching=Teaching(mask, leaves_near, lasting=lasting),
+            teaching=Teaching(mask, leaves_near),
         ),
     )
 
 
 @every_kind
-@pytest.mark.parametrize("lasting", [True, False])
-def test_those_near_the_threshold_linger_behind_their_image(dropped: str, lasting: bool) -> None:
-    batch, x_TD, _ = dense()
-    once, once_TD = teach(batch, x_TD, dropped, lasting=lasting)
-    twice, twice_TD = teach(once, once_TD, dropped, lasting=lasting)
-    added = int(dropped == "fuse")
-    assert once.lengths == (PREFIX + 4 + added,) * IMAGES
-    assert once.layout.ghosts == (4,) * IMAGES
-    # of 4 patches, or 5 with the fused one, one or two leave near the threshold
-    near = 1 + added
-    assert twice.layout.ghosts == (near + 4 * lasting,) * IMAGES
-    for image in range(IMAGES):
-        first = once.layout.starts[image] + once.lengths[image]
-        assert once.positions_T[first : first + 4].tolist() == [3, 6, 9, 12]
-        assert_close(once_TD[first : first + 4], x_TD[image * TOKENS + torch.tensor([3, 6, 9, 12])], **EXACT)
-        if lasting:
-            first = twice.layout.starts[image] + twice.lengths[image] + near
-            assert twice.positions_T[first : first + 4].tolist() == [3, 6, 9, 12]
-            assert_close(twice_TD[first : first + 4], x_TD[image * TOKENS + torch.tensor([3, 6, 9, 12])], **EXACT)
-
-
-@every_kind
-def test_a_ghost_is_seen_by_nobody_and_learns(dropped: str) -> None:
-    batch, x_TD, _ = dense()
-    taught, _ = teach(batch, x_TD, dropped, lasting=True)
-    assert taught.learning is not None
-    rows, images = taught.ghost_rows
-    assert images.tolist() == [image for image in taught.layout.order for _ in range(4)]
-    assert not taught.learning.seen_T[rows].any()
-    assert (taught.learning.mask_T[rows] == 0).all()
-    assert taught.learning.learns_T[rows].all()
-    assert int(taught.learning.seen_T.sum()) == sum(taught.lengths)
-    assert not taught.kept_patches()[:, 1::3].any()
-
-
-@every_kind
 def test_what_stays_is_what_inference_keeps(dropped: str) -> None:
     batch, x_TD, _ = dense()
-    taught, taught_TD = teach(batch, x_TD, dropped, lasting=True)
+    taught, taught_TD = teach(batch, x_TD, dropped)
     slots = torch.arange(TOKENS).expand(IMAGES, -1)
     keep = (slots < PREFIX) | ((slots - PREFIX) % 3 == 0)
     inferred, inferred_TD = depart(

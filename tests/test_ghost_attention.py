@@ -1,6 +1,8 @@
-"""Attention with ghosts against the formula written out, forward and gradient."""
+"""Attention whose masks learn against the formula written out, forward and gradient."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -9,103 +11,160 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from vitprune import ghost_attention as module
-from vitprune.ghost_attention import GhostKeys, ghost_attention
+from vitprune.ghost_attention import GhostKeys, SeenKeys, ghosts_among_others, learning_attention
 
 # sums of float32 numbers in another order
 FLOAT32 = Tolerance(rtol=1e-4, atol=1e-5)
 BFLOAT16 = Tolerance(rtol=0.05, atol=0.05)
-G, H, L, K, SCALING = 3, 2, 12, 8, 0.4
-# of 12 rows 7 tokens, 3 ghosts, 2 fillers
-TOKENS, GHOSTS = 7, 3
-every_kernel = pytest.mark.parametrize("fused", [True, False])
+G, H, K, SCALING = 3, 2, 8, 0.4
+# 9 rows of which 2 are fillers, and 4 ghosts, of which the first image has 2
+ROWS, TOKENS, GHOSTS, FEWER = 9, 7, 4, 2
+both_kernels = pytest.mark.parametrize("fused", [True, False])
+with_pairs = pytest.mark.parametrize("paired", [False, True], ids=["plain", "pairs"])
 
 
-def bucket(learns: float = 1.0) -> tuple[tuple[Tensor, Tensor, Tensor], GhostKeys]:
+@dataclass
+class Case:
+    """Tokens and ghosts of a rectangle; rows L, ghosts C, all of them N."""
+
+    qkv: tuple[Tensor, Tensor, Tensor]
+    ghost_qkv: tuple[Tensor, Tensor, Tensor]
+    seen: SeenKeys
+    ghosts: GhostKeys
+    pairs_GHNN: Tensor | None
+
+    @property
+    def pairs_GHLL(self) -> Tensor | None:
+        return None if self.pairs_GHNN is None else self.pairs_GHNN[:, :, :ROWS, :ROWS]
+
+    @property
+    def wanted(self) -> tuple[Tensor, ...]:
+        pairs = () if self.pairs_GHNN is None else (self.pairs_GHNN,)
+        return (*self.qkv, self.seen.bias_GL, self.seen.mask_GL, self.ghosts.mask_GC, *pairs)
+
+    def ours(self) -> Tensor:
+        return learning_attention(*self.qkv, self.seen, self.ghosts, SCALING, self.pairs_GHLL)[:, :, :TOKENS]
+
+    def written_out(self) -> Tensor:
+        """All tokens and ghosts, (G, H, N, K)."""
+        q, k, v = (torch.cat(both, 2) for both in zip(self.qkv, self.ghost_qkv, strict=True))
+        logits = (
+            q @ k.transpose(-1, -2) * SCALING + torch.cat([self.seen.bias_GL, self.ghosts.bias_GC], 1)[:, None, None]
+        )
+        logits = logits if self.pairs_GHNN is None else logits + self.pairs_GHNN
+        mask_GN = torch.cat([self.seen.mask_GL, self.ghosts.mask_GC], 1)
+        weights = logits.exp() * torch.where(torch.eye(ROWS + GHOSTS, dtype=torch.bool), 1.0, mask_GN[:, None])[:, None]
+        return weights / weights.sum(-1, keepdim=True) @ v
+
+
+def case(learns: float = 1.0, *, paired: bool = False) -> Case:
     torch.manual_seed(0)
-    q, k, v = (torch.randn(G, H, L, K).requires_grad_() for _ in range(3))
-    row_L = torch.arange(L)
-    bias_GL = torch.rand(G, L).masked_fill(row_L >= TOKENS + GHOSTS, -torch.inf).requires_grad_()
-    mask_GL = (row_L < TOKENS).float().repeat(G, 1).requires_grad_()
-    learns_GL = torch.rand(G, L) < learns
-    return (q, k, v), GhostKeys(bias_GL, mask_GL, mask_GL.detach().bool(), learns_GL & (row_L < TOKENS + GHOSTS))
+    q, k, v = (torch.randn(G, H, ROWS, K).requires_grad_() for _ in range(3))
+    ghost_qkv = (torch.randn(G, H, GHOSTS, K), torch.randn(G, H, GHOSTS, K), torch.randn(G, H, GHOSTS, K))
+    is_token_L = torch.arange(ROWS) < TOKENS
+    bias_GL = torch.rand(G, ROWS).masked_fill(~is_token_L, -torch.inf).requires_grad_()
+    bias_GC = torch.rand(G, GHOSTS)
+    bias_GC[0, FEWER:] = -torch.inf
+    pairs = torch.randn(G, H, ROWS + GHOSTS, ROWS + GHOSTS, requires_grad=True) if paired else None
+    return Case(
+        (q, k, v),
+        ghost_qkv,
+        SeenKeys(bias_GL, torch.ones(G, ROWS, requires_grad=True), (torch.rand(G, ROWS) < learns) & is_token_L),
+        GhostKeys(
+            lambda: ghost_qkv[1:],
+            bias_GC,
+            torch.zeros(G, GHOSTS, requires_grad=True),
+            None if pairs is None else pairs[:, :, :ROWS, ROWS:].detach(),
+        ),
+        pairs,
+    )
 
 
-def written_out(q: Tensor, k: Tensor, v: Tensor, keys: GhostKeys) -> Tensor:
-    logits = q @ k.transpose(-1, -2) * SCALING + keys.bias_GL[:, None, None]
-    eye = torch.eye(L, dtype=torch.bool)
-    weights = logits.exp() * torch.where(eye, 1.0, keys.mask_GL[:, None])[:, None]
-    return weights / weights.sum(-1, keepdim=True) @ v
-
-
-def tokens_alone(output: Tensor) -> Tensor:
-    """Nobody hears from a ghost or a filler."""
-    return output[:, :, :TOKENS]
-
-
-@every_kernel
-def test_ghosts_see_the_others_and_themselves(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@both_kernels
+@with_pairs
+def test_tokens_see_those_that_are_seen(fused: bool, paired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "has_fused_kernel", lambda device: fused)
-    (q, k, v), keys = bucket()
-    ours = ghost_attention(q, k, v, keys, SCALING)
-    there = slice(0, TOKENS + GHOSTS)
-    assert_close(ours[:, :, there], written_out(q, k, v, keys)[:, :, there], **FLOAT32)
+    rectangle = case(paired=paired)
+    assert_close(rectangle.ours(), rectangle.written_out()[:, :, :TOKENS], **FLOAT32)
 
 
-@every_kernel
-def test_gradients_are_those_of_the_formula(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+@both_kernels
+@with_pairs
+def test_ghosts_see_the_others_and_themselves(fused: bool, paired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "has_fused_kernel", lambda device: fused)
-    qkv, keys = bucket()
-    wanted = (*qkv, keys.bias_GL, keys.mask_GL)
+    rectangle = case(paired=paired)
+    own_bias, mask = rectangle.ghosts.bias_GC[:, None], rectangle.seen.bias_GL.detach()[:, None, None]
+    if rectangle.pairs_GHNN is not None:
+        pairs = rectangle.pairs_GHNN.detach()
+        own_bias = own_bias + pairs[:, :, ROWS:, ROWS:].diagonal(dim1=2, dim2=3)
+        mask = mask + pairs[:, :, ROWS:, :ROWS]
+    _, k, v = rectangle.qkv
+    with torch.no_grad():
+        ours = ghosts_among_others(*rectangle.ghost_qkv, k, v, own_bias, mask.expand(-1, -1, GHOSTS, -1), SCALING)
+    expected = rectangle.written_out()[:, :, ROWS:]
+    assert_close(ours[1:], expected[1:], **FLOAT32)
+    assert_close(ours[0, :, :FEWER], expected[0, :, :FEWER], **FLOAT32)
+
+
+@both_kernels
+@with_pairs
+def test_gradients_are_those_of_the_formula(fused: bool, paired: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "has_fused_kernel", lambda device: fused)
+    rectangle = case(paired=paired)
     weights = torch.randn(G, H, TOKENS, K)
-    expected = torch.autograd.grad((tokens_alone(written_out(*qkv, keys)) * weights).sum(), wanted)
-    ours = torch.autograd.grad((tokens_alone(ghost_attention(*qkv, keys, SCALING)) * weights).sum(), wanted)
+    loss = (rectangle.written_out()[:, :, :TOKENS] * weights).sum()
+    expected = torch.autograd.grad(loss, rectangle.wanted)
+    ours = torch.autograd.grad((rectangle.ours() * weights).sum(), rectangle.wanted)
     assert_close(ours[:3], expected[:3], **FLOAT32)
-    there = slice(0, TOKENS + GHOSTS)
-    assert_close(ours[3][:, there], expected[3][:, there], **FLOAT32)
-    assert_close(ours[4][:, there], expected[4][:, there], **FLOAT32)
-    assert expected[4][:, TOKENS : TOKENS + GHOSTS].abs().min() > 1e-3, "ghosts teach nothing: this test sees little"
+    for gradient, formula in zip(ours[3:5], expected[3:5], strict=True):  # of fillers nobody asks
+        assert_close(gradient[:, :TOKENS], formula[:, :TOKENS], **FLOAT32)
+    assert_close(ours[5], expected[5], **FLOAT32)
+    assert expected[5][1:].abs().min() > 1e-3, "ghosts teach nothing: this test sees little"
+    assert_close(ours[6:], expected[6:], **FLOAT32)
 
 
 def test_only_those_that_learn_have_a_gradient() -> None:
-    qkv, keys = bucket(learns=0.4)
-    everybody = GhostKeys(keys.bias_GL, keys.mask_GL, keys.seen_GL, torch.ones(G, L, dtype=torch.bool))
-    gradients = [
-        torch.autograd.grad(tokens_alone(ghost_attention(*qkv, some, SCALING)).sum(), (keys.bias_GL, keys.mask_GL))
-        for some in (keys, everybody)
-    ]
+    rectangle = case(learns=0.4)
+    everybody = replace(rectangle, seen=replace(rectangle.seen, learns_GL=torch.ones(G, ROWS, dtype=torch.bool)))
+    gradients = [torch.autograd.grad(some.ours().sum(), some.wanted[3:5]) for some in (rectangle, everybody)]
     for ours, all_of_them in zip(*gradients, strict=True):
-        assert_close(ours, torch.where(keys.learns_GL, all_of_them, 0.0), **FLOAT32)
+        assert_close(ours, torch.where(rectangle.seen.learns_GL, all_of_them, 0.0), **FLOAT32)
 
 
-def test_nothing_to_learn_costs_no_columns() -> None:
-    qkv, keys = bucket(learns=0.0)
-    (gradient,) = torch.autograd.grad(
-        tokens_alone(ghost_attention(*qkv, keys, SCALING)).sum(), keys.mask_GL, allow_unused=True
-    )
-    assert gradient is None or not gradient.any()
+def test_where_nothing_learns_nothing_has_a_gradient() -> None:
+    rectangle = replace(case(learns=0.0))
+    output = learning_attention(*rectangle.qkv, rectangle.seen, None, SCALING)
+    gradients = torch.autograd.grad(output[:, :, :TOKENS].sum(), rectangle.wanted[3:5])
+    assert not any(gradient.any() for gradient in gradients)
 
 
-def test_a_bias_of_pairs_has_a_gradient_too() -> None:
-    qkv, keys = bucket()
-    pairs = torch.randn(G, H, L, L, requires_grad=True)
-    ours = ghost_attention(*qkv, keys, SCALING, pairs)
-    (gradient,) = torch.autograd.grad(tokens_alone(ours).square().sum(), pairs)
-    none = ghost_attention(*qkv, keys, SCALING, torch.zeros_like(pairs))
-    assert_close(tokens_alone(none), tokens_alone(ghost_attention(*qkv, keys, SCALING)), **FLOAT32)
-    assert gradient[:, :, :TOKENS, :TOKENS].abs().max() > 1e-3
-    # nobody sees a ghost, whatever is added to its logits
-    assert not gradient[:, :, :TOKENS, TOKENS:].any()
+def test_ghosts_are_asked_in_the_backward_pass_alone() -> None:
+    rectangle = case()
+    asked = []
+
+    def keys_and_values() -> tuple[Tensor, Tensor]:
+        asked.append(True)
+        return rectangle.ghost_qkv[1], rectangle.ghost_qkv[2]
+
+    rectangle.ghosts = replace(rectangle.ghosts, keys_and_values=keys_and_values)
+    output = rectangle.ours()
+    assert not asked
+    output.sum().backward()
+    assert asked == [True]
 
 
-@every_kernel
+@both_kernels
 def test_bfloat16_under_autocast_too(fused: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "has_fused_kernel", lambda device: fused)
-    qkv, keys = bucket()
-    expected = torch.autograd.grad(tokens_alone(ghost_attention(*qkv, keys, SCALING)).sum(), keys.mask_GL)
-    q, k, v = (x.detach().bfloat16().requires_grad_() for x in qkv)
+    rectangle = case()
+    expected = torch.autograd.grad(rectangle.ours().sum(), rectangle.wanted[4:])
+    q, k, v = (x.detach().bfloat16().requires_grad_() for x in rectangle.qkv)
+    _, ghost_k, ghost_v = (x.bfloat16() for x in rectangle.ghost_qkv)
+    ghosts = replace(rectangle.ghosts, keys_and_values=lambda: (ghost_k, ghost_v))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        ours = tokens_alone(ghost_attention(q, k, v, keys, SCALING))
-    gradient, dq = torch.autograd.grad(ours.float().sum(), (keys.mask_GL, q))
+        ours = learning_attention(q, k, v, rectangle.seen, ghosts, SCALING)[:, :, :TOKENS]
+    *gradients, dq = torch.autograd.grad(ours.float().sum(), (*rectangle.wanted[4:], q))
     assert ours.dtype == dq.dtype == torch.bfloat16
-    assert gradient.dtype == torch.float32
-    assert_close(gradient, expected[0], **BFLOAT16)
+    for gradient, formula in zip(gradients, expected, strict=True):
+        assert gradient.dtype == torch.float32
+        assert_close(gradient[:, :TOKENS], formula[:, :TOKENS], **BFLOAT16)

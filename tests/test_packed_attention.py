@@ -33,7 +33,7 @@ from written_out import (
 )
 
 from vitprune import packed_attention as module
-from vitprune.packed_attention import Kernel, kernel_for, packed_attention
+from vitprune.packed_attention import Kernel, PackedAttention, kernel_for
 from vitprune.pruner import prune_
 from vitprune.tokens import NOBODY, Layout, TokenBatch
 from vitprune.tracing import pruning_of
@@ -85,27 +85,29 @@ def test_packed_attention_is_each_image_alone(
     kernel: Kernel, alignment: int, sized: bool, lengths: tuple[int, ...]
 ) -> None:
     batch, qkv, sizes = packed(sized, lengths, alignment)
-    output, scores = packed_attention(*qkv, batch, SCALING, scores_of="class", kernel=kernel)
-    assert scores is not None
-    for ours, score_T, image in zip(
-        of_images(batch, output[0]), of_images(batch, scores), images_of(batch, qkv, sizes), strict=True
-    ):
+    attention = PackedAttention(*qkv, batch, SCALING, kernel=kernel)
+    scores_BM = attention.scores("class")
+    contexts = of_images(batch, attention.contexts_THK)
+    for ours, score_M, image in zip(contexts, scores_BM, images_of(batch, qkv, sizes), strict=True):
         weights, context = dense_attention(*image)
         assert_close(ours.transpose(0, 1), context, **FLOAT32)
-        assert_close(score_T, score(weights, context), **FLOAT32)
+        assert_close(score_M[: len(ours)], score(weights, context), **FLOAT32)
+        assert not score_M[len(ours) :].any()
 
 
 @every_kernel
 @with_or_without_sizes
 def test_an_image_that_is_not_finite_stays_alone(kernel: Kernel, alignment: int, sized: bool) -> None:
     batch, qkv, _ = packed(sized, alignment=alignment)
-    expected, _ = packed_attention(*qkv, batch, SCALING, kernel=kernel)
+    expected = PackedAttention(*qkv, batch, SCALING, kernel=kernel).contexts_THK
     is_image = batch.layout.images(expected.device) == 1
     for x in qkv:
         x[:, :, is_image] = torch.nan
-    ours, _ = packed_attention(*qkv, batch, SCALING, kernel=kernel)
-    assert_close(ours[:, ~is_image], expected[:, ~is_image], **EXACT)
-    assert ours[:, is_image].isnan().all()
+    attention = PackedAttention(*qkv, batch, SCALING, kernel=kernel)
+    ours = attention.contexts_THK
+    assert_close(ours[~is_image], expected[~is_image], **EXACT)
+    assert ours[is_image].isnan().all()
+    assert attention.scores("class").isnan().any(1).tolist() == [False, True, False]
 
 
 @with_bias
@@ -118,18 +120,17 @@ def test_in_packed_attention_the_bias_goes_by_position(
     if sized:  # a token that a stage added, at the end of the first image
         batch.positions_T[batch.layout.starts[0] + lengths[0] - 1] = NOBODY
     bias = relative_positions()
-    output, scores = packed_attention(*qkv, batch, SCALING, bias, "class", kernel)
-    assert scores is not None
-    for ours, score_T, image, positions in zip(
-        of_images(batch, output[0]),
-        of_images(batch, scores),
+    attention = PackedAttention(*qkv, batch, SCALING, bias, kernel)
+    for ours, score_M, image, positions in zip(
+        of_images(batch, attention.contexts_THK),
+        attention.scores("class"),
         images_of(batch, qkv, sizes),
         of_images(batch, batch.positions_T),
         strict=True,
     ):
         weights, context = dense_attention(*image, bias_of(positions.tolist(), bias))
         assert_close(ours.transpose(0, 1), context, **FLOAT32)
-        assert_close(score_T, score(weights, context), **FLOAT32)
+        assert_close(score_M[: len(ours)], score(weights, context), **FLOAT32)
 
 
 @every_kernel
@@ -139,10 +140,21 @@ def test_packed_attention_scores_by_the_mean_query_of_each_image(
     kernel: Kernel, alignment: int, sized: bool, lengths: tuple[int, ...]
 ) -> None:
     batch, qkv, sizes = packed(sized, lengths, alignment)
-    _, scores = packed_attention(*qkv, batch, SCALING, scores_of="mean", kernel=kernel)
-    assert scores is not None
-    for ours, image in zip(of_images(batch, scores), images_of(batch, qkv, sizes), strict=True):
-        assert_close(ours, mean_score(*image), **FLOAT32)
+    scores_BM = PackedAttention(*qkv, batch, SCALING, kernel=kernel).scores("mean")
+    for ours, length, image in zip(scores_BM, lengths, images_of(batch, qkv, sizes), strict=True):
+        assert_close(ours[:length], mean_score(*image), **FLOAT32)
+
+
+@every_kernel
+def test_the_metric_is_the_mean_key_of_length_one(kernel: Kernel, alignment: int) -> None:
+    batch, (q, k, v), _ = packed(sized=False, alignment=alignment)
+    k = k.bfloat16()
+    metric_BMK = PackedAttention(q.bfloat16(), k, v.bfloat16(), batch, SCALING, kernel=kernel).metric()
+    assert metric_BMK.dtype == torch.float32
+    for ours, keys_HLK in zip(metric_BMK, of_images(batch, k[0].float(), 1), strict=True):
+        mean_LK = keys_HLK.mean(0)
+        expected = mean_LK / mean_LK.square().sum(-1, keepdim=True).sqrt()
+        assert_close(ours[: len(expected)], expected, **FLOAT32)
 
 
 # --- which kernel ---
@@ -186,8 +198,8 @@ def test_in_half_precision_sizes_weigh_as_in_float32(monkeypatch: pytest.MonkeyP
     q, k, v = (x.bfloat16() for x in qkv)
     # the stand-in computes in double precision: what is left is how sizes are handed over
     monkeypatch.setattr(module, "varlen_attn", lambda *args, **options: flash(*args, **options).float())
-    ours, _ = packed_attention(q, k, v, batch, SCALING, kernel="varlen")
-    expected, _ = packed_attention(q.float(), k.float(), v.float(), batch, SCALING, kernel="buckets")
+    ours = PackedAttention(q, k, v, batch, SCALING, kernel="varlen").contexts_THK
+    expected = PackedAttention(q.float(), k.float(), v.float(), batch, SCALING, kernel="buckets").contexts_THK
     assert_close(ours, expected.bfloat16().float(), **BFLOAT16)
 
 
@@ -202,8 +214,8 @@ def as_on_a_gpu(kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> list[Kernel]
         ran.append("padded" if bias_1HNN is not None or batch.learning is not None else kernel)
         return ran[-1]
 
-    def fitting(cls: type[Layout], lengths: Sequence[int], ghosts: Sequence[int], x_TD: Tensor) -> Layout:
-        return cls(tuple(lengths), ghosts=tuple(ghosts))
+    def fitting(cls: type[Layout], lengths: Sequence[int], x_TD: Tensor, *, learns: bool = False) -> Layout:
+        return cls(tuple(lengths))
 
     monkeypatch.setattr(module, "kernel_for", choose)
     monkeypatch.setattr(Layout, "fitting", classmethod(fitting))
@@ -263,8 +275,7 @@ def test_on_a_gpu_kernels_agree_with_the_cpu(
         batch.carriers_BN.cuda(),
     )
     q, k, v = (x.to(dtype) for x in qkv)
-    expected, expected_scores = packed_attention(q.float(), k.float(), v.float(), batch, SCALING, scores_of="class")
-    ours, scores = packed_attention(q.cuda(), k.cuda(), v.cuda(), on_gpu, SCALING, scores_of="class")
-    assert expected_scores is not None
-    assert scores is not None
-    assert_close((ours.float().cpu(), scores.cpu()), (expected, expected_scores), **BFLOAT16)
+    expected = PackedAttention(q.float(), k.float(), v.float(), batch, SCALING)
+    ours = PackedAttention(q.cuda(), k.cuda(), v.cuda(), on_gpu, SCALING)
+    assert_close(ours.contexts_THK.float().cpu(), expected.contexts_THK, **BFLOAT16)
+    assert_close(ours.scores("class").cpu(), expected.scores("class"), **BFLOAT16)

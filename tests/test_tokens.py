@@ -45,22 +45,11 @@ def test_buckets_are_views_of_images_of_as_many_rows() -> None:
     assert_close(joined[36:], torch.zeros(12, WIDTH), **EXACT)
 
 
-def test_ghosts_lie_behind_their_images_tokens() -> None:
-    layout = Layout((5, 2, 7), alignment=4, ghosts=(1, 3, 1))
-    assert layout.rows == [8, 8, 8]
-    assert layout.places(torch.device("cpu"))[1].tolist() == [*range(8)] * 3
-    batch = TokenBatch(layout, 1, torch.zeros(24), None, torch.zeros(3, 1))
-    rows, images = batch.ghost_rows
-    assert rows.tolist() == [5, 10, 11, 12, 23]
-    assert images.tolist() == [0, 1, 1, 1, 2]
-    assert batch.valid_BM.sum(1).tolist() == [5, 2, 7]
-
-
 def test_fillers_are_weighed_against_calls() -> None:
     """Narrow models take fewer calls, wide ones fewer fillers; never less than the kernel likes."""
     lengths, alignments = range(100, 164), []
     for width in (8, 96, 384, 1024):
-        layout = Layout.fitting(lengths, (), torch.zeros(1, width))
+        layout = Layout.fitting(lengths, torch.zeros(1, width))
         assert all(
             rows % layout.alignment == 0 and rows >= length for rows, length in zip(layout.rows, lengths, strict=True)
         )
@@ -72,7 +61,7 @@ def test_fillers_are_weighed_against_calls() -> None:
 def test_in_half_precision_shapes_are_few_and_little_is_padded() -> None:
     shapes = set[int]()
     for length in range(32, 5000):
-        layout = Layout.fitting((length,), (), torch.zeros(1, 384, dtype=torch.bfloat16))
+        layout = Layout.fitting((length,), torch.zeros(1, 384, dtype=torch.bfloat16))
         rows = sum(layout.rows) + layout.padding
         assert rows - sum(layout.rows) <= length / 32
         assert rows % HALF_PRECISION_ROWS == 0 or length < 32 * HALF_PRECISION_ROWS

@@ -24,7 +24,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from vitprune.packed_attention import Query, context_norms, packed_attention
+from vitprune.ghosts import GhostRun
+from vitprune.packed_attention import PackedAttention, Query, context_norms
 from vitprune.scoring import attention_row, head_weighted_attention, key_metric, mean_query
 from vitprune.tokens import TILE_KEY_ALIGNMENT, TokenBatch, needs_tiles
 
@@ -57,6 +58,8 @@ class AttentionCall:
     read: of how many tokens of an image, the first, the block's output is wanted; None: of all. Such a block runs
         twice: for `keys_and_values` of all tokens as far as its attention, which ends it by `KeysAndValuesFound`; then
         to its end on those few.
+    ghosts: that go through the block in a run of their own, after that of `tokens`; not before it is over can be found
+        what the next stage wants to know, by `conclude`.
     Gradient checkpointing runs a layer twice with the same call; the second run only writes the same findings again.
     """
 
@@ -64,12 +67,23 @@ class AttentionCall:
     scores_of: Query | None = None
     wants_metric: bool = False
     read: int | None = None
+    ghosts: GhostRun | None = None
     findings: Findings = field(default_factory=Findings)
     keys_and_values: tuple[Tensor, Tensor] | None = None
+    packed: PackedAttention | None = None
+
+    def conclude(self) -> None:
+        """What packed tokens' attention says about them."""
+        assert self.packed is not None
+        if self.scores_of is not None:
+            self.findings.attention_scores_BM = self.packed.scores(self.scores_of)
+        if self.wants_metric:
+            self.findings.metric_BMK = self.packed.metric()
+        self.packed = None
 
 
 class KeysAndValuesFound(Exception):
-    """The first run of a block that is wanted of few tokens has come as far as it needs to."""
+    """A run of a block for the sake of its attention's keys and values has come as far as it needs to."""
 
 
 # what the attention that runs now is to do
@@ -167,15 +181,25 @@ def attend(
                     f"attention dropout ({dropout:g}) isn't done while tokens are packed; train with "
                     "finetune.execution: masked, or set the dropout in the checkpoint's config.json to 0"
                 )
-            output, scores_T = packed_attention(query, key, value, batch, scale, bias_1HNN, call.scores_of)
-            if scores_T is not None:
-                call.findings.attention_scores_BM = batch.pad(scores_T)
-            if call.wants_metric:
-                call.findings.metric_BMK = batch.pad(key_metric(key[0].transpose(0, 1)))
+            if call.ghosts is not None and call.ghosts.is_on:
+                return _ghosts(query, key, value, call, call.ghosts)
+            call.packed = PackedAttention(query, key, value, batch, scale, bias_1HNN, ghosts=call.ghosts)
+            output = call.packed.contexts_THK[None]
+            if call.ghosts is None:
+                call.conclude()
             return output
     if call.wants_metric:
         call.findings.metric_BMK = key_metric(key.transpose(1, 2))
     return output.contiguous()
+
+
+def _ghosts(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, run: GhostRun) -> Tensor:
+    """Attention of ghosts to the tokens of the run before, and to themselves, (1, X, H, K)."""
+    run.qkv = query, key, value
+    if run.ends:
+        raise KeysAndValuesFound
+    assert call.packed is not None
+    return call.packed.ghost_contexts(query, key, value)
 
 
 def _read(query: Tensor, key: Tensor, value: Tensor, scaling: float, call: AttentionCall) -> Tensor:

@@ -91,11 +91,19 @@ class BlockForward:
         # the layer's own forward, without transformers' checkpointing around it
         forward = self.previous or partial(inspect.unwrap(type(self.block).forward), self.block)
         with calling(call, intercept=self.intercept):
-            if call.read is None:
+            if call.read is not None:
+                with suppress(KeysAndValuesFound):
+                    forward(*args, **kwargs)
+                return forward(first_tokens(args[0], call), *args[1:], **kwargs)
+            if call.ghosts is None:
                 return forward(*args, **kwargs)
-            with suppress(KeysAndValuesFound):
-                forward(*args, **kwargs)
-            return forward(first_tokens(args[0], call), *args[1:], **kwargs)
+            run = call.ghosts
+            output = forward(*args, **kwargs)
+            with run.running(), suppress(KeysAndValuesFound):
+                after = forward(run.states_XD[None], *args[1:], **{**kwargs, **run.arguments})
+                run.after_XD = (after[0] if isinstance(after, tuple) else after)[0]
+            call.conclude()
+            return output
 
 
 def first_tokens(hidden_states: Tensor, call: AttentionCall) -> Tensor:

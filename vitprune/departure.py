@@ -1,8 +1,7 @@
 """How tokens leave a packed batch: those that stay move together, the others are left, merged or fused.
 
-Knows what becomes of hidden states, sizes and carriers; leaves to `stage` who leaves and to whom. In a training pass
-tokens near their threshold take part on both sides: those that leave linger as ghosts, and what is given away has the
-gradient of 1 − m.
+Knows what becomes of hidden states, sizes and carriers; leaves to `stage` who leaves and to whom, and to `ghosts` those
+that leave near their threshold in a training pass. What is given away there has the gradient of 1 − m.
 
 Shapes: B images, N tokens of one image in the dense sequence, T rows before and T' after the stage, M tokens of the
 longest image before it, D width, X tokens that a mask names, in the order of their images.
@@ -10,14 +9,13 @@ longest image before it, D width, X tokens that a mask names, in the order of th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitprune.tokens import NOBODY, Layout, Learning, TokenBatch, on_device
+from vitprune.tokens import NOBODY, Layout, Learning, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -26,12 +24,10 @@ class Teaching:
 
     mask_BM: 0/1 with the gradient of the straight-through mask.
     near_BM: bool, tokens near enough to the threshold for that gradient to matter.
-    lasting: ghosts stay to the end instead of until the next stage.
     """
 
     mask_BM: Tensor
     near_BM: Tensor
-    lasting: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,11 +50,6 @@ class Departure:
         """Whether what leaves is gone for good."""
         return self.takers_BM is None and self.fuse_weights_BM is None
 
-    @property
-    def linger_BM(self) -> Tensor | None:
-        """bool, tokens that leave and go on as ghosts; None in inference."""
-        return None if self.teaching is None else self.teaching.near_BM & ~self.keep_BM
-
 
 @dataclass(frozen=True)
 class _Move:
@@ -66,37 +57,27 @@ class _Move:
 
     slots_BM: which of its image's tokens each token is or becomes part of; `NOBODY` where it is gone for good.
     rows_BM: row after the stage of that token.
-    kept: rows before and after of tokens that stay.
-    lingering, lasting: rows of ghosts that come into being and of those that were ghosts before.
+    before_X, after_X: rows of those that stay.
     """
 
     layout: Layout
     slots_BM: Tensor
     rows_BM: Tensor
-    kept: tuple[Tensor, Tensor]
-    lingering: tuple[Tensor, Tensor] | None = None
-    lasting: tuple[Tensor, Tensor] | None = None
-
-    @cached_property
-    def itself(self) -> tuple[Tensor, Tensor]:
-        """Rows before and after of everything that goes on as what it was: tokens that stay and ghosts."""
-        moves = [moved for moved in (self.kept, self.lingering, self.lasting) if moved is not None]
-        before, after = zip(*moves, strict=True)
-        return (torch.cat(before), torch.cat(after)) if len(moves) > 1 else moves[0]
+    before_X: Tensor
+    after_X: Tensor
 
     def take_along(self, values_T: Tensor, default: float) -> Tensor:
         """What each row after the stage has of what was known of it before, (T',); rows that are new have `default`."""
-        before, after = self.itself
-        return self.put(values_T.index_select(0, before), after, default)
+        return self.put(values_T.index_select(0, self.before_X), default)
 
-    def put(self, values_X: Tensor, after: Tensor, default: Tensor | float) -> Tensor:
+    def put(self, values_X: Tensor, default: Tensor | float) -> Tensor:
         """Values at rows after the stage, and elsewhere `default`."""
         rows = self.layout.num_rows
         if isinstance(default, Tensor):
-            return default.index_copy(0, after, values_X)
-        if len(self.layout.lengths) == 1 and self.lingering is None:  # then they are the first rows
+            return default.index_copy(0, self.after_X, values_X)
+        if len(self.layout.lengths) == 1:  # then they are the first rows
             return F.pad(values_X, (0, rows - len(values_X)), value=default) if rows > len(values_X) else values_X
-        return values_X.new_full((rows,), default).index_copy_(0, after, values_X)
+        return values_X.new_full((rows,), default).index_copy_(0, self.after_X, values_X)
 
 
 def depart(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[TokenBatch, Tensor]:
@@ -124,50 +105,24 @@ def _sources(batch: TokenBatch, move: _Move) -> Tensor:
 
     What isn't a token that stays, fillers and tokens that `fuse` adds, begins as a copy of the image's first.
     """
-    before, after = move.itself
     if len(batch.lengths) == 1:
-        return move.put(before, after, 0)
-    return move.put(before, after, move.layout.spread(batch.layout.starts, before.device))
+        return move.put(move.before_X, 0)
+    return move.put(move.before_X, move.layout.spread(batch.layout.starts, move.before_X.device))
 
 
 def _plan(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> _Move | None:
     """None where nothing leaves and nothing is learned."""
-    keep_BM, teaching = departure.keep_BM, departure.teaching
-    counts_BM = keep_BM.cumsum(1)
-    linger_BM = departure.linger_BM
-    if linger_BM is None:
-        kept, counts = counts_BM[:, -1].tolist(), []
-        if tuple(kept) == batch.lengths:
-            return None
-    else:
-        kept, counts = torch.stack([counts_BM[:, -1], linger_BM.sum(1)]).tolist()
-    if teaching is not None and teaching.lasting and batch.layout.ghosts:
-        counts = [sum(pair) for pair in zip(counts, batch.layout.ghosts, strict=True)]
+    counts_BM = departure.keep_BM.cumsum(1)
+    kept = counts_BM[:, -1].tolist()
+    if tuple(kept) == batch.lengths and departure.teaching is None:
+        return None
     # `fuse` adds one at the end of an image that loses something
     fuses = departure.fuse_weights_BM is not None
     lengths = [count + (fuses and count < length) for count, length in zip(kept, batch.lengths, strict=True)]
-    layout = Layout.fitting(lengths, counts, x_TD)
+    layout = Layout.fitting(lengths, x_TD, learns=departure.teaching is not None)
     slots_BM = _destinations(departure, counts_BM - 1)
     rows_BM = layout.rows_of(slots_BM)
-    move = _Move(layout, slots_BM, rows_BM, _select(batch, rows_BM, keep_BM, sum(kept)))
-    return move if linger_BM is None else _with_ghosts(batch, move, linger_BM, stand_for_themselves=departure.leaves)
-
-
-def _with_ghosts(batch: TokenBatch, move: _Move, linger_BM: Tensor, *, stand_for_themselves: bool) -> _Move:
-    """Behind an image's tokens those that linger, and behind them ghosts of earlier stages if they last."""
-    lengths_B = on_device(move.layout.lengths, linger_BM.device)
-    counts_BM = linger_BM.cumsum(1)
-    ghost_slots_BM = lengths_B[:, None] + counts_BM - 1
-    lingering = _select(batch, move.layout.rows_of(ghost_slots_BM), linger_BM, None)
-    move = replace(move, lingering=lingering)
-    if stand_for_themselves:  # nobody takes them in
-        move = replace(move, slots_BM=torch.where(linger_BM, ghost_slots_BM, move.slots_BM))
-    if sum(move.layout.ghosts) == len(lingering[0]):
-        return move
-    old, images = batch.ghost_rows
-    places = old - (batch.starts_B + batch.lengths_B).index_select(0, images)
-    first_B1 = move.layout.rows_of((lengths_B + counts_BM[:, -1])[:, None])
-    return replace(move, lasting=(old, first_B1.squeeze(1).index_select(0, images) + places))
+    return _Move(layout, slots_BM, rows_BM, *_select(batch, rows_BM, departure.keep_BM, sum(kept)))
 
 
 def _destinations(departure: Departure, slots_BM: Tensor) -> Tensor:
@@ -189,7 +144,7 @@ def _give(
         is_fused_B1 = gives_BM.any(1, keepdim=True) | (departure.takers_BM is not None)
         gives_BM = gives_BM | (teaching.near_BM & is_fused_B1)
         takers_BM = _takers_of_all(departure, move)
-    leave = sum(batch.lengths) - len(move.kept[0]) if teaching is None else None
+    leave = sum(batch.lengths) - len(move.before_X) if teaching is None else None
     left, takers = _select(batch, takers_BM, gives_BM, leave)
     old_sizes_T = batch.sizes_T if batch.sizes_T is not None else x_TD.new_ones(len(x_TD), dtype=torch.float32)
     given = old_sizes_T.index_select(0, left)
@@ -208,8 +163,7 @@ def _give(
     learns_T = torch.zeros(len(y_TD), dtype=torch.bool, device=y_TD.device)
     learns_T[takers[teaching.near_BM[gives_BM]]] = True
     if batch.learning is not None:  # whose size learned goes on to, and so does who takes it in
-        before, after = move.kept
-        learns_T[after[batch.learning.learns_T.index_select(0, before)]] = True
+        learns_T[move.after_X[batch.learning.learns_T.index_select(0, move.before_X)]] = True
         learns_T[takers[batch.learning.learns_T.index_select(0, left)]] = True
     return y_TD, sizes_T, learns_T
 
@@ -222,19 +176,13 @@ def _takers_of_all(departure: Departure, move: _Move) -> Tensor:
 
 
 def _learning(departure: Departure, teaching: Teaching, move: _Move, learns_T: Tensor | None) -> Learning:
-    images_T, slots_T = move.layout.places(teaching.mask_BM.device)
-    # tokens that `fuse` adds are seen too, though no mask speaks of them
-    seen_T = slots_T < on_device(move.layout.lengths, slots_T.device).index_select(0, images_T)
-    mask_T = seen_T.float().index_copy(0, move.kept[1], teaching.mask_BM[departure.keep_BM])
-    learns_T = torch.zeros_like(seen_T) if learns_T is None else learns_T
     near_X = teaching.near_BM[departure.keep_BM]
-    learns_T = learns_T.index_copy(0, move.kept[1], near_X | learns_T.index_select(0, move.kept[1]))
-    if move.lingering is not None:
-        linger_BM = departure.linger_BM
-        assert linger_BM is not None
-        mask_T = mask_T.index_copy(0, move.lingering[1], teaching.mask_BM[linger_BM])
-        learns_T = learns_T.index_fill(0, move.lingering[1], True)
-    return Learning(mask_T, seen_T, learns_T)
+    if learns_T is not None:
+        near_X = near_X | learns_T.index_select(0, move.after_X)
+    return Learning(
+        move.put(teaching.mask_BM[departure.keep_BM], 1.0),
+        (near_X.new_zeros(move.layout.num_rows) if learns_T is None else learns_T).index_copy(0, move.after_X, near_X),
+    )
 
 
 def _select(batch: TokenBatch, rows_BM: Tensor, mask_BM: Tensor, count: int | None) -> tuple[Tensor, Tensor]:
@@ -265,6 +213,4 @@ def _redirect(batch: TokenBatch, slots_BM: Tensor, departure: Departure) -> Tens
     carriers_BN = batch.carriers_BN
     if batch.has_carriers and not departure.leaves:
         return slots_BM.gather(1, carriers_BN)
-    if batch.learning is not None:  # ghosts of the stage before are gone now
-        carriers_BN = torch.where(batch.present_BN, carriers_BN, NOBODY)
     return slots_BM.gather(1, carriers_BN.clamp(min=0)).masked_fill_(carriers_BN == NOBODY, NOBODY)

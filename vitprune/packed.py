@@ -9,12 +9,15 @@ Shapes: B images, N tokens of an image in the dense sequence, T tokens of the ba
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from vitprune.attention import AttentionCall
 from vitprune.departure import Departure, Teaching, depart
-from vitprune.gifts import Gift, give_gradients, record
+from vitprune.ghosts import GhostRun, Ghosts, linger
+from vitprune.gifts import Gift, average_seen, give_gradients, record
 from vitprune.stage import Decision, Observer, Policy, Tally, count_tokens, decide, fuse_weights
 from vitprune.thresholds import near_threshold, straight_through
 from vitprune.tokens import TokenBatch
@@ -51,6 +54,8 @@ class PackedPass:
         self._last: Tensor | None = None
         self._call = AttentionCall()
         self._batches: list[TokenBatch | None] = []
+        self._ghosts: Ghosts | None = None
+        self._ghosts_XD: Tensor | None = None
         self._gifts: list[Gift] = []
 
     def enter_block(
@@ -61,6 +66,7 @@ class PackedPass:
         valid_BN: False for patches that are padding: they leave before the first block.
         """
         policy = self.policy
+        self._collect_ghosts()
         if block == 0:
             hidden_states = self._begin(hidden_states, valid_BN)
         if block in self._stages:
@@ -75,8 +81,23 @@ class PackedPass:
             wants_metric=stage_follows and policy.needs_metric,
             read=self.read if block + 1 == len(policy.cost.linear) else None,
         )
+        if self._ghosts is not None:
+            assert self._ghosts_XD is not None
+            ends = stage_follows and not self._ghosts_last
+            self._call.ghosts = GhostRun(self._ghosts, self._ghosts_XD, ends=ends)
         self._batches.append(self._batch)
         return hidden_states, self._call
+
+    @property
+    def _ghosts_last(self) -> bool:
+        """Whether ghosts stay to the end, since what they would have become matters there."""
+        return self.policy.reads_patches and self.policy.spec.dropped != "leave"
+
+    def _collect_ghosts(self) -> None:
+        """Ghosts as the block before gave them out, if they go on behind it."""
+        run = self._call.ghosts
+        if run is not None:
+            self._ghosts, self._ghosts_XD = (None, None) if run.after_XD is None else (run.ghosts, run.after_XD)
 
     def _begin(self, hidden_states: Tensor, valid_BN: Tensor | None) -> Tensor:
         self.num_tokens = hidden_states.shape[1]
@@ -99,6 +120,13 @@ class PackedPass:
         absent_BN = ~self._batch.present_BN
         return absent_BN if absent_BN.any() else None
 
+    def norm_ghosts(self, norm: Callable[[Tensor], Tensor]) -> None:
+        """What the final norm makes of ghosts, who don't go through it with the others."""
+        run = self._call.ghosts
+        if run is not None and run.after_XD is not None:
+            with torch.no_grad():
+                run.after_XD = norm(run.after_XD[None])[0]
+
     def unpack(self, hidden_states: Tensor) -> Tensor:
         """Hidden states behind the last block in the dense sequence, (B, N, D); zero for padding.
 
@@ -106,10 +134,8 @@ class PackedPass:
         """
         if self.read is not None:
             return hidden_states
-        self._last = self._unpack(self._batch, hidden_states)
-        if self._gifts:
-            assert self._batch is not None
-            self._last = give_gradients(self._last, hidden_states[0], self._batch, self._gifts)
+        self._collect_ghosts()
+        self._last = self._unpack(self._batch, hidden_states, with_gradients=True)
         return self._last
 
     def unpack_block_output(self, block: int, hidden_states: Tensor) -> Tensor:
@@ -117,10 +143,17 @@ class PackedPass:
         # where no norm follows, the last block's output has been unpacked already
         return hidden_states if hidden_states is self._last else self._unpack(self._batches[block], hidden_states)
 
-    def _unpack(self, batch: TokenBatch | None, hidden_states: Tensor) -> Tensor:
+    def _unpack(self, batch: TokenBatch | None, hidden_states: Tensor, *, with_gradients: bool = False) -> Tensor:
+        """with_gradients: at the end, with what the dense sequence tells thresholds about tokens that left."""
         if batch is None:
             return hidden_states
-        y_BND = batch.unpack(hidden_states[0])
+        x_TD = hidden_states[0]
+        if with_gradients and batch.learning is not None and batch.sizes_T is None:
+            y_BND = average_seen(x_TD, self._ghosts, self._ghosts_XD, batch)
+        else:
+            y_BND = batch.unpack(x_TD)
+        if with_gradients and self._gifts:
+            y_BND = give_gradients(y_BND, x_TD, self._ghosts_XD, batch, self._gifts)
         return y_BND if self._valid_BN is None else y_BND * self._valid_BN[..., None]
 
     def _dense(self, hidden_states: Tensor) -> TokenBatch:
@@ -145,9 +178,14 @@ class PackedPass:
         weights_BM = fuse_weights(policy, decision) if policy.spec.dropped == "fuse" else None
         teaching = self._teaching(stage, decision) if self.learns else None
         departure = Departure(decision.keep_BM, decision.takers_BM, weights_BM, teaching)
-        if teaching is not None and teaching.lasting:
-            self._gifts.append(record(batch, departure))
-        after, x_TD = depart(batch, hidden_states.flatten(0, 1), departure)
+        before_TD = hidden_states.flatten(0, 1)
+        after, x_TD = depart(batch, before_TD, departure)
+        if teaching is not None:
+            if not self._ghosts_last:
+                self._ghosts = self._ghosts_XD = None
+            else:
+                self._gifts.append(record(batch, departure, self._ghosts.count if self._ghosts else 0))
+            self._ghosts, self._ghosts_XD = linger(batch, before_TD, departure, self._ghosts, self._ghosts_XD)
         if after is not batch:
             self._batch, hidden_states = after, x_TD[None]
         if self.learns:
@@ -169,4 +207,4 @@ class PackedPass:
         level, temperature = decision.level, policy.temperatures[stage]
         mask_BM = straight_through(decision.scores_BM, level, temperature, decision.keep_BM)
         near_BM = near_threshold(decision.scores_BM.detach(), level.detach(), temperature)
-        return Teaching(mask_BM, near_BM, lasting=policy.reads_patches and policy.spec.dropped != "leave")
+        return Teaching(mask_BM, near_BM)

@@ -1,22 +1,22 @@
-"""Attention among packed tokens: each image's see their own alone. Several kernels behind one function.
+"""Attention among packed tokens: each image's see their own alone. Several kernels behind one class.
 
-Knows which kernel suits a device and dtype. Leaves what else a block's attention is to do to `attention`, and ghosts
-to `ghost_attention`.
+Knows which kernel suits a device and dtype, and what attention says about the tokens. Leaves what else a block's
+attention is to do to `attention`, and the gradients of masks to `ghost_attention`.
 
 - buckets: images of as many rows lie side by side, and one call of torch's fused attention takes a bucket. For CPUs,
   where a call costs little.
 - varlen: flash attention of packed sequences, one call for all. For CUDA in half precision.
 - padded: all images as long as the longest and a mask, one call for all. Where neither of the others does.
 
-Shapes: B images, N tokens of an image in the dense sequence, T rows of the batch laid end to end, M rows of the longest
-image, G images of a rectangle (a bucket, or all that are padded) and L rows of each, H heads, K head width.
+Shapes: B images, N tokens of an image in the dense sequence, T rows of the batch laid end to end, M tokens of the
+longest image, G images of a rectangle (a bucket, or all that are padded) and L rows of each, X ghosts, C of an image, H
+heads, K head width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import cached_property
-from itertools import accumulate, repeat
+from itertools import accumulate
 from typing import Literal
 
 import torch
@@ -24,8 +24,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
-from vitprune.ghost_attention import GhostKeys, ghost_attention
-from vitprune.scoring import at_least_float32, attention_row, head_weighted_attention, mean_query
+from vitprune.ghost_attention import GhostKeys, SeenKeys, ghosts_among_others, learning_attention
+from vitprune.ghosts import GhostRun
+from vitprune.rectangles import PairBias, Rectangles
+from vitprune.scoring import at_least_float32, head_weighted_attention, key_metric, mean_query, row_logits, row_weights
 from vitprune.tokens import TokenBatch, is_half, on_device
 
 Query = Literal["class", "mean"]
@@ -37,33 +39,186 @@ FLASH_MULTIPLE, FLASH_MOST = 8, 256
 _SIZE_WIDTH = FLASH_MULTIPLE
 
 
-def packed_attention(
-    q_1HTK: Tensor,
-    k_1HTK: Tensor,
-    v_1HTK: Tensor,
-    batch: TokenBatch,
-    scaling: float,
-    bias_1HNN: Tensor | None = None,
-    scores_of: Query | None = None,
-    kernel: Kernel | None = None,
-) -> tuple[Tensor, Tensor | None]:
-    """Every image attends to its own tokens only.
+class PackedAttention:
+    """One block's attention among packed tokens.
 
-    bias_1HNN: added to the logits of each pair of tokens of the dense sequence. kernel: None for the one that suits.
-    Returns the context vectors (1, T, H, K) and, if asked for, AS-ViT's score of each token (T,).
+    q_1HTK, k_1HTK, v_1HTK: of all rows. bias_1HNN: added to the logits of each pair of tokens of the dense sequence.
+    kernel: None for the one that suits. ghosts: that go through the block afterwards.
     """
-    kernel = kernel or kernel_for(q_1HTK, k_1HTK, v_1HTK, batch, bias_1HNN)
-    # in memory tokens before heads, as linear layers and the kernels have it
-    q, k, v = (x_1HTK[0].transpose(0, 1) for x_1HTK in (q_1HTK, k_1HTK, v_1HTK))
-    rectangles = _Rectangles(batch, q, k, padded=kernel != "buckets")
-    if kernel == "varlen":
-        output_THK = _varlen(q, k, v, batch, scaling)
-    else:
-        output_THK = _rectangular(rectangles, v, scaling, bias_1HNN)
-    if scores_of is None:
-        return output_THK[None], None
-    row_TH = _rows(rectangles, scaling, bias_1HNN, scores_of)
-    return output_THK[None], head_weighted_attention(row_TH, context_norms(output_THK))
+
+    def __init__(
+        self,
+        q_1HTK: Tensor,
+        k_1HTK: Tensor,
+        v_1HTK: Tensor,
+        batch: TokenBatch,
+        scaling: float,
+        bias_1HNN: Tensor | None = None,
+        kernel: Kernel | None = None,
+        ghosts: GhostRun | None = None,
+    ) -> None:
+        self.batch, self.scaling, self.ghosts = batch, scaling, ghosts
+        self.kernel = kernel or kernel_for(q_1HTK, k_1HTK, v_1HTK, batch, bias_1HNN)
+        # in memory tokens before heads, as linear layers and the kernels have it
+        self._q_THK, self._k_THK, self._v_THK = (x_1HTK[0].transpose(0, 1) for x_1HTK in (q_1HTK, k_1HTK, v_1HTK))
+        self._rectangles = Rectangles(batch, padded=self.kernel != "buckets")
+        self._pairs = None if bias_1HNN is None else PairBias(bias_1HNN)
+
+    @cached_property
+    def contexts_THK(self) -> Tensor:
+        """Context vectors: every image attends to its own tokens only."""
+        if self.kernel == "varlen":
+            return _varlen(self._q_THK, self._k_THK, self._v_THK, self.batch, self.scaling)
+        attend = self._fused if self.batch.learning is None else self._learning
+        return self._rectangles.join([attend(i).transpose(1, 2) for i in range(len(self._rectangles.images))])
+
+    def ghost_contexts(self, q_1HXK: Tensor, k_1HXK: Tensor, v_1HXK: Tensor) -> Tensor:
+        """Context vectors of ghosts, (1, X, H, K): each sees itself and its image's tokens."""
+        assert self.ghosts is not None
+        ghosts = self.ghosts.ghosts
+        own = [x_1HXK[0].transpose(0, 1) for x_1HXK in (q_1HXK, k_1HXK, v_1HXK)]
+        contexts_XHK = torch.zeros_like(own[0])
+        for i, images in enumerate(self._rectangles.images):
+            places = ghosts.everybody.of_images(images)
+            if places.index_GC.shape[1] == 0:
+                continue
+            positions_GC = places.take(ghosts.positions_X)
+            own_bias = places.take(ghosts.bias_X)[:, None]
+            if self._pairs:
+                own_bias = own_bias + self._pairs.between(positions_GC, positions_GC).diagonal(dim1=2, dim2=3)
+            q, k, v = (places.take(x_XHK).transpose(1, 2) for x_XHK in own)
+            mask = self._mask(i, q, positions_GC)
+            _, seen_k, seen_v = self._qkv(i)
+            contexts = ghosts_among_others(q, k, v, seen_k, seen_v, own_bias, mask, self.scaling)
+            places.put_(contexts_XHK, contexts.transpose(1, 2))
+        return contexts_XHK[None]
+
+    def scores(self, query: Query) -> Tensor:
+        """AS-ViT's score of each token, (B, M): by what the class token, or the mean query, of its image pays to it."""
+        batch = self.batch
+        asking = [self._asking(i, query) for i in range(len(self._rectangles.images))]
+        keys = self._rectangles.split(self._float_keys_THK)
+        logits = [row_logits(q, k, self.scaling) for q, k in zip(asking, keys, strict=True)]
+        if query == "class" and self._pairs:  # the mean query stands nowhere
+            biases = (self._pairs.between(positions[:, :1], positions) for positions in self._positions)
+            logits = [x_GLH + bias[:, :, 0].mT for x_GLH, bias in zip(logits, biases, strict=True)]
+        bias_BM = batch.pad(batch.key_bias_T).masked_fill(~batch.valid_BM, -torch.inf)
+        logits_BMH = batch.pad(self._rectangles.join(logits)) + bias_BM[..., None]
+        norms_BMH = batch.pad(context_norms(self.contexts_THK))
+        if batch.learning is None:
+            return head_weighted_attention(row_weights(logits_BMH), norms_BMH)
+        mask_BM = batch.pad(batch.learning.mask_T)
+        if self.ghosts is not None:
+            ghosts_BCH, mask_BC = self._ghosts_in_row(self._rectangles.by_image(asking), query)
+            logits_BMH, mask_BM = torch.cat([logits_BMH, ghosts_BCH], 1), torch.cat([mask_BM, mask_BC], 1)
+        return head_weighted_attention(row_weights(logits_BMH, mask_BM)[:, : norms_BMH.shape[1]], norms_BMH)
+
+    def metric(self) -> Tensor:
+        """What similarity of tokens is measured on, (B, M, K)."""
+        return self.batch.pad(key_metric(self._float_keys_THK))
+
+    @cached_property
+    def _float_keys_THK(self) -> Tensor:
+        return at_least_float32(self._k_THK)
+
+    def _fused(self, i: int) -> Tensor:
+        """Context vectors of a rectangle, (G, H, L, K)."""
+        q, k, v = self._qkv(i)
+        mask = self._mask(i, q, self._positions[i])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scaling)
+
+    def _learning(self, i: int) -> Tensor:
+        """The same with the gradients of masks."""
+        seen = SeenKeys(self._key_biases[i], self._masks[i], self._learns[i])
+        pairs = self._pairs and self._pairs.between(self._positions[i], self._positions[i])
+        return learning_attention(*self._qkv(i), seen, self._ghost_keys(i), self.scaling, pairs)
+
+    def _ghost_keys(self, i: int) -> GhostKeys | None:
+        if self.ghosts is None:
+            return None
+        run, ghosts = self.ghosts, self.ghosts.ghosts
+        places = ghosts.teachers.of_images(self._rectangles.images[i])
+
+        def keys_and_values() -> tuple[Tensor, Tensor]:
+            _, keys, values = run.found()
+            return places.take(keys).transpose(1, 2), places.take(values).transpose(1, 2)
+
+        with torch.no_grad():
+            pairs = self._pairs and self._pairs.between(self._positions[i], places.take(ghosts.positions_X))
+        bias_GC = places.take(ghosts.bias_X, -torch.inf)
+        return GhostKeys(keys_and_values, bias_GC, places.take(ghosts.mask_X, 0.0), pairs)
+
+    def _asking(self, i: int, query: Query) -> Tensor:
+        """Of each image of a rectangle the query whose row scores the tokens, (G, H, K)."""
+        q_GLHK = self._queries[i]
+        if query == "class":
+            return q_GLHK[:, 0]
+        weights_GL = self._key_biases[i].exp()
+        if self.batch.learning is not None:
+            weights_GL = weights_GL * self._masks[i]
+        if self.ghosts is not None:
+            ghosts, places = self.ghosts.ghosts, self.ghosts.ghosts.teachers.of_images(self._rectangles.images[i])
+            queries_XHK, _, _ = self.ghosts.found()
+            ghost_weights = places.take(ghosts.bias_X, -torch.inf).exp() * places.take(ghosts.mask_X, 0.0)
+            weights_GL = torch.cat([weights_GL, ghost_weights], 1)
+            q_GLHK = torch.cat([q_GLHK, places.take(queries_XHK)], 1)
+        return mean_query(q_GLHK, weights_GL)
+
+    def _ghosts_in_row(self, asking_BHK: Tensor, query: Query) -> tuple[Tensor, Tensor]:
+        """Logits (B, C, H) and masks (B, C) of ghosts, which score nothing but would lower the others' scores."""
+        assert self.ghosts is not None
+        ghosts, places = self.ghosts.ghosts, self.ghosts.ghosts.teachers
+        _, keys_XHK, _ = self.ghosts.found()
+        logits_BCH = row_logits(asking_BHK, places.take(keys_XHK), self.scaling)
+        if query == "class" and self._pairs:
+            first_B1 = self.batch.positions_T.index_select(0, self.batch.starts_B)[:, None]
+            logits_BCH = logits_BCH + self._pairs.between(first_B1, places.take(ghosts.positions_X))[:, :, 0].mT
+        bias_BC = places.take(ghosts.bias_X, -torch.inf)
+        return logits_BCH + bias_BC[..., None], places.take(ghosts.mask_X, 0.0)
+
+    def _qkv(self, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Of a rectangle, (G, H, L, K) each."""
+        q, k, v = (parts[i].transpose(1, 2) for parts in (self._queries, self._keys, self._values))
+        return q, k, v
+
+    def _mask(self, i: int, q_GHQK: Tensor, positions_GQ: Tensor) -> Tensor:
+        """What is added to the logits of the keys of a rectangle, as fused kernels take it."""
+        bias = self._key_biases[i][:, None, None]
+        if self._pairs:
+            bias = bias + self._pairs.between(positions_GQ, self._positions[i])
+        return bias.to(q_GHQK.dtype).expand(-1, -1, q_GHQK.shape[2], -1)
+
+    @cached_property
+    def _queries(self) -> list[Tensor]:
+        """(G, L, H, K) each."""
+        return self._rectangles.split(self._q_THK)
+
+    @cached_property
+    def _keys(self) -> list[Tensor]:
+        return self._rectangles.split(self._k_THK)
+
+    @cached_property
+    def _values(self) -> list[Tensor]:
+        return self._rectangles.split(self._v_THK)
+
+    @cached_property
+    def _key_biases(self) -> list[Tensor]:
+        """(G, L) each."""
+        return self._rectangles.split(self.batch.key_bias_T, -torch.inf)
+
+    @cached_property
+    def _positions(self) -> list[Tensor]:
+        return self._rectangles.split(self.batch.positions_T)
+
+    @cached_property
+    def _masks(self) -> list[Tensor]:
+        assert self.batch.learning is not None
+        return self._rectangles.split(self.batch.learning.mask_T)
+
+    @cached_property
+    def _learns(self) -> list[Tensor]:
+        assert self.batch.learning is not None
+        return self._rectangles.split(self.batch.learning.learns_T, 0)
 
 
 def kernel_for(q: Tensor, k: Tensor, v: Tensor, batch: TokenBatch, bias_1HNN: Tensor | None) -> Kernel:
@@ -117,102 +272,3 @@ def _with_sizes(
     q_THK = F.pad(F.pad(q_THK, (0, 2), value=1.0), (0, _SIZE_WIDTH - 2))
     k_THK = F.pad(torch.cat([k_THK, biases_TH2], -1), (0, _SIZE_WIDTH - 2))
     return q_THK, k_THK, F.pad(v_THK, (0, _SIZE_WIDTH))
-
-
-class _Rectangles:
-    """Rows of images as rectangles: a view a bucket, or all images padded to the longest."""
-
-    def __init__(self, batch: TokenBatch, q_THK: Tensor, k_THK: Tensor, *, padded: bool) -> None:
-        self.batch, self.padded = batch, padded
-        self.layout = batch.layout
-        self._q_THK, self._k_THK = q_THK, k_THK
-
-    @cached_property
-    def queries(self) -> list[Tensor]:
-        """(G, L, H, K) each."""
-        return self.split(self._q_THK)
-
-    @cached_property
-    def keys(self) -> list[Tensor]:
-        """(G, L, H, K) each."""
-        return self.split(self._k_THK)
-
-    def split(self, values_T: Tensor, beyond: float | None = None) -> list[Tensor]:
-        """(T, …) to (G, L, …) each. beyond: what lies beyond an image's rows; None: a copy of its last."""
-        if not self.padded:
-            return self.layout.split(values_T)
-        values_BM = values_T.index_select(0, self.batch.rows_BM.flatten()).unflatten(0, self.batch.rows_BM.shape)
-        return [values_BM if beyond is None else values_BM.masked_fill(~self.batch.has_row_BM, beyond)]
-
-    def join(self, values: list[Tensor]) -> Tensor:
-        """What `split` took apart, (T, …)."""
-        if not self.padded:
-            return self.layout.join(values)
-        return values[0].flatten(0, 1).index_select(0, self.batch.places_T)
-
-    @cached_property
-    def key_biases(self) -> list[Tensor]:
-        """(G, L) each."""
-        return self.split(self.batch.key_bias_T, -torch.inf)
-
-    @cached_property
-    def ghost_keys(self) -> list[GhostKeys | None]:
-        learning = self.batch.learning
-        if learning is None:
-            return [None] * len(self.key_biases)
-        parts = (self.split(x_T, 0) for x_T in (learning.mask_T, learning.seen_T, learning.learns_T))
-        return [GhostKeys(*rectangle) for rectangle in zip(self.key_biases, *parts, strict=True)]
-
-    def pairs(self, bias_1HNN: Tensor | None, queries: int | None = None) -> Iterator[Tensor | None]:
-        """The bias of the pairs of tokens of each rectangle's images, (G, H, L, L); one at a time.
-
-        queries: only of the first so many tokens of an image with all of them, (G, H, queries, L).
-        """
-        if bias_1HNN is None:
-            yield from repeat(None)
-            return
-        # nothing is added for a token without a position: −1 is the row and column of zeros at the end
-        bias_HPP = F.pad(bias_1HNN[0], (0, 1, 0, 1))
-        places = bias_HPP.shape[-1]
-        for positions_GL in self.split(self.batch.positions_T):
-            rows_GL = positions_GL % places
-            pairs_GQL = rows_GL[:, :queries, None] * places + rows_GL[:, None]
-            # one flat index is twice as fast as two
-            bias_HX = bias_HPP.flatten(1).index_select(1, pairs_GQL.flatten())
-            yield bias_HX.unflatten(1, pairs_GQL.shape).transpose(0, 1)
-
-
-def _rectangular(rectangles: _Rectangles, v_THK: Tensor, scaling: float, bias_1HNN: Tensor | None) -> Tensor:
-    """Context vectors (T, H, K): one fused call a rectangle."""
-    outputs = []
-    qkv = zip(rectangles.queries, rectangles.keys, rectangles.split(v_THK), strict=True)
-    known = zip(rectangles.key_biases, rectangles.ghost_keys, rectangles.pairs(bias_1HNN), strict=False)
-    for x, (key_bias_GL, ghost_keys, pairs) in zip(qkv, known, strict=True):
-        q, k, v = (x_GLHK.transpose(1, 2) for x_GLHK in x)
-        if ghost_keys is not None:
-            output = ghost_attention(q, k, v, ghost_keys, scaling, pairs)
-        else:
-            bias = key_bias_GL[:, None, None]
-            mask = (bias if pairs is None else bias + pairs).to(q.dtype).expand(-1, -1, q.shape[2], -1)
-            output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scaling)
-        outputs.append(output.transpose(1, 2))
-    return rectangles.join(outputs)
-
-
-def _rows(rectangles: _Rectangles, scaling: float, bias_1HNN: Tensor | None, query: Query) -> Tensor:
-    """What the class token, or the mean query, of each image pays to its rows, (T, H)."""
-    rows = []
-    qk = zip(rectangles.queries, rectangles.keys, strict=True)
-    # the mean query stands nowhere
-    pairs = rectangles.pairs(None if query == "mean" else bias_1HNN, queries=1)
-    known = zip(rectangles.key_biases, rectangles.ghost_keys, pairs, strict=False)
-    for (q, k), (key_bias_GL, ghost_keys, pairs_GH1L) in zip(qk, known, strict=True):
-        bias_GLH = key_bias_GL[..., None] if pairs_GH1L is None else key_bias_GL[..., None] + pairs_GH1L[:, :, 0].mT
-        seen_GL = None if ghost_keys is None else ghost_keys.mask_GL
-        if query == "mean":
-            weights_GL = key_bias_GL.exp() if seen_GL is None else key_bias_GL.exp() * seen_GL
-            asking_GHK = mean_query(q, weights_GL)
-        else:
-            asking_GHK = q[:, 0]
-        rows.append(attention_row(asking_GHK, k, scaling, bias_GLH, seen_GL))
-    return rectangles.join(rows)

@@ -91,7 +91,7 @@ def _attach(model: PreTrainedModel, pruning: Pruning, anatomy: Anatomy) -> list[
     handles: list[Removable] = [
         backbone.register_forward_pre_hook(_Begin(pruning, family.has_interface, anatomy.inner), with_kwargs=True),
         backbone.register_forward_hook(_End(pruning, anatomy.inner), always_call=True),
-        anatomy.final_norm.register_forward_hook(_unpack),
+        anatomy.final_norm.register_forward_hook(_Unpack(norms=anatomy.final_norm not in anatomy.blocks)),
     ]
     if anatomy.pooling is not None:
         handles.append(anatomy.pooling.register_forward_pre_hook(_pool_what_is_there, with_kwargs=True))
@@ -206,8 +206,11 @@ class _EnterBlock:
         hidden_states, call = state.enter_block(self.block, args[0], valid_BN)
         positions = state.positions()
         if self.rope and positions is not None:
-            tables = pack_rope(kwargs["position_embeddings"], positions, state.policy.num_prefix_tokens)
-            kwargs = {**kwargs, "position_embeddings": tables}
+            tables, prefix = kwargs["position_embeddings"], state.policy.num_prefix_tokens
+            kwargs = {**kwargs, "position_embeddings": pack_rope(tables, positions, prefix)}
+            if call.ghosts is not None:
+                theirs = pack_rope(tables, call.ghosts.ghosts.positions_X, prefix)
+                call.ghosts.arguments["position_embeddings"] = theirs
         return (hidden_states, *rest), {**kwargs, "pruning": call}
 
 
@@ -219,15 +222,29 @@ def _drop_by_image(module: nn.Module, args: Any, output: Tensor) -> Tensor | Non
         return None
     drops: Any = module
     keep = 1 - drops.drop_prob
-    layout = call.tokens.layout
+    layout, run = call.tokens.layout, call.ghosts
+    if run is not None and run.is_on:
+        return args[0] * run.draws.popleft().index_select(0, run.ghosts.images_X)[:, None]
     drawn_B = args[0].new_empty(len(layout.lengths)).bernoulli_(keep) / keep
+    if run is not None:
+        run.draws.append(drawn_B)
     return args[0] * drawn_B.index_select(0, layout.images(args[0].device))[:, None]
 
 
-@torch.compiler.disable()
-def _unpack(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
-    running = running_forward.get()
-    return None if running is None else running.state.unpack(output)
+@dataclass(frozen=True, eq=False)
+class _Unpack:
+    """norms: behind a norm, not a block; ghosts go through blocks by themselves."""
+
+    norms: bool
+
+    @torch.compiler.disable()
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        running = running_forward.get()
+        if running is None:
+            return None
+        if self.norms and isinstance(running.state, PackedPass):
+            running.state.norm_ghosts(module.forward)
+        return running.state.unpack(output)
 
 
 @torch.compiler.disable()

@@ -22,10 +22,18 @@ def attention_row(
 
     mask_BM: 0/1 with gradient, keys that are seen.
     """
+    logits_BMH = row_logits(q_BHK, k_BMHK, scaling)
+    return row_weights(logits_BMH if bias_BMH is None else logits_BMH + bias_BMH, mask_BM)
+
+
+def row_logits(q_BHK: Tensor, k_BMHK: Tensor, scaling: float) -> Tensor:
+    """What one query has to do with each key before the softmax, (B, M, H), at least float32."""
     # element by element: a matrix product of one row takes three times as long
-    logits_BMH = torch.linalg.vecdot(at_least_float32(k_BMHK), at_least_float32(q_BHK)[:, None] * scaling)
-    if bias_BMH is not None:
-        logits_BMH = logits_BMH + bias_BMH
+    return torch.linalg.vecdot(at_least_float32(k_BMHK), at_least_float32(q_BHK)[:, None] * scaling)
+
+
+def row_weights(logits_BMH: Tensor, mask_BM: Tensor | None = None) -> Tensor:
+    """The softmax over those keys that are seen, (B, M, H)."""
     row_BMH = logits_BMH.softmax(1)
     if mask_BM is None:
         return row_BMH

@@ -23,8 +23,9 @@ NOBODY = -1
 KEY_ALIGNMENT = 4
 # with AMX tiles fused attention in half precision takes up to 2.5 times as long for 191 keys as for 192
 TILE_KEY_ALIGNMENT = 16
-# what one more attention call costs on a CPU beside its work, in multiply-accumulates that would take as long
-CALL_MACS = 1_500_000
+# what one more attention call costs on a CPU beside its work, in multiply-accumulates that would take as long; in a
+# step of training with all that gives masks their gradient
+CALL_MACS, LEARNING_CALL_MACS = 1_500_000, 50_000_000
 # half-precision matrix products on a CPU are compiled for their shape (up to milliseconds each): keep to few
 HALF_PRECISION_ROWS = 64
 # but of fewer rows no more than this part may be nobody's
@@ -41,7 +42,7 @@ def needs_tiles(x: Tensor) -> bool:
     return x.device.type == "cpu" and is_half(x) and torch.cpu._is_amx_tile_supported()
 
 
-def _alignment(counts: Sequence[int], width: int, least: int) -> int:
+def _alignment(counts: Sequence[int], width: int, least: int, call_macs: int) -> int:
     """Fewer buckets are fewer attention calls, and more fillers for the 12·D² MACs of a row: what costs least."""
 
     if len(counts) == 1:
@@ -49,13 +50,18 @@ def _alignment(counts: Sequence[int], width: int, least: int) -> int:
 
     def macs(alignment: int) -> int:
         rows = [count + -count % alignment for count in counts]
-        return len(set(rows)) * CALL_MACS + (sum(rows) - sum(counts)) * 12 * width * width
+        return len(set(rows)) * call_macs + (sum(rows) - sum(counts)) * 12 * width * width
 
     return min((least, 2 * least, 4 * least), key=macs)
 
 
-def _row_multiple(rows: int) -> int:
-    """`HALF_PRECISION_ROWS`, or as many of them as pad no more than they may, in powers of two: shapes stay few."""
+def row_multiple_for(rows: int, x_TD: Tensor) -> int:
+    """Of which number the rows of hidden states should be a multiple.
+
+    `HALF_PRECISION_ROWS`, or as many of them as pad no more than they may, in powers of two: shapes stay few.
+    """
+    if x_TD.device.type != "cpu" or not is_half(x_TD):
+        return 1
     multiple = HALF_PRECISION_ROWS
     while multiple > max(1, rows * HALF_PRECISION_PADDING):
         multiple //= 2
@@ -71,35 +77,30 @@ def on_device(values: Sequence[int], device: torch.device, dtype: torch.dtype = 
 class Layout:
     """Which rows belong to which image. Images of as many rows lie side by side: rectangles, the buckets.
 
-    An image's tokens come first in its rows, then ghosts (in training), then fillers; behind the last image may be rows
-    that are nobody's.
+    An image's tokens come first in its rows, then fillers; behind the last image may be rows that are nobody's.
 
     lengths: tokens of each image, prefix included. On the host: every ragged operation needs them there.
     alignment: of which number the rows of an image are a multiple.
     row_multiple: of which number all rows are a multiple.
-    ghosts: ghosts of each image; empty where there are none.
     """
 
     lengths: tuple[int, ...]
     alignment: int = 1
     row_multiple: int = 1
-    ghosts: tuple[int, ...] = ()
 
     @classmethod
-    def fitting(cls, lengths: Sequence[int], ghosts: Sequence[int], x_TD: Tensor) -> Layout:
-        """As the kernels like it that work on such hidden states."""
+    def fitting(cls, lengths: Sequence[int], x_TD: Tensor, *, learns: bool = False) -> Layout:
+        """As the kernels like it that work on such hidden states. learns: in a step of training."""
         if x_TD.device.type != "cpu":
-            return cls(tuple(lengths), ghosts=tuple(ghosts))
-        counts = [sum(pair) for pair in zip(lengths, ghosts, strict=True)] if ghosts else list(lengths)
-        alignment = _alignment(counts, x_TD.shape[-1], TILE_KEY_ALIGNMENT if needs_tiles(x_TD) else KEY_ALIGNMENT)
-        row_multiple = _row_multiple(sum(counts)) if is_half(x_TD) else 1
-        return cls(tuple(lengths), alignment, row_multiple, tuple(ghosts))
+            return cls(tuple(lengths))
+        least = TILE_KEY_ALIGNMENT if needs_tiles(x_TD) else KEY_ALIGNMENT
+        alignment = _alignment(lengths, x_TD.shape[-1], least, LEARNING_CALL_MACS if learns else CALL_MACS)
+        return cls(tuple(lengths), alignment, row_multiple_for(sum(lengths), x_TD))
 
     @cached_property
     def rows(self) -> list[int]:
         """Rows of each image."""
-        filled = [sum(pair) for pair in zip(self.lengths, self.ghosts, strict=True)] if self.ghosts else self.lengths
-        return [count + -count % self.alignment for count in filled]
+        return [count + -count % self.alignment for count in self.lengths]
 
     @cached_property
     def order(self) -> list[int]:
@@ -172,15 +173,13 @@ class Layout:
 
 @dataclass(frozen=True)
 class Learning:
-    """What a training pass knows of each row beyond inference: whether its token is seen, with a gradient.
+    """What a training pass knows of each row beyond inference.
 
-    mask_T: 1 for tokens, 0 for ghosts and fillers; with the gradient of the straight-through mask near a threshold.
-    seen_T: the same as bool, well-defined also where a score is NaN.
+    mask_T: 1, with the gradient of the straight-through mask where a token is near its threshold.
     learns_T: bool, rows whose mask or size has a gradient worth computing.
     """
 
     mask_T: Tensor
-    seen_T: Tensor
     learns_T: Tensor
 
 
@@ -193,8 +192,7 @@ class TokenBatch:
 
     positions_T: index of each token in the dense sequence; `NOBODY` for fillers and tokens that a stage added (`fuse`).
     sizes_T: float32, for how many patches a token stands, 0 in fillers; None when every token stands for itself.
-    carriers_BN: which of its image's tokens stands now for a token of the dense sequence, or `NOBODY`. A ghost that
-        nobody took in stands for itself.
+    carriers_BN: which of its image's tokens stands now for a token of the dense sequence, or `NOBODY`.
     learning: None in inference, and in training until tokens leave.
     has_carriers: somebody stands for each token of the dense sequence.
     """
@@ -296,17 +294,7 @@ class TokenBatch:
     @property
     def present_BN(self) -> Tensor:
         """bool (B, N): tokens of the dense sequence that a token that is seen stands for."""
-        return (self.carriers_BN != NOBODY) & (self.carriers_BN < self.lengths_B[:, None])
-
-    @property
-    def ghost_rows(self) -> tuple[Tensor, Tensor]:
-        """Rows of all ghosts and the image of each of them."""
-        device = self.positions_T.device
-        images_T, slots_T = self.layout.places(device)
-        ghosts_B = on_device(self.layout.ghosts or (0,) * len(self.lengths), device)
-        beyond_T = slots_T - self.lengths_B.index_select(0, images_T)
-        rows = ((beyond_T >= 0) & (beyond_T < ghosts_B.index_select(0, images_T))).nonzero().squeeze(1)
-        return rows, images_T.index_select(0, rows)
+        return self.carriers_BN != NOBODY
 
     def unpack(self, x_TD: Tensor) -> Tensor:
         """Hidden states back in the dense sequence, (T, D) to (B, N, D).
@@ -319,16 +307,10 @@ class TokenBatch:
         if self.sizes_T is not None:  # with sizes every token has a carrier
             return y_BND
         gone_BN1, prefix = ~self.present_BN[..., None], self.num_prefix_tokens
-        if self.learning is None:
-            sums_BD = y_BND.masked_fill(gone_BN1, 0.0)[:, prefix:].sum(1, dtype=torch.float32)
-            means_BD = (sums_BD / (self.lengths_B - prefix)[:, None]).to(x_TD.dtype)
-            return torch.where(gone_BN1, means_BD[:, None], y_BND)
-        # the same numbers, with the gradient of the mask
-        mask_BN1 = self.learning.mask_T.index_select(0, rows_X).view_as(gone_BN1)
-        mask_BN1 = mask_BN1.masked_fill((self.carriers_BN == NOBODY)[..., None], 0.0)
-        patches_BN1 = mask_BN1[:, prefix:]
-        means_B1D = (y_BND[:, prefix:] * patches_BN1).sum(1, keepdim=True) / patches_BN1.sum(1, keepdim=True)
-        return y_BND + ((1 - mask_BN1) * (means_B1D - y_BND)).to(x_TD.dtype)
+        dtype = torch.promote_types(x_TD.dtype, torch.float32)
+        sums_BD = y_BND.masked_fill(gone_BN1, 0.0)[:, prefix:].sum(1, dtype=dtype)
+        means_BD = (sums_BD / (self.lengths_B - prefix)[:, None]).to(x_TD.dtype)
+        return torch.where(gone_BN1, means_BD[:, None], y_BND)
 
     @property
     def carrier_rows_BN(self) -> Tensor:

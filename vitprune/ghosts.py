@@ -1,0 +1,159 @@
+"""Ghosts: tokens that left near their threshold in a training pass, and go on beside those that are seen.
+
+They see the others and nobody sees them; so no gradient comes back through them, and they go through the same layers in
+a run of their own without one. What they tell a threshold is what the others would have seen of them. Leaves
+attention to `ghost_attention` and `packed_attention`.
+
+Shapes: B images, M tokens of an image at a stage, X ghosts of all images and copies of the first that fill up, D width,
+H heads, K head width, G images of a rectangle (all, or a bucket), C ghosts of the image that has most of them.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vitprune.departure import Departure
+from vitprune.tokens import TokenBatch, row_multiple_for
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where the ghosts of each image are among all. index_GC: 0 where there is none; is_there_GC: whether there is."""
+
+    index_GC: Tensor
+    is_there_GC: Tensor
+
+    @classmethod
+    def of(cls, images_X: Tensor, num_images: int, offset: int = 0) -> Places:
+        """images_X: image of each ghost; offset: of the first of them among all."""
+        counts_G = images_X.bincount(minlength=num_images)
+        order_X = images_X.argsort(stable=True)
+        slots_C = torch.arange(int(counts_G.max()), device=images_X.device)
+        is_there_GC = slots_C < counts_G[:, None]
+        starts_G = counts_G.cumsum(0) - counts_G
+        in_order_GC = (starts_G[:, None] + slots_C).clamp(max=len(order_X) - 1)
+        return cls((order_X[in_order_GC] + offset).masked_fill(~is_there_GC, 0), is_there_GC)
+
+    def of_images(self, images: Sequence[int]) -> Places:
+        """Those of some of the images, as many as the one of them needs that has most."""
+        is_there_GC = self.is_there_GC[images]
+        most = int(is_there_GC.sum(1).max())
+        return Places(self.index_GC[images, :most], is_there_GC[:, :most])
+
+    def take(self, values_X: Tensor, beyond: float | None = None) -> Tensor:
+        """(X, …) to (G, C, …). beyond: what lies where no ghost is; None: the first ghost's."""
+        values_GC = values_X.index_select(0, self.index_GC.flatten()).unflatten(0, self.index_GC.shape)
+        return values_GC if beyond is None else values_GC.masked_fill(~self.is_there_GC, beyond)
+
+    def put_(self, values_X: Tensor, values_GC: Tensor) -> None:
+        """What `take` took, back where it was."""
+        values_X[self.index_GC[self.is_there_GC]] = values_GC[self.is_there_GC]
+
+
+@dataclass(frozen=True)
+class Ghosts:
+    """The ghosts of a batch, those of earlier stages first; each stage's in the order of their images.
+
+    images_X, positions_X: image of each, and its index in the dense sequence. bias_X: log of its size, float32.
+    mask_X: 0, with the gradient of the straight-through mask where that counts still: not for earlier ones.
+    num_earlier: of earlier stages. count: all of them; the rows behind fill up.
+    """
+
+    images_X: Tensor
+    positions_X: Tensor
+    bias_X: Tensor
+    mask_X: Tensor
+    num_earlier: int
+    count: int
+    num_images: int
+
+    @cached_property
+    def everybody(self) -> Places:
+        return Places.of(self.images_X[: self.count], self.num_images)
+
+    @cached_property
+    def teachers(self) -> Places:
+        """Those whose mask counts."""
+        return Places.of(self.images_X[self.num_earlier : self.count], self.num_images, self.num_earlier)
+
+
+def linger(
+    batch: TokenBatch, x_TD: Tensor, departure: Departure, earlier: Ghosts | None, earlier_XD: Tensor | None
+) -> tuple[Ghosts, Tensor] | tuple[None, None]:
+    """The ghosts behind a stage, and their states (X, D): tokens that leave it near the threshold, and earlier ones.
+
+    earlier, earlier_XD: ghosts that go on, and what has become of them; None where there are none.
+    """
+    teaching = departure.teaching
+    assert teaching is not None
+    linger_X = (teaching.near_BM & ~departure.keep_BM).flatten().nonzero().squeeze(1)
+    rows_X = batch.rows_at(linger_X)
+    parts = [
+        torch.div(linger_X, departure.keep_BM.shape[1], rounding_mode="floor"),
+        batch.positions_T.index_select(0, rows_X),
+        batch.key_bias_T.detach().index_select(0, rows_X),
+        teaching.mask_BM.flatten().index_select(0, linger_X),
+        x_TD.detach().index_select(0, rows_X),
+    ]
+    num_earlier = 0
+    if earlier is not None:
+        assert earlier_XD is not None
+        num_earlier = earlier.count
+        before = earlier.images_X, earlier.positions_X, earlier.bias_X, earlier.mask_X.detach(), earlier_XD
+        parts = [torch.cat([old[:num_earlier], new]) for old, new in zip(before, parts, strict=True)]
+    count = len(parts[0])
+    if count == 0:
+        return None, None
+    filling = -count % row_multiple_for(count, x_TD)
+    images_X, positions_X, bias_X, mask_X, states_XD = (
+        torch.cat([x_X, x_X[:1].expand(filling, *x_X.shape[1:])]) for x_X in parts
+    )
+    ghosts = Ghosts(images_X, positions_X, bias_X, mask_X, num_earlier, count, len(departure.keep_BM))
+    return ghosts, states_XD
+
+
+@dataclass
+class GhostRun:
+    """The way of ghosts through one block, behind the run of those that are seen.
+
+    states_XD: theirs before the block; after_XD: behind it.
+    ends: they are gone behind this block, so of it queries, keys and values are wanted alone.
+    arguments: what the block is given for them in place of what it is given for the others.
+    qkv: theirs, (1, H, X, K) each.
+    draws: what stochastic depth drew for the images, and will for their ghosts, in the order in which it comes up.
+    Gradient checkpointing repeats the run and finds the same again.
+    """
+
+    ghosts: Ghosts
+    states_XD: Tensor
+    ends: bool
+    arguments: dict[str, Any] = field(default_factory=dict)
+    qkv: tuple[Tensor, Tensor, Tensor] | None = None
+    after_XD: Tensor | None = None
+    is_on: bool = False
+    draws: deque[Tensor] = field(default_factory=deque)
+
+    def found(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of ghosts in this block, (X, H, K) each, once they have been there."""
+        assert self.qkv is not None
+        q, k, v = (x_1HXK[0].transpose(0, 1) for x_1HXK in self.qkv)
+        return q, k, v
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """The ghosts' turn."""
+        self.is_on = True
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.is_on = False
+            self.draws.clear()
