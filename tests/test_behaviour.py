@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 import vitprune
 from vitprune import attention, thresholds, tokens
 from vitprune.anatomy import examine
+from vitprune.ghosts import GhostRun
 from vitprune.recipe import Execution, PruningSpec
 from vitprune.tracing import pruning_of
 
@@ -43,6 +44,11 @@ every_family_and_policy = pytest.mark.parametrize(("family", "policy"), tiny.FAM
 def pruned(family: str, policy: str | PruningSpec) -> PreTrainedModel:
     spec = tiny.POLICIES[policy] if isinstance(policy, str) else policy
     return vitprune.prune_(tiny.build(family), tiny.spec_for(family, spec))
+
+
+def with_ghosts(policy: str) -> PruningSpec:
+    """Temperatures at which tokens are near their threshold."""
+    return tiny.POLICIES[policy].model_copy(update={"temperature": 1e-2})
 
 
 @torch.no_grad()
@@ -176,8 +182,7 @@ def test_packed_training_has_the_gradients_of_masked(family: str, policy: str, m
     # with every token near its threshold nothing is left out, and the two are the same function
     monkeypatch.setattr(attention, "MASKED_SOFTMAX_EPS", 0.0)
     monkeypatch.setattr(thresholds, "BAND", 1e20)
-    spec = tiny.POLICIES[policy].model_copy(update={"temperature": 1e-2})
-    model, x = pruned(family, spec), tiny.inputs(family, 3)
+    model, x = pruned(family, with_ghosts(policy)), tiny.inputs(family, 3)
     masked, masked_gradients = gradients(model, x, "masked")
     packed, packed_gradients = gradients(model, x, "packed")
     assert_close(packed, masked, **FLOAT32)
@@ -204,7 +209,7 @@ def test_packed_training_sees_what_inference_sees(family: str, policy: str) -> N
 @every_family_and_policy
 @pytest.mark.parametrize("execution", get_args(Execution))
 def test_a_training_step_reaches_what_it_should(family: str, policy: str, execution: Execution) -> None:
-    spec = tiny.POLICIES[policy].model_copy(update={"temperature": 1e-2})
+    spec = with_ghosts(policy)
     model = pruned(family, spec).train()
     pruning_of(model).execution = execution
     with vitprune.trace(model) as trace:
@@ -231,7 +236,7 @@ def test_a_training_step_reaches_what_it_should(family: str, policy: str, execut
 def test_gradient_checkpointing_changes_nothing(family: str, policy: str, execution: Execution) -> None:
     found = []
     for checkpointing in (False, True):
-        model = pruned(family, policy)
+        model = pruned(family, with_ghosts(policy))
         if checkpointing:
             model.activation_checkpointing_enable()
         found.append(gradients(model, tiny.inputs(family, 3), execution))
@@ -252,6 +257,49 @@ def test_stochastic_depth_is_drawn_for_each_image(execution: Execution) -> None:
     # of the class token, behind blocks 4 and 5, where tokens have left
     unchanged = torch.isclose(output[-1][:, 0], output[-2][:, 0]).all(-1)
     assert 0 < unchanged.sum() < len(embedded)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_ghosts_share_what_stochastic_depth_does_to_their_image(
+    checkpointing: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runs: list[GhostRun] = []
+
+    def record(*args: Any, **kwargs: Any) -> GhostRun:
+        runs.append(GhostRun(*args, **kwargs))
+        return runs[-1]
+
+    monkeypatch.setattr("vitprune.packed.GhostRun", record)
+    model = hf.Dinov2Model(hf.Dinov2Config(**tiny.SHAPE, mlp_ratio=2, drop_path_rate=0.9))
+    spec = with_ghosts("as-vit-merge")
+    pruning_of(vitprune.prune_(model, spec)).execution = "packed"
+    if checkpointing:
+        model.activation_checkpointing_enable()
+    torch.manual_seed(0)
+    output = model.train()(**tiny.inputs("dinov2", 64), output_hidden_states=True)
+    output.last_hidden_state.sum().backward()
+    first = pruning_of(model).policy().before_blocks[0]
+    for block, ghost_run in enumerate(runs[:-1], first):  # behind the last one comes the final norm
+        assert ghost_run.after_XD is not None
+        before, after = output.hidden_states[block : block + 2]
+        is_dropped_B = torch.isclose(before[:, 0], after[:, 0]).all(-1)
+        is_dropped_X = torch.isclose(ghost_run.states_XD, ghost_run.after_XD).all(-1)
+        assert torch.equal(is_dropped_X, is_dropped_B[ghost_run.ghosts.images_X])
+    assert runs
+
+
+# scored by the class token, by the mean query, and by similarity
+@pytest.mark.parametrize(
+    ("family", "policy"), [("vit", "as-vit"), ("siglip-tower", "as-vit"), ("vit", "redundancy-merge")]
+)
+def test_in_packed_training_an_image_that_is_not_finite_stays_alone(family: str, policy: str) -> None:
+    model, x = pruned(family, with_ghosts(policy)).train(), tiny.inputs(family, 3)
+    pruning_of(model).execution = "packed"
+    expected, _ = run(model, x)
+    x["pixel_values"][1] = torch.nan
+    ours, _ = run(model, x)
+    assert ours[1].isnan().all()
+    assert_close(ours[[0, 2]], expected[[0, 2]], **FLOAT32)
 
 
 @every_family
@@ -285,10 +333,14 @@ def test_copies_have_a_life_of_their_own(family: str) -> None:
 @pytest.mark.parametrize("policy", ["as-vit", "redundancy-merge", "as-vit-fuse"])
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_bfloat16_runs_and_thresholds_stay_float32(family: str, policy: str, mode: str) -> None:
-    model, x = pruned(family, policy), tiny.inputs(family, 3)
+    model, x = pruned(family, with_ghosts(policy)), tiny.inputs(family, 3)
     before = pruning_of(model).levels.clone()
     model = model.bfloat16().train(mode == "train")
-    result, _ = run(model, {name: v.bfloat16() if v.is_floating_point() else v for name, v in x.items()})
+    x = {name: v.bfloat16() if v.is_floating_point() else v for name, v in x.items()}
+    result, _ = run(model, x)
+    if mode == "train":
+        _, found = gradients(model, x, "packed")
+        assert all(gradient.isfinite().all() for gradient in found.values())
     assert result.dtype == torch.bfloat16
     assert result.isfinite().all()
     assert_close(pruning_of(model).levels, before, **EXACT)

@@ -71,10 +71,9 @@ def case(learns: float = 1.0, *, paired: bool = False) -> Case:
         ghost_qkv,
         SeenKeys(bias_GL, torch.ones(G, ROWS, requires_grad=True), (torch.rand(G, ROWS) < learns) & is_token_L),
         GhostKeys(
-            lambda: ghost_qkv[1:],
+            lambda: (*ghost_qkv[1:], None if pairs is None else pairs[:, :, :ROWS, ROWS:].detach()),
             bias_GC,
             torch.zeros(G, GHOSTS, requires_grad=True),
-            None if pairs is None else pairs[:, :, :ROWS, ROWS:].detach(),
         ),
         pairs,
     )
@@ -142,11 +141,11 @@ def test_ghosts_are_asked_in_the_backward_pass_alone() -> None:
     rectangle = case()
     asked = []
 
-    def keys_and_values() -> tuple[Tensor, Tensor]:
+    def in_backward() -> tuple[Tensor, Tensor, None]:
         asked.append(True)
-        return rectangle.ghost_qkv[1], rectangle.ghost_qkv[2]
+        return rectangle.ghost_qkv[1], rectangle.ghost_qkv[2], None
 
-    rectangle.ghosts = replace(rectangle.ghosts, keys_and_values=keys_and_values)
+    rectangle.ghosts = replace(rectangle.ghosts, in_backward=in_backward)
     output = rectangle.ours()
     assert not asked
     output.sum().backward()
@@ -160,7 +159,7 @@ def test_bfloat16_under_autocast_too(fused: bool, monkeypatch: pytest.MonkeyPatc
     expected = torch.autograd.grad(rectangle.ours().sum(), rectangle.wanted[4:])
     q, k, v = (x.detach().bfloat16().requires_grad_() for x in rectangle.qkv)
     _, ghost_k, ghost_v = (x.bfloat16() for x in rectangle.ghost_qkv)
-    ghosts = replace(rectangle.ghosts, keys_and_values=lambda: (ghost_k, ghost_v))
+    ghosts = replace(rectangle.ghosts, in_backward=lambda: (ghost_k, ghost_v, None))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         ours = learning_attention(q, k, v, rectangle.seen, ghosts, SCALING)[:, :, :TOKENS]
     *gradients, dq = torch.autograd.grad(ours.float().sum(), (*rectangle.wanted[4:], q))

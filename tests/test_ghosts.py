@@ -83,6 +83,18 @@ def test_earlier_ones_go_on_if_they_last_and_teach_no_more(lasts: bool) -> None:
     assert ghosts.everybody.is_there_GC.sum(1).tolist() == ([4, 1, 2] if lasts else [1, 0, 2])
 
 
+def test_a_stage_without_ghosts_leaves_the_earlier_ones() -> None:
+    batch, x_TD = dense()
+    leaving = departure(batch, NEAR)
+    earlier, states_XD = linger(batch, x_TD, leaving, None, None)
+    after, y_TD = depart(batch, x_TD, leaving)
+    ghosts, _ = linger(after, y_TD, departure(after, [[], [], []]), earlier, states_XD)
+    assert ghosts is not None
+    assert ghosts.num_earlier == ghosts.count == 4
+    assert ghosts.teachers.index_GC.shape == (IMAGES, 0)
+    assert ghosts.everybody.is_there_GC.sum() == 4
+
+
 def test_nobody_is_a_ghost_where_nobody_left_near_the_threshold() -> None:
     batch, x_TD = dense()
     assert linger(batch, x_TD, departure(batch, [[], [], []]), None, None) == (None, None)
@@ -105,6 +117,8 @@ def test_places_of_some_images_take_and_put_back() -> None:
     values_X = torch.arange(7.0)
     places = Places.of(images_X, 4)
     assert places.take(values_X, -1.0).tolist() == [[1, 3, 4], [6, -1, -1], [0, 2, 5], [-1, -1, -1]]
+    pairs_X2 = torch.stack([values_X, -values_X], 1)
+    assert places.take(pairs_X2, 0.5)[1].tolist() == [[6, -6], [0.5, 0.5], [0.5, 0.5]]
     some = places.of_images([3, 1])
     assert some.take(values_X, -1.0).tolist() == [[-1], [6]]
     assert places.of_images([3]).index_GC.shape == (1, 0)

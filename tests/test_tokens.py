@@ -58,6 +58,12 @@ def test_fillers_are_weighed_against_calls() -> None:
     assert alignments[0] > alignments[-1] == KEY_ALIGNMENT
 
 
+def test_training_takes_fewer_calls() -> None:
+    x_TD = torch.zeros(1, 384)
+    inference, training = (Layout.fitting(range(100, 164), x_TD, learns=learns) for learns in (False, True))
+    assert len(training.buckets) < len(inference.buckets)
+
+
 def test_in_half_precision_shapes_are_few_and_little_is_padded() -> None:
     shapes = set[int]()
     for length in range(32, 5000):

@@ -22,12 +22,12 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def contest_of(family: str) -> tuple[Contest, dict[float | None, Levels]]:
     model = tiny.build(family)
-    spec = tiny.spec_for(family, tiny.POLICIES["as-vit-merge"])
+    spec = tiny.spec_for(family, tiny.POLICIES["as-vit-merge"]).model_copy(update={"temperature": 1e-2})
     levels = Levels.of(pruning_of(vitprune.prune_(copy.deepcopy(model), spec)))
     return Contest(model, spec, None), {0.65: levels}
 
 
-@pytest.mark.parametrize("family", ["vit", "siglip-tower"])
+@pytest.mark.parametrize("family", ["vit", "dinov3", "siglip-tower"])
 @pytest.mark.parametrize("autocast", [torch.float32, torch.bfloat16])
 def test_steps(family: str, autocast: torch.dtype) -> None:
     contest, levels = contest_of(family)

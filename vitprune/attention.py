@@ -58,8 +58,8 @@ class AttentionCall:
     read: of how many tokens of an image, the first, the block's output is wanted; None: of all. Such a block runs
         twice: for `keys_and_values` of all tokens as far as its attention, which ends it by `KeysAndValuesFound`; then
         to its end on those few.
-    ghosts: that go through the block in a run of their own, after that of `tokens`; not before it is over can be found
-        what the next stage wants to know, by `conclude`.
+    ghost_run: of ghosts, who go through the block after the tokens; not before they have can be found what the next
+        stage wants to know, by `conclude`. Until then `packed` is there, the tokens' attention.
     Gradient checkpointing runs a layer twice with the same call; the second run only writes the same findings again.
     """
 
@@ -67,7 +67,7 @@ class AttentionCall:
     scores_of: Query | None = None
     wants_metric: bool = False
     read: int | None = None
-    ghosts: GhostRun | None = None
+    ghost_run: GhostRun | None = None
     findings: Findings = field(default_factory=Findings)
     keys_and_values: tuple[Tensor, Tensor] | None = None
     packed: PackedAttention | None = None
@@ -181,11 +181,13 @@ def attend(
                     f"attention dropout ({dropout:g}) isn't done while tokens are packed; train with "
                     "finetune.execution: masked, or set the dropout in the checkpoint's config.json to 0"
                 )
-            if call.ghosts is not None and call.ghosts.is_on:
-                return _ghosts(query, key, value, call, call.ghosts)
-            call.packed = PackedAttention(query, key, value, batch, scale, bias_1HNN, ghosts=call.ghosts)
+            if query.dtype != value.dtype:  # rotary tables stay in float32 under autocast
+                query, key = query.to(value.dtype), key.to(value.dtype)
+            if call.ghost_run is not None and call.ghost_run.is_on:
+                return _ghosts(query, key, value, call, call.ghost_run)
+            call.packed = PackedAttention(query, key, value, batch, scale, bias_1HNN, ghost_run=call.ghost_run)
             output = call.packed.contexts_THK[None]
-            if call.ghosts is None:
+            if call.ghost_run is None:
                 call.conclude()
             return output
     if call.wants_metric:
@@ -195,7 +197,7 @@ def attend(
 
 def _ghosts(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, run: GhostRun) -> Tensor:
     """Attention of ghosts to the tokens of the run before, and to themselves, (1, X, H, K)."""
-    run.qkv = query, key, value
+    run.found.qkv = query, key, value
     if run.ends:
         raise KeysAndValuesFound
     assert call.packed is not None

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vitprune.attention import AttentionCall, KeysAndValuesFound, calling
+from vitprune.ghosts import GhostRun
 from vitprune.masked import MaskedPass
 from vitprune.packed import PackedPass
 from vitprune.tokens import TokenBatch
@@ -95,15 +96,22 @@ class BlockForward:
                 with suppress(KeysAndValuesFound):
                     forward(*args, **kwargs)
                 return forward(first_tokens(args[0], call), *args[1:], **kwargs)
-            if call.ghosts is None:
+            if call.ghost_run is None:
                 return forward(*args, **kwargs)
-            run = call.ghosts
+            return self._attend_with_ghosts(forward, call, call.ghost_run, *args, **kwargs)
+
+    @torch.compiler.disable(recursive=False)
+    def _attend_with_ghosts(self, forward: Any, call: AttentionCall, run: GhostRun, *args: Any, **kwargs: Any) -> Any:
+        run.draws.clear()
+        try:
             output = forward(*args, **kwargs)
             with run.running(), suppress(KeysAndValuesFound):
                 after = forward(run.states_XD[None], *args[1:], **{**kwargs, **run.arguments})
                 run.after_XD = (after[0] if isinstance(after, tuple) else after)[0]
             call.conclude()
-            return output
+        finally:  # also where checkpointing breaks off, since it has all that it needs
+            call.packed = None
+        return output
 
 
 def first_tokens(hidden_states: Tensor, call: AttentionCall) -> Tensor:

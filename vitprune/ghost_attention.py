@@ -37,15 +37,14 @@ class SeenKeys:
 class GhostKeys:
     """Keys that nobody sees and whose masks learn what they would be worth.
 
-    keys_and_values: gives (G, H, C, K) each; asked in the backward pass, when ghosts have been there.
+    in_backward: gives keys and values, (G, H, C, K) each, and what is added to the logits of pairs, (G, H, L, C); asked
+        in the backward pass, when ghosts have been there.
     bias_GC: log of their sizes, −inf where there is no ghost. mask_GC: 0, with a gradient.
-    pairs_GHLC: added to the logits of pairs.
     """
 
-    keys_and_values: Callable[[], tuple[Tensor, Tensor]]
+    in_backward: Callable[[], tuple[Tensor, Tensor, Tensor | None]]
     bias_GC: Tensor
     mask_GC: Tensor
-    pairs_GHLC: Tensor | None = None
 
 
 def learning_attention(
@@ -59,7 +58,7 @@ def learning_attention(
 ) -> Tensor:
     """Σ_j exp(a_ij + bias_j)·G_ij·v_j / Σ_j, G_ij = M_j for j ≠ i and 1 for j = i (AS-ViT), (G, H, L, K).
 
-    pairs_GHLL: added to the logits of pairs; may have a gradient.
+    pairs_GHLL: added to the logits of pairs; may have a gradient. It is the only matrix of all pairs that is kept.
     """
     mask_GC = None if ghosts is None else ghosts.mask_GC
     return _LearningAttention.apply(
@@ -68,6 +67,8 @@ def learning_attention(
 
 
 class _LearningAttention(torch.autograd.Function):
+    """Masks are arguments for the sake of their gradients alone: who is seen is known already."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -106,8 +107,8 @@ class _LearningAttention(torch.autograd.Function):
                 dbias_GL = zeros_GL.scatter_add(1, columns_GC, all_GC * learns_GC)
             if needs_ghosts:
                 ghosts: GhostKeys = ctx.ghosts
-                dlogits_GLC = back.of_logits(*ghosts.keys_and_values(), ghosts.bias_GC, ghosts.pairs_GHLC)
-                dmask_GC = dlogits_GLC.sum(1)
+                ghost_k, ghost_v, ghost_pairs = ghosts.in_backward()
+                dmask_GC = back.of_logits(ghost_k, ghost_v, ghosts.bias_GC, ghost_pairs).sum(1)
         return dq, dk, dv, dbias_GL, dmask_GL, dmask_GC, dpairs, None, None, None
 
 

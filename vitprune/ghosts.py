@@ -44,6 +44,8 @@ class Places:
 
     def of_images(self, images: Sequence[int]) -> Places:
         """Those of some of the images, as many as the one of them needs that has most."""
+        if list(images) == list(range(len(self.index_GC))):
+            return self
         is_there_GC = self.is_there_GC[images]
         most = int(is_there_GC.sum(1).max())
         return Places(self.index_GC[images, :most], is_there_GC[:, :most])
@@ -51,11 +53,18 @@ class Places:
     def take(self, values_X: Tensor, beyond: float | None = None) -> Tensor:
         """(X, …) to (G, C, …). beyond: what lies where no ghost is; None: the first ghost's."""
         values_GC = values_X.index_select(0, self.index_GC.flatten()).unflatten(0, self.index_GC.shape)
-        return values_GC if beyond is None else values_GC.masked_fill(~self.is_there_GC, beyond)
+        if beyond is None:
+            return values_GC
+        is_there = self.is_there_GC.view(*self.is_there_GC.shape, *(1 for _ in values_X.shape[1:]))
+        return values_GC.masked_fill(~is_there, beyond)
 
     def put_(self, values_X: Tensor, values_GC: Tensor) -> None:
         """What `take` took, back where it was."""
-        values_X[self.index_GC[self.is_there_GC]] = values_GC[self.is_there_GC]
+        values_X.index_copy_(0, self.index_GC.flatten()[self._there], values_GC.flatten(0, 1)[self._there])
+
+    @cached_property
+    def _there(self) -> Tensor:
+        return self.is_there_GC.flatten().nonzero().squeeze(1)
 
 
 @dataclass(frozen=True)
@@ -121,13 +130,35 @@ def linger(
 
 
 @dataclass
+class Found:
+    """Queries, keys and values of ghosts in a block, (1, H, X, K) each, once they have been there."""
+
+    qkv: tuple[Tensor, Tensor, Tensor] | None = None
+
+    @property
+    def queries_XHK(self) -> Tensor:
+        return self._tokens_first(0)
+
+    @property
+    def keys_XHK(self) -> Tensor:
+        return self._tokens_first(1)
+
+    @property
+    def values_XHK(self) -> Tensor:
+        return self._tokens_first(2)
+
+    def _tokens_first(self, which: int) -> Tensor:
+        assert self.qkv is not None
+        return self.qkv[which][0].transpose(0, 1)
+
+
+@dataclass
 class GhostRun:
     """The way of ghosts through one block, behind the run of those that are seen.
 
     states_XD: theirs before the block; after_XD: behind it.
     ends: they are gone behind this block, so of it queries, keys and values are wanted alone.
     arguments: what the block is given for them in place of what it is given for the others.
-    qkv: theirs, (1, H, X, K) each.
     draws: what stochastic depth drew for the images, and will for their ghosts, in the order in which it comes up.
     Gradient checkpointing repeats the run and finds the same again.
     """
@@ -136,16 +167,10 @@ class GhostRun:
     states_XD: Tensor
     ends: bool
     arguments: dict[str, Any] = field(default_factory=dict)
-    qkv: tuple[Tensor, Tensor, Tensor] | None = None
+    found: Found = field(default_factory=Found)
     after_XD: Tensor | None = None
     is_on: bool = False
     draws: deque[Tensor] = field(default_factory=deque)
-
-    def found(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys and values of ghosts in this block, (X, H, K) each, once they have been there."""
-        assert self.qkv is not None
-        q, k, v = (x_1HXK[0].transpose(0, 1) for x_1HXK in self.qkv)
-        return q, k, v
 
     @contextmanager
     def running(self) -> Iterator[None]:

@@ -83,8 +83,9 @@ class PackedPass:
         )
         if self._ghosts is not None:
             assert self._ghosts_XD is not None
-            ends = stage_follows and not self._ghosts_last
-            self._call.ghosts = GhostRun(self._ghosts, self._ghosts_XD, ends=ends)
+            is_last = block + 1 == len(policy.cost.linear)
+            ends = (stage_follows and not self._ghosts_last) or (is_last and not policy.reads_patches)
+            self._call.ghost_run = GhostRun(self._ghosts, self._ghosts_XD, ends=ends)
         self._batches.append(self._batch)
         return hidden_states, self._call
 
@@ -95,7 +96,7 @@ class PackedPass:
 
     def _collect_ghosts(self) -> None:
         """Ghosts as the block before gave them out, if they go on behind it."""
-        run = self._call.ghosts
+        run = self._call.ghost_run
         if run is not None:
             self._ghosts, self._ghosts_XD = (None, None) if run.after_XD is None else (run.ghosts, run.after_XD)
 
@@ -122,7 +123,7 @@ class PackedPass:
 
     def norm_ghosts(self, norm: Callable[[Tensor], Tensor]) -> None:
         """What the final norm makes of ghosts, who don't go through it with the others."""
-        run = self._call.ghosts
+        run = self._call.ghost_run
         if run is not None and run.after_XD is not None:
             with torch.no_grad():
                 run.after_XD = norm(run.after_XD[None])[0]
@@ -181,9 +182,7 @@ class PackedPass:
         before_TD = hidden_states.flatten(0, 1)
         after, x_TD = depart(batch, before_TD, departure)
         if teaching is not None:
-            if not self._ghosts_last:
-                self._ghosts = self._ghosts_XD = None
-            else:
+            if self._ghosts_last:
                 self._gifts.append(record(batch, departure, self._ghosts.count if self._ghosts else 0))
             self._ghosts, self._ghosts_XD = linger(batch, before_TD, departure, self._ghosts, self._ghosts_XD)
         if after is not batch:

@@ -43,7 +43,7 @@ class PackedAttention:
     """One block's attention among packed tokens.
 
     q_1HTK, k_1HTK, v_1HTK: of all rows. bias_1HNN: added to the logits of each pair of tokens of the dense sequence.
-    kernel: None for the one that suits. ghosts: that go through the block afterwards.
+    kernel: None for the one that suits. ghost_run: of ghosts that go through the block afterwards.
     """
 
     def __init__(
@@ -55,9 +55,9 @@ class PackedAttention:
         scaling: float,
         bias_1HNN: Tensor | None = None,
         kernel: Kernel | None = None,
-        ghosts: GhostRun | None = None,
+        ghost_run: GhostRun | None = None,
     ) -> None:
-        self.batch, self.scaling, self.ghosts = batch, scaling, ghosts
+        self.batch, self.scaling, self.ghost_run = batch, scaling, ghost_run
         self.kernel = kernel or kernel_for(q_1HTK, k_1HTK, v_1HTK, batch, bias_1HNN)
         # in memory tokens before heads, as linear layers and the kernels have it
         self._q_THK, self._k_THK, self._v_THK = (x_1HTK[0].transpose(0, 1) for x_1HTK in (q_1HTK, k_1HTK, v_1HTK))
@@ -74,8 +74,8 @@ class PackedAttention:
 
     def ghost_contexts(self, q_1HXK: Tensor, k_1HXK: Tensor, v_1HXK: Tensor) -> Tensor:
         """Context vectors of ghosts, (1, X, H, K): each sees itself and its image's tokens."""
-        assert self.ghosts is not None
-        ghosts = self.ghosts.ghosts
+        assert self.ghost_run is not None
+        ghosts = self.ghost_run.ghosts
         own = [x_1HXK[0].transpose(0, 1) for x_1HXK in (q_1HXK, k_1HXK, v_1HXK)]
         contexts_XHK = torch.zeros_like(own[0])
         for i, images in enumerate(self._rectangles.images):
@@ -108,7 +108,7 @@ class PackedAttention:
         if batch.learning is None:
             return head_weighted_attention(row_weights(logits_BMH), norms_BMH)
         mask_BM = batch.pad(batch.learning.mask_T)
-        if self.ghosts is not None:
+        if self.ghost_run is not None:
             ghosts_BCH, mask_BC = self._ghosts_in_row(self._rectangles.by_image(asking), query)
             logits_BMH, mask_BM = torch.cat([logits_BMH, ghosts_BCH], 1), torch.cat([mask_BM, mask_BC], 1)
         return head_weighted_attention(row_weights(logits_BMH, mask_BM)[:, : norms_BMH.shape[1]], norms_BMH)
@@ -134,19 +134,17 @@ class PackedAttention:
         return learning_attention(*self._qkv(i), seen, self._ghost_keys(i), self.scaling, pairs)
 
     def _ghost_keys(self, i: int) -> GhostKeys | None:
-        if self.ghosts is None:
+        if self.ghost_run is None:
             return None
-        run, ghosts = self.ghosts, self.ghosts.ghosts
-        places = ghosts.teachers.of_images(self._rectangles.images[i])
+        ghosts, found, all_pairs = self.ghost_run.ghosts, self.ghost_run.found, self._pairs
+        places, positions = ghosts.teachers.of_images(self._rectangles.images[i]), self._positions[i]
 
-        def keys_and_values() -> tuple[Tensor, Tensor]:
-            _, keys, values = run.found()
-            return places.take(keys).transpose(1, 2), places.take(values).transpose(1, 2)
+        def in_backward() -> tuple[Tensor, Tensor, Tensor | None]:
+            pairs = None if all_pairs is None else all_pairs.between(positions, places.take(ghosts.positions_X))
+            keys, values = (places.take(x_XHK, 0.0).transpose(1, 2) for x_XHK in (found.keys_XHK, found.values_XHK))
+            return keys, values, pairs
 
-        with torch.no_grad():
-            pairs = self._pairs and self._pairs.between(self._positions[i], places.take(ghosts.positions_X))
-        bias_GC = places.take(ghosts.bias_X, -torch.inf)
-        return GhostKeys(keys_and_values, bias_GC, places.take(ghosts.mask_X, 0.0), pairs)
+        return GhostKeys(in_backward, places.take(ghosts.bias_X, -torch.inf), places.take(ghosts.mask_X, 0.0))
 
     def _asking(self, i: int, query: Query) -> Tensor:
         """Of each image of a rectangle the query whose row scores the tokens, (G, H, K)."""
@@ -156,20 +154,19 @@ class PackedAttention:
         weights_GL = self._key_biases[i].exp()
         if self.batch.learning is not None:
             weights_GL = weights_GL * self._masks[i]
-        if self.ghosts is not None:
-            ghosts, places = self.ghosts.ghosts, self.ghosts.ghosts.teachers.of_images(self._rectangles.images[i])
-            queries_XHK, _, _ = self.ghosts.found()
+        if self.ghost_run is not None:
+            ghosts, places = self.ghost_run.ghosts, self.ghost_run.ghosts.teachers.of_images(self._rectangles.images[i])
+            queries_XHK = self.ghost_run.found.queries_XHK
             ghost_weights = places.take(ghosts.bias_X, -torch.inf).exp() * places.take(ghosts.mask_X, 0.0)
             weights_GL = torch.cat([weights_GL, ghost_weights], 1)
-            q_GLHK = torch.cat([q_GLHK, places.take(queries_XHK)], 1)
+            q_GLHK = torch.cat([q_GLHK, places.take(queries_XHK, 0.0)], 1)
         return mean_query(q_GLHK, weights_GL)
 
     def _ghosts_in_row(self, asking_BHK: Tensor, query: Query) -> tuple[Tensor, Tensor]:
         """Logits (B, C, H) and masks (B, C) of ghosts, which score nothing but would lower the others' scores."""
-        assert self.ghosts is not None
-        ghosts, places = self.ghosts.ghosts, self.ghosts.ghosts.teachers
-        _, keys_XHK, _ = self.ghosts.found()
-        logits_BCH = row_logits(asking_BHK, places.take(keys_XHK), self.scaling)
+        assert self.ghost_run is not None
+        ghosts, places = self.ghost_run.ghosts, self.ghost_run.ghosts.teachers
+        logits_BCH = row_logits(asking_BHK, places.take(self.ghost_run.found.keys_XHK, 0.0), self.scaling)
         if query == "class" and self._pairs:
             first_B1 = self.batch.positions_T.index_select(0, self.batch.starts_B)[:, None]
             logits_BCH = logits_BCH + self._pairs.between(first_B1, places.take(ghosts.positions_X))[:, :, 0].mT

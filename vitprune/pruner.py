@@ -208,9 +208,9 @@ class _EnterBlock:
         if self.rope and positions is not None:
             tables, prefix = kwargs["position_embeddings"], state.policy.num_prefix_tokens
             kwargs = {**kwargs, "position_embeddings": pack_rope(tables, positions, prefix)}
-            if call.ghosts is not None:
-                theirs = pack_rope(tables, call.ghosts.ghosts.positions_X, prefix)
-                call.ghosts.arguments["position_embeddings"] = theirs
+            if call.ghost_run is not None:
+                theirs = pack_rope(tables, call.ghost_run.ghosts.positions_X, prefix)
+                call.ghost_run.arguments["position_embeddings"] = theirs
         return (hidden_states, *rest), {**kwargs, "pruning": call}
 
 
@@ -222,7 +222,7 @@ def _drop_by_image(module: nn.Module, args: Any, output: Tensor) -> Tensor | Non
         return None
     drops: Any = module
     keep = 1 - drops.drop_prob
-    layout, run = call.tokens.layout, call.ghosts
+    layout, run = call.tokens.layout, call.ghost_run
     if run is not None and run.is_on:
         return args[0] * run.draws.popleft().index_select(0, run.ghosts.images_X)[:, None]
     drawn_B = args[0].new_empty(len(layout.lengths)).bernoulli_(keep) / keep

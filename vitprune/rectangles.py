@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitprune.tokens import TokenBatch
+from vitprune.tokens import TokenBatch, on_device
 
 
 class Rectangles:
@@ -49,11 +49,11 @@ class Rectangles:
 
     def by_image(self, values: list[Tensor]) -> Tensor:
         """One entry an image, (G, …) each, in the order of the batch."""
-        if len(values) == 1 and (self.padded or len(self.images[0]) == 1):
+        if len(values) == 1:
             return values[0]
         order = [image for images in self.images for image in images]
         back = sorted(range(len(order)), key=order.__getitem__)
-        return torch.cat(values).index_select(0, torch.tensor(back, device=values[0].device))
+        return torch.cat(values).index_select(0, on_device(back, values[0].device))
 
 
 class PairBias:

@@ -293,7 +293,7 @@ class TokenBatch:
 
     @property
     def present_BN(self) -> Tensor:
-        """bool (B, N): tokens of the dense sequence that a token that is seen stands for."""
+        """bool (B, N): tokens of the dense sequence that somebody stands for."""
         return self.carriers_BN != NOBODY
 
     def unpack(self, x_TD: Tensor) -> Tensor:
