@@ -302,15 +302,21 @@ class TokenBatch:
         A patch that left holds the state of the token that stands for it (ToMe's unmerge); where nobody does, the
         mean of the image's remaining patches. So a head that averages the patches averages the kept ones, by size.
         """
-        rows_X = self.carrier_rows_BN.flatten()
-        y_BND = x_TD.index_select(0, rows_X).unflatten(0, self.carriers_BN.shape)
-        if self.sizes_T is not None:  # with sizes every token has a carrier
-            return y_BND
-        gone_BN1, prefix = ~self.present_BN[..., None], self.num_prefix_tokens
-        dtype = torch.promote_types(x_TD.dtype, torch.float32)
-        sums_BD = y_BND.masked_fill(gone_BN1, 0.0)[:, prefix:].sum(1, dtype=dtype)
-        means_BD = (sums_BD / (self.lengths_B - prefix)[:, None]).to(x_TD.dtype)
-        return torch.where(gone_BN1, means_BD[:, None], y_BND)
+        rows_BN = self.carrier_rows_BN
+        if self.sizes_T is None:  # with sizes every token has a carrier
+            images_B1 = torch.arange(len(rows_BN), device=rows_BN.device)[:, None]
+            rows_BN = torch.where(self.present_BN, rows_BN, len(x_TD) + images_B1)
+            x_TD = torch.cat([x_TD, self._mean_patches(x_TD)])
+        return x_TD.index_select(0, rows_BN.flatten()).unflatten(0, rows_BN.shape)
+
+    def _mean_patches(self, x_TD: Tensor) -> Tensor:
+        """The mean of each image's patches, (B, D)."""
+        patches_BM = self.valid_BM.clone()
+        patches_BM[:, : self.num_prefix_tokens] = False
+        # multiplied, not filled: a third of the time
+        kept_BMD = self.pad(x_TD) * patches_BM[..., None].to(x_TD.dtype)
+        sums_BD = kept_BMD.sum(1, dtype=torch.promote_types(x_TD.dtype, torch.float32))
+        return (sums_BD / (self.lengths_B - self.num_prefix_tokens)[:, None]).to(x_TD.dtype)
 
     @property
     def carrier_rows_BN(self) -> Tensor:
