@@ -124,7 +124,7 @@ class PackedAttention:
     def _fused(self, i: int) -> Tensor:
         """Context vectors of a rectangle, (G, H, L, K)."""
         q, k, v = self._qkv(i)
-        mask = self._mask(i, q, self._positions[i])
+        mask = self._mask(i, q)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scaling)
 
     def _learning(self, i: int) -> Tensor:
@@ -178,11 +178,15 @@ class PackedAttention:
         q, k, v = (parts[i].transpose(1, 2) for parts in (self._queries, self._keys, self._values))
         return q, k, v
 
-    def _mask(self, i: int, q_GHQK: Tensor, positions_GQ: Tensor) -> Tensor:
-        """What is added to the logits of the keys of a rectangle, as fused kernels take it."""
+    def _mask(self, i: int, q_GHQK: Tensor, positions_GQ: Tensor | None = None) -> Tensor:
+        """What is added to the logits of the keys of a rectangle, as fused kernels take it.
+
+        positions_GQ: of the queries; None: they are the rectangle's own.
+        """
         bias = self._key_biases[i][:, None, None]
         if self._pairs:
-            bias = bias + self._pairs.between(positions_GQ, self._positions[i])
+            own_GL = self._positions[i]
+            bias = bias + self._pairs.between(own_GL if positions_GQ is None else positions_GQ, own_GL)
         return bias.to(q_GHQK.dtype).expand(-1, -1, q_GHQK.shape[2], -1)
 
     @cached_property
