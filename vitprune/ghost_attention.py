@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -209,7 +210,12 @@ class _Backward:
 
     def _weights(self, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
         """exp(a_ij + bias_j − lse_i) and the gradients of these logits, (G, H, L, C) float32."""
-        logits = at_least_float32(self.q @ k.transpose(-1, -2)) * self.scaling + bias
-        weights = (logits - self.lse_GHL[..., None]).exp()
-        own_GHL1 = (at_least_float32(self.gradient) * self.output).sum(-1, keepdim=True)
-        return weights, weights * (self.gradient @ v.transpose(-1, -2) - own_GHL1)
+        # in place: these are the largest tensors of the backward pass
+        logits = at_least_float32(self.q @ k.transpose(-1, -2)).mul_(self.scaling).add_(bias)
+        weights = logits.sub_(self.lse_GHL[..., None]).exp_()
+        dlogits = at_least_float32(self.gradient @ v.transpose(-1, -2)).sub_(self._own_GHL1).mul_(weights)
+        return weights, dlogits
+
+    @cached_property
+    def _own_GHL1(self) -> Tensor:
+        return (at_least_float32(self.gradient) * self.output).sum(-1, keepdim=True)
