@@ -214,7 +214,7 @@ def _read(query: Tensor, key: Tensor, value: Tensor, scaling: float, call: Atten
     if isinstance(call.tokens, TokenBatch):
         batch = call.tokens
         key, value = (batch.pad(x_1HTK[0].transpose(0, 1)).transpose(1, 2) for x_1HTK in (key, value))
-        bias_BM = batch.pad(batch.key_bias_T).masked_fill(~batch.valid_BM, -torch.inf).to(query.dtype)
+        bias_BM = batch.key_bias_BM.to(query.dtype)
         bias = bias_BM[:, None, None].expand(-1, -1, query.shape[2], -1)
     output = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
     return output.transpose(1, 2).contiguous()

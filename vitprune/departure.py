@@ -50,6 +50,12 @@ class Departure:
         """Whether what leaves is gone for good."""
         return self.takers_BM is None and self.fuse_weights_BM is None
 
+    @property
+    def linger_BM(self) -> Tensor:
+        """bool, tokens that leave near their threshold; asked for in training alone."""
+        assert self.teaching is not None
+        return self.teaching.near_BM & ~self.keep_BM
+
 
 @dataclass(frozen=True)
 class _Move:

@@ -103,7 +103,7 @@ def linger(
     """
     teaching = departure.teaching
     assert teaching is not None
-    linger_X = (teaching.near_BM & ~departure.keep_BM).flatten().nonzero().squeeze(1)
+    linger_X = departure.linger_BM.flatten().nonzero().squeeze(1)
     rows_X = batch.rows_at(linger_X)
     parts = [
         torch.div(linger_X, departure.keep_BM.shape[1], rounding_mode="floor"),

@@ -56,8 +56,7 @@ def record(batch: TokenBatch, departure: Departure, num_earlier: int) -> Gift:
     near_BN = near_BM.gather(1, batch.carriers_BN.clamp(min=0)) & batch.present_BN
     images_X, members_X = near_BN.nonzero(as_tuple=True)
     place = images_X, batch.carriers_BN[images_X, members_X]
-    linger_BM = departure.teaching.near_BM & ~departure.keep_BM
-    ghosts_BM = linger_BM.flatten().cumsum(0).view_as(linger_BM)
+    ghosts_BM = departure.linger_BM.flatten().cumsum(0).view_as(near_BM)
     return Gift(
         images_X,
         members_X,

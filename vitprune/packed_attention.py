@@ -102,8 +102,7 @@ class PackedAttention:
         if query == "class" and self._pairs:  # the mean query stands nowhere
             biases = (self._pairs.between(positions[:, :1], positions) for positions in self._positions)
             logits = [x_GLH + bias[:, :, 0].mT for x_GLH, bias in zip(logits, biases, strict=True)]
-        bias_BM = batch.pad(batch.key_bias_T).masked_fill(~batch.valid_BM, -torch.inf)
-        logits_BMH = batch.pad(self._rectangles.join(logits)) + bias_BM[..., None]
+        logits_BMH = batch.pad(self._rectangles.join(logits)) + batch.key_bias_BM[..., None]
         norms_BMH = batch.pad(context_norms(self.contexts_THK))
         if batch.learning is None:
             return head_weighted_attention(row_weights(logits_BMH), norms_BMH)

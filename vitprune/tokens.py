@@ -277,6 +277,11 @@ class TokenBatch:
         fillers_T = self.sizes_T == 0  # the logarithm of 0 would have a NaN for a gradient
         return self.sizes_T.masked_fill(fillers_T, 1.0).log().masked_fill(fillers_T, -torch.inf)
 
+    @property
+    def key_bias_BM(self) -> Tensor:
+        """The same in the padded view; −inf beyond an image's tokens. Not kept: checkpointing must make it again."""
+        return self.pad(self.key_bias_T).masked_fill(~self.valid_BM, -torch.inf)
+
     def pad(self, values_T: Tensor) -> Tensor:
         """(T, …) to (B, M, …); what lies beyond an image's tokens is a copy of one of them or a filler of its own."""
         if len(self.lengths) == 1:
