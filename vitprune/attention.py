@@ -24,6 +24,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from vitprune import cpu_stage
 from vitprune.ghosts import GhostRun
 from vitprune.packed_attention import PackedAttention, Query, context_norms
 from vitprune.scoring import attention_row, head_weighted_attention, key_metric, mean_query
@@ -72,13 +73,17 @@ class AttentionCall:
     keys_and_values: tuple[Tensor, Tensor] | None = None
     packed: PackedAttention | None = None
 
+    @property
+    def asks(self) -> bool:
+        """Whether a stage follows that wants to know something."""
+        return self.scores_of is not None or self.wants_metric
+
     def conclude(self) -> None:
         """What packed tokens' attention says about them."""
         assert self.packed is not None
-        if self.scores_of is not None:
-            self.findings.attention_scores_BM = self.packed.scores(self.scores_of)
-        if self.wants_metric:
-            self.findings.metric_BMK = self.packed.metric()
+        if self.asks:
+            found = self.packed.find(self.scores_of, wants_metric=self.wants_metric)
+            self.findings.attention_scores_BM, self.findings.metric_BMK = found
         self.packed = None
 
 
@@ -163,9 +168,9 @@ def attend(
     match call.tokens:
         case None:
             output = _dense_attention(query, key, value, bias_1HNN, dropout, scale).transpose(1, 2)
-            if call.scores_of is not None:
-                row_BNH = _dense_row(query, key, bias_1HNN, scale, call.scores_of)
-                call.findings.attention_scores_BM = head_weighted_attention(row_BNH, context_norms(output))
+            if call.asks:
+                found = _find(query, key, output, bias_1HNN, scale, call)
+                call.findings.attention_scores_BM, call.findings.metric_BMK = found
         case MaskedTokens() as tokens:
             weights_BHNN = masked_attention_weights(query, key, scale, tokens, bias_1HNN)
             output = (F.dropout(weights_BHNN, dropout).to(value.dtype) @ value).transpose(1, 2)
@@ -175,6 +180,8 @@ def attend(
                 call.findings.attention_scores_BM = head_weighted_attention(
                     row_BHN.transpose(1, 2), context_norms(output)
                 )
+            if call.wants_metric:
+                call.findings.metric_BMK = key_metric(key.transpose(1, 2))
         case TokenBatch() as batch:
             if dropout:
                 raise ValueError(
@@ -190,9 +197,29 @@ def attend(
             if call.ghost_run is None:
                 call.conclude()
             return output
-    if call.wants_metric:
-        call.findings.metric_BMK = key_metric(key.transpose(1, 2))
     return output.contiguous()
+
+
+def _find(
+    q_BHNK: Tensor, k_BHNK: Tensor, contexts_BNHK: Tensor, bias: Tensor | None, scaling: float, call: AttentionCall
+) -> tuple[Tensor | None, Tensor | None]:
+    """Scores and metric where all tokens of all images are there; None for what isn't wanted."""
+    k_BNHK, asking_BHK = k_BHNK.transpose(1, 2), None
+    if call.scores_of == "mean":
+        q_BNHK, bias = q_BHNK.transpose(1, 2), None  # it stands nowhere
+        asking_BHK = mean_query(q_BNHK, torch.ones_like(q_BNHK[..., 0, 0]))
+    elif call.scores_of == "class":
+        asking_BHK = q_BHNK[:, :, 0]
+    if bias is None and cpu_stage.can_loop(k_BNHK, contexts_BNHK):
+        images, tokens = k_BNHK.shape[:2]
+        layout = range(0, images * tokens, tokens), [tokens] * images
+        rows = k_BNHK.flatten(0, 1), contexts_BNHK.flatten(0, 1)
+        return cpu_stage.find(asking_BHK, *rows, None, scaling, *layout, wants_metric=call.wants_metric)
+    metric_BNK = key_metric(k_BNHK) if call.wants_metric else None
+    if asking_BHK is None:
+        return None, metric_BNK
+    row_BNH = attention_row(asking_BHK, k_BNHK, scaling, None if bias is None else bias[:, :, 0].mT)
+    return head_weighted_attention(row_BNH, context_norms(contexts_BNHK)), metric_BNK
 
 
 def _ghosts(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, run: GhostRun) -> Tensor:
@@ -265,13 +292,6 @@ def _dense_attention(
         bias = bias.expand(q_BHNK.shape[0], 1, q_BHNK.shape[2], -1)
         k_BHNK, v_BHNK = (F.pad(x.transpose(1, 2), (0, 0, 0, 0, 0, missing)).transpose(1, 2) for x in (k_BHNK, v_BHNK))
     return F.scaled_dot_product_attention(q_BHNK, k_BHNK, v_BHNK, attn_mask=bias, dropout_p=dropout, scale=scaling)
-
-
-def _dense_row(q_BHNK: Tensor, k_BHNK: Tensor, bias_1HNN: Tensor | None, scaling: float, query: Query) -> Tensor:
-    q_BNHK, k_BNHK = q_BHNK.transpose(1, 2), k_BHNK.transpose(1, 2)
-    if query == "mean":
-        return attention_row(mean_query(q_BNHK, torch.ones_like(q_BNHK[..., 0, 0])), k_BNHK, scaling)
-    return attention_row(q_BNHK[:, 0], k_BNHK, scaling, None if bias_1HNN is None else bias_1HNN[:, :, 0].mT)
 
 
 AttentionInterface.register(NAME, attention_forward)

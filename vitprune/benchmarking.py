@@ -37,6 +37,7 @@ _NOISE = (
     "The images are random pixels. How many tokens stay, and so how fast a pruned model is, depends on the images: "
     "name real ones with --data, or in a recipe, for figures that mean something."
 )
+_NO_LOOPS = "Without numba stages take several times as long on a CPU: pip install 'vitprune[cpu]'."
 
 
 def bench(settings: BenchSettings, *, output: Path | None = None, progress: bool = True) -> Benchmark:
@@ -114,8 +115,14 @@ class _Sweep:
             cases=tuple(self.cases),
             training=tuple(self.training),
             failures=tuple(self.failures),
-            notes=(_NOISE,) if self.images.described == RANDOM_PIXELS else (),
+            notes=tuple(self._notes()),
         )
+
+    def _notes(self) -> Iterator[str]:
+        if self.images.described == RANDOM_PIXELS:
+            yield _NOISE
+        if self.environment.device == "cpu" and self.environment.numba is None:
+            yield _NO_LOOPS
 
     def run(self, dtype: str) -> None:
         """All image sizes of a dtype, one after the other."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from vitprune import cpu_stage
 from vitprune.tokens import NOBODY, Layout, Learning, TokenBatch
 
 
@@ -91,6 +92,8 @@ def depart(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[Token
 
     Where nothing leaves, the batch and the states themselves; but in training, where thresholds may learn from it.
     """
+    if departure.teaching is None and departure.fuse_weights_BM is None and cpu_stage.can_loop(x_TD):
+        return _depart_in_loops(batch, x_TD, departure)
     move = _plan(batch, x_TD, departure)
     if move is None:
         return batch, x_TD
@@ -104,6 +107,22 @@ def depart(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[Token
     has_carriers = batch.has_carriers and not departure.leaves
     after = TokenBatch(move.layout, batch.num_prefix_tokens, positions_T, sizes_T, carriers_BN, learning, has_carriers)
     return after, y_TD
+
+
+def _depart_in_loops(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[TokenBatch, Tensor]:
+    keep_BM, takers_BM = departure.keep_BM, departure.takers_BM
+    kept = keep_BM.sum(1).tolist()
+    if tuple(kept) == batch.lengths:
+        return batch, x_TD
+    layout = Layout.fitting(kept, x_TD)
+    rows = list(layout.rows)
+    rows[layout.order[-1]] += layout.padding
+    known = (batch.positions_T, batch.sizes_T, batch.carriers_BN, keep_BM, takers_BM)
+    y_TD, positions_T, sizes_T, carriers_BN = cpu_stage.depart(
+        x_TD, *known, batch.layout.starts, batch.lengths, layout.starts, rows
+    )
+    has_carriers = batch.has_carriers and not departure.leaves
+    return TokenBatch(layout, batch.num_prefix_tokens, positions_T, sizes_T, carriers_BN, None, has_carriers), y_TD
 
 
 def _sources(batch: TokenBatch, move: _Move) -> Tensor:

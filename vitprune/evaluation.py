@@ -21,7 +21,7 @@ from rich.progress import track
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from vitprune import processes
+from vitprune import cpu_stage, processes
 from vitprune.answers import Answers
 from vitprune.data import Images
 from vitprune.metrics import RANKED, load_metric
@@ -195,6 +195,7 @@ def describe_environment(model: nn.Module) -> Environment:
         threads=torch.get_num_threads(),
         device=torch.cuda.get_device_name(first.device) if on_cuda else first.device.type,
         dtype=str(first.dtype).removeprefix("torch."),
+        numba=version("numba") if cpu_stage.has_loops() else None,
     )
 
 

@@ -173,7 +173,7 @@ class PackedPass:
             batch.valid_BM,
             positions_BM,
             self.observers,
-            fewest=min(batch.lengths),
+            lengths=batch.lengths,
             ask_all=self.learns,
         )
         weights_BM = fuse_weights(policy, decision) if policy.spec.dropped == "fuse" else None

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.varlen import varlen_attn
 
+from vitprune import cpu_stage
 from vitprune.ghost_attention import GhostKeys, SeenKeys, ghosts_among_others, learning_attention
 from vitprune.ghosts import GhostRun
 from vitprune.rectangles import PairBias, Rectangles
@@ -59,8 +60,7 @@ class PackedAttention:
     ) -> None:
         self.batch, self.scaling, self.ghost_run = batch, scaling, ghost_run
         self.kernel = kernel or kernel_for(q_1HTK, k_1HTK, v_1HTK, batch, bias_1HNN)
-        # in memory tokens before heads, as linear layers and the kernels have it
-        self._q_THK, self._k_THK, self._v_THK = (x_1HTK[0].transpose(0, 1) for x_1HTK in (q_1HTK, k_1HTK, v_1HTK))
+        self._q_1HTK, self._k_1HTK, self._v_1HTK = q_1HTK, k_1HTK, v_1HTK
         self._rectangles = Rectangles(batch, padded=self.kernel != "buckets")
         self._pairs = None if bias_1HNN is None else PairBias(bias_1HNN)
 
@@ -69,6 +69,8 @@ class PackedAttention:
         """Context vectors: every image attends to its own tokens only."""
         if self.kernel == "varlen":
             return _varlen(self._q_THK, self._k_THK, self._v_THK, self.batch, self.scaling)
+        if len(self.batch.lengths) == 1 and self.batch.learning is None and self._pairs is None:
+            return self._alone()
         attend = self._fused if self.batch.learning is None else self._learning
         return self._rectangles.join([attend(i).transpose(1, 2) for i in range(len(self._rectangles.images))])
 
@@ -92,6 +94,19 @@ class PackedAttention:
             contexts = ghosts_among_others(q, k, v, seen_k, seen_v, own_bias, mask, self.scaling)
             places.put_(contexts_XHK, contexts.transpose(1, 2))
         return contexts_XHK[None]
+
+    def find(self, query: Query | None, *, wants_metric: bool) -> tuple[Tensor | None, Tensor | None]:
+        """Scores by what that query pays to each token, and the metric; None where not asked for."""
+        batch, keys_THK = self.batch, self._k_THK
+        has_bias = query == "class" and self._pairs is not None  # the mean query stands nowhere
+        if batch.learning is None and not has_bias and cpu_stage.can_loop(keys_THK, self.contexts_THK):
+            asking_BHK = None if query is None else self._asking_in_loops(query)
+            layout = batch.layout.starts, batch.lengths
+            bias_T = None if batch.sizes_T is None else batch.key_bias_T
+            return cpu_stage.find(
+                asking_BHK, keys_THK, self.contexts_THK, bias_T, self.scaling, *layout, wants_metric=wants_metric
+            )
+        return None if query is None else self.scores(query), self.metric() if wants_metric else None
 
     def scores(self, query: Query) -> Tensor:
         """AS-ViT's score of each token, (B, M): by what the class token, or the mean query, of its image pays to it."""
@@ -119,6 +134,13 @@ class PackedAttention:
     @cached_property
     def _float_keys_THK(self) -> Tensor:
         return at_least_float32(self._k_THK)
+
+    def _alone(self) -> Tensor:
+        """Context vectors of a single image, with rows that are nobody's as keys that nobody sees, (T, H, K)."""
+        bias_T = self.batch.key_bias_T.to(self._q_1HTK.dtype)
+        q, k, v = self._q_1HTK, self._k_1HTK, self._v_1HTK
+        mask = bias_T.expand(len(bias_T), -1)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scaling)[0].transpose(0, 1)
 
     def _fused(self, i: int) -> Tensor:
         """Context vectors of a rectangle, (G, H, L, K)."""
@@ -161,6 +183,13 @@ class PackedAttention:
             q_GLHK = torch.cat([q_GLHK, places.take(queries_XHK, 0.0)], 1)
         return mean_query(q_GLHK, weights_GL)
 
+    def _asking_in_loops(self, query: Query) -> Tensor:
+        """The same of each image, (B, H, K)."""
+        if query == "class":
+            alone = len(self.batch.lengths) == 1
+            return self._q_1HTK[:, :, 0] if alone else self._q_THK.index_select(0, self.batch.starts_B)
+        return self._rectangles.by_image([self._asking(i, query) for i in range(len(self._rectangles.images))])
+
     def _ghosts_in_row(self, asking_BHK: Tensor, query: Query) -> tuple[Tensor, Tensor]:
         """Logits (B, C, H) and masks (B, C) of ghosts, which score nothing but would lower the others' scores."""
         assert self.ghost_run is not None
@@ -187,6 +216,19 @@ class PackedAttention:
             own_GL = self._positions[i]
             bias = bias + self._pairs.between(own_GL if positions_GQ is None else positions_GQ, own_GL)
         return bias.to(q_GHQK.dtype).expand(-1, -1, q_GHQK.shape[2], -1)
+
+    # in memory tokens before heads, as linear layers and the kernels have it
+    @cached_property
+    def _q_THK(self) -> Tensor:
+        return self._q_1HTK[0].transpose(0, 1)
+
+    @cached_property
+    def _k_THK(self) -> Tensor:
+        return self._k_1HTK[0].transpose(0, 1)
+
+    @cached_property
+    def _v_THK(self) -> Tensor:
+        return self._v_1HTK[0].transpose(0, 1)
 
     @cached_property
     def _queries(self) -> list[Tensor]:

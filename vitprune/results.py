@@ -167,7 +167,7 @@ class Latency(Result):
 
 
 class Environment(Result):
-    """What was measured with, and on what."""
+    """What was measured with, and on what. numba: its version; None: without, stages on a CPU are slower."""
 
     vitprune: str
     torch: str
@@ -177,6 +177,7 @@ class Environment(Result):
     threads: int
     device: str
     dtype: str
+    numba: str | None = None
 
 
 class Document(Result):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from typing_extensions import assert_never
 
+from vitprune import cpu_stage
 from vitprune.attention import Findings
 from vitprune.cost import CostModel
 from vitprune.cost_table import Costs
@@ -96,22 +97,23 @@ def decide(
     positions_BM: Tensor | None,
     observers: tuple[Observer, ...],
     *,
-    fewest: int = 0,
+    lengths: tuple[int, ...] | None = None,
     ask_all: bool = False,
 ) -> Decision:
     """Applies the policy at one stage to what the block before found.
 
     positions_BM: index of each token in the dense sequence; asked for by a random choice alone.
-    fewest: tokens that each image has at least, as far as the host knows.
+    lengths: tokens of each image, where the host knows them.
     ask_all: find a taker for tokens that stay, too, as the gradient of a mask asks what would be if they left.
     """
-    scores_BM, anchors_BM = _scores(policy, stage, findings, valid_BM, positions_BM)
+    scores_BM, anchors_BM = _scores(policy, stage, findings, valid_BM, positions_BM, lengths)
     level = policy.levels[stage]
     for observer in observers:
         level = observer.level(stage, scores_BM.detach(), valid_BM, level)
     prefix = policy.num_prefix_tokens
     match policy.spec.select:
         case "threshold":
+            fewest = min(lengths) if lengths else 0
             anchors = (max(fewest - prefix, 0) + 1) // 2 if policy.is_redundancy else 0
             certain = prefix + anchors
             keep_BM = above_threshold(scores_BM, level, prefix + policy.spec.min_tokens, certain=certain)
@@ -123,24 +125,38 @@ def decide(
     takers_BM = anchors_BM
     if policy.spec.dropped == "merge" and anchors_BM is None:
         assert findings.metric_BMK is not None
-        patches_BM = valid_BM.clone()
-        patches_BM[:, :prefix] = False
-        asks_BM = patches_BM if ask_all else patches_BM & ~keep_BM
-        takers_BM = most_similar(findings.metric_BMK.detach(), asks_BM, patches_BM & keep_BM)
+        takers_BM = _takers(findings.metric_BMK.detach(), valid_BM, keep_BM, prefix, None if ask_all else lengths)
     return Decision(keep_BM, scores_BM, level, takers_BM if policy.spec.dropped == "merge" else None)
 
 
+def _takers(
+    metric_BMK: Tensor, valid_BM: Tensor, keep_BM: Tensor, prefix: int, lengths: tuple[int, ...] | None
+) -> Tensor:
+    """Who takes in what leaves; without lengths also who would take in what stays."""
+    if lengths is not None and cpu_stage.can_loop(metric_BMK):
+        return cpu_stage.most_similar(metric_BMK, keep_BM, prefix, lengths)
+    patches_BM = valid_BM.clone()
+    patches_BM[:, :prefix] = False
+    asks_BM = patches_BM if lengths is None else patches_BM & ~keep_BM
+    return most_similar(metric_BMK, asks_BM, patches_BM & keep_BM)
+
+
 def _scores(
-    policy: Policy, stage: int, findings: Findings, valid_BM: Tensor, positions_BM: Tensor | None
+    policy: Policy,
+    stage: int,
+    findings: Findings,
+    valid_BM: Tensor,
+    positions_BM: Tensor | None,
+    lengths: tuple[int, ...] | None,
 ) -> tuple[Tensor, Tensor | None]:
     prefix = policy.num_prefix_tokens
     if policy.is_redundancy:
-        assert findings.metric_BMK is not None
-        weights_BM = None
-        if policy.exponent > 0:
-            assert findings.attention_scores_BM is not None
-            weights_BM = redundancy_weights(findings.attention_scores_BM, policy.exponent)
-        return redundancy(findings.metric_BMK, valid_BM, prefix, weights_BM)
+        metric_BMK, weighs_BM = findings.metric_BMK, findings.attention_scores_BM if policy.exponent > 0 else None
+        assert metric_BMK is not None
+        if lengths is not None and cpu_stage.can_loop(metric_BMK):
+            return cpu_stage.redundancy(metric_BMK, weighs_BM, policy.exponent, prefix, lengths)
+        weights_BM = None if weighs_BM is None else redundancy_weights(weighs_BM, policy.exponent)
+        return redundancy(metric_BMK, valid_BM, prefix, weights_BM)
     if policy.spec.select == "random":
         assert positions_BM is not None
         scores_BM = random_scores(positions_BM, stage)

@@ -1,0 +1,316 @@
+"""What a stage does in inference on a CPU, as loops over images and tokens that numba compiles.
+
+Knows arrays alone; `cpu_stage` makes them of tensors. The semantics are those of `scoring` and `departure`, which do
+the same in operators of torch: about a hundred a stage, each of them small.
+
+Half precision comes as the bits of bfloat16 in 16-bit integers; numba has no such number. Images are independent, so
+what is no number in one image stays there.
+
+Array suffixes: B images, T rows of the batch laid end to end, M tokens of the longest image, N tokens of an image in
+the dense sequence, H heads, K head width, D width.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from threading import Lock
+from types import FunctionType
+from typing import Any
+
+import numba
+import numpy as np
+from llvmlite import ir
+from numba import types
+from numba.extending import intrinsic, overload
+from numba.np.ufunc import threading_layer
+
+NOBODY = -1
+# sums in any order, which makes vectors of them; but what is no number stays what it is
+_FASTMATH = {"reassoc", "contract", "nsz"}
+_MOST_THREADS = numba.get_num_threads()
+
+
+def _compiled(function: FunctionType, **options: Any) -> Any:
+    options = {"fastmath": _FASTMATH, "nogil": True, **options}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # nowhere to keep what was compiled
+        return numba.njit(**options)(function)
+
+
+def _nothing(numbers: Any) -> None:
+    for i in numba.prange(len(numbers)):
+        numbers[i] = 0
+
+
+_lock = Lock()
+
+
+@cache
+def _shares_threads() -> bool:
+    """Whether several threads of Python may run loops in parallel at once; numba's own pool would end the process."""
+    _compiled(_nothing, parallel=True)(np.zeros(2))
+    return threading_layer() != "workqueue"
+
+
+class Loop:
+    """A function over images, compiled for one thread and for several; takes arrays, None for no array, and numbers."""
+
+    def __init__(self, function: FunctionType) -> None:
+        self._serial = _compiled(function)
+        # under a name of its own, by which numba keeps what it compiled
+        twin = FunctionType(function.__code__, function.__globals__)
+        twin.__qualname__ += "_in_parallel"
+        self._parallel = _compiled(twin, parallel=True)
+
+    def __call__(self, *values: Any, threads: int) -> None:
+        threads = min(threads, _MOST_THREADS)
+        if threads > 1:
+            with _lock:
+                threads = threads if _shares_threads() else 1
+        if threads == 1:
+            return self._serial(*values)
+        numba.set_num_threads(threads)
+        return self._parallel(*values)
+
+
+def _bitcast(to: Any, of: Any, kind: ir.Type) -> Any:
+    """A function that takes the bits of a number for another's."""
+
+    def typed(_, bits):
+        return to(of), lambda context, builder, signature, arguments: builder.bitcast(arguments[0], kind)
+
+    return intrinsic(typed)
+
+
+_float_of = _bitcast(types.float32, types.uint32, ir.FloatType())
+_bits_of = _bitcast(types.uint32, types.float32, ir.IntType(32))
+
+
+def _wide(number):
+    """As float32."""
+    raise NotImplementedError
+
+
+@overload(_wide)
+def _(number):
+    if number == types.uint16:
+        return lambda number: _float_of(np.uint32(number) << np.uint32(16))
+    return lambda number: number
+
+
+def _like(number, other):
+    """A float32 in the precision of `other`; to the nearest even."""
+    raise NotImplementedError
+
+
+@overload(_like)
+def _(number, other):
+    if other != types.uint16:
+        return lambda number, other: number
+
+    def rounded(number, other):
+        if number != number:
+            return np.uint16(0x7FC0)
+        bits = _bits_of(number)
+        return np.uint16((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+
+    return rounded
+
+
+@Loop
+def find(
+    asking_BHK: Any,
+    keys_THK: Any,
+    contexts_THK: Any,
+    key_bias_T: Any,
+    scaling: Any,
+    starts_B: Any,
+    lengths_B: Any,
+    scores_BM: Any,
+    metric_BMK: Any,
+) -> None:
+    """What a block's attention says about its tokens; `scoring.head_weighted_attention` and `scoring.key_metric`.
+
+    scores_BM, metric_BMK: None where nobody asks for it. key_bias_T: None where no token has a size.
+    """
+    heads, width = keys_THK.shape[1], keys_THK.shape[2]
+    for b in numba.prange(len(lengths_B)):
+        first, length = starts_B[b], lengths_B[b]
+        if metric_BMK is not None:
+            metric_BMK[b, length:] = 0
+            for i in range(length):
+                metric_BMK[b, i] = 0
+                for h in range(heads):
+                    for c in range(width):
+                        metric_BMK[b, i, c] += _wide(keys_THK[first + i, h, c])
+                square = np.float32(0)
+                for c in range(width):
+                    square += metric_BMK[b, i, c] * metric_BMK[b, i, c]
+                longness = max(np.float32(math.sqrt(square)), np.float32(1e-12))
+                for c in range(width):
+                    metric_BMK[b, i, c] /= longness
+        if scores_BM is not None:
+            scores_BM[b, length:] = 0
+            query_HK = np.empty((heads, width), np.float32)
+            for h in range(heads):
+                for c in range(width):
+                    query_HK[h, c] = _wide(asking_BHK[b, h, c]) * scaling
+            row_MH = np.empty((length, heads), np.float32)
+            largest_H = np.full(heads, -np.inf, np.float32)
+            for i in range(length):
+                for h in range(heads):
+                    logit = np.float32(0)
+                    for c in range(width):
+                        logit += _wide(keys_THK[first + i, h, c]) * query_HK[h, c]
+                    row_MH[i, h] = logit if key_bias_T is None else logit + key_bias_T[first + i]
+                    largest_H[h] = max(largest_H[h], row_MH[i, h])
+            sums_H = np.zeros(heads, np.float32)
+            for i in range(length):
+                for h in range(heads):
+                    row_MH[i, h] = math.exp(row_MH[i, h] - largest_H[h])
+                    sums_H[h] += row_MH[i, h]
+            for i in range(length):
+                score, norms = np.float32(0), np.float32(1e-8)
+                for h in range(heads):
+                    square = np.float32(0)
+                    for c in range(width):
+                        context = _wide(contexts_THK[first + i, h, c])
+                        square += context * context
+                    norm = np.float32(math.sqrt(square))
+                    score += row_MH[i, h] / sums_H[h] * norm
+                    norms += norm
+                scores_BM[b, i] = score / norms
+
+
+@numba.njit(fastmath=_FASTMATH, nogil=True)
+def _nearest(row_K: Any, columns_KA: Any, cosines_A: Any) -> Any:
+    """Index of the most similar column, the first of equals, and its cosine; 0 and -inf where none is a number."""
+    cosines_A[:] = 0
+    c = 0
+    while c + 4 <= len(row_K):  # four at a time are half the time
+        for a in range(len(cosines_A)):
+            cosines_A[a] += (row_K[c] * columns_KA[c, a] + row_K[c + 1] * columns_KA[c + 1, a]) + (
+                row_K[c + 2] * columns_KA[c + 2, a] + row_K[c + 3] * columns_KA[c + 3, a]
+            )
+        c += 4
+    while c < len(row_K):
+        for a in range(len(cosines_A)):
+            cosines_A[a] += row_K[c] * columns_KA[c, a]
+        c += 1
+    nearest, best = 0, np.float32(-np.inf)
+    for a in range(len(cosines_A)):
+        if cosines_A[a] > best:
+            nearest, best = a, cosines_A[a]
+    return nearest, best
+
+
+@Loop
+def redundancy(
+    metric_BMK: Any,
+    scores_BM: Any,
+    exponent: Any,
+    num_prefix_tokens: Any,
+    lengths_B: Any,
+    redundancy_BM: Any,
+    anchors_BM: Any,
+) -> None:
+    """How little each candidate resembles its most similar anchor, times S^α, and that anchor; `scoring.redundancy`."""
+    for b in numba.prange(len(lengths_B)):
+        length = lengths_B[b]
+        anchors_BM[b, :] = 0
+        redundancy_BM[b, :length] = np.inf
+        redundancy_BM[b, length:] = -np.inf
+        anchors_KA = np.ascontiguousarray(metric_BMK[b, num_prefix_tokens:length:2].T)
+        cosines_A = np.empty(anchors_KA.shape[1], np.float32)
+        for i in range(num_prefix_tokens + 1, length, 2):
+            nearest, cosine = _nearest(metric_BMK[b, i], anchors_KA, cosines_A)
+            anchors_BM[b, i] = num_prefix_tokens + 2 * nearest
+            redundancy_BM[b, i] = max(np.float32(1) - cosine, np.float32(0))
+            if scores_BM is not None:
+                redundancy_BM[b, i] *= max(scores_BM[b, i], np.float32(1e-12)) ** exponent
+
+
+@Loop
+def most_similar(metric_BMK: Any, keep_BM: Any, num_prefix_tokens: Any, lengths_B: Any, takers_BM: Any) -> None:
+    """For each patch that leaves the most similar patch that stays; `scoring.most_similar`."""
+    for b in numba.prange(len(lengths_B)):
+        takers_BM[b, :] = 0
+        stay_A = np.nonzero(keep_BM[b, num_prefix_tokens : lengths_B[b]])[0] + num_prefix_tokens
+        stay_KA = np.ascontiguousarray(metric_BMK[b][stay_A].T)
+        cosines_A = np.empty(len(stay_A), np.float32)
+        for i in range(num_prefix_tokens, lengths_B[b]):
+            if not keep_BM[b, i]:
+                takers_BM[b, i] = stay_A[_nearest(metric_BMK[b, i], stay_KA, cosines_A)[0]]
+
+
+@Loop
+def depart(
+    x_TD: Any,
+    positions_T: Any,
+    sizes_T: Any,
+    carriers_BN: Any,
+    keep_BM: Any,
+    takers_BM: Any,
+    starts_B: Any,
+    lengths_B: Any,
+    starts_after_B: Any,
+    rows_after_B: Any,
+    y_TD: Any,
+    positions_after_T: Any,
+    sizes_after_T: Any,
+    carriers_after_BN: Any,
+) -> None:
+    """Moves tokens that stay together; merges those that leave into their takers, or leaves them; `departure.depart`.
+
+    takers_BM: None for `leave`, and then no token has a size.
+    rows_after_B: rows of each image, those behind the last image its own.
+    """
+    width = x_TD.shape[1]
+    for b in numba.prange(len(lengths_B)):
+        before, after, length = starts_B[b], starts_after_B[b], lengths_B[b]
+        slots_M = np.full(length, NOBODY, np.int64)
+        kept = 0
+        for i in range(length):
+            if keep_BM[b, i]:
+                slots_M[i] = kept
+                positions_after_T[after + kept] = positions_T[before + i]
+                if takers_BM is not None:
+                    sizes_after_T[after + kept] = sizes_T[before + i]
+                for c in range(width):
+                    y_TD[after + kept, c] = x_TD[before + i, c]
+                kept += 1
+        for row in range(after + kept, after + rows_after_B[b]):
+            positions_after_T[row] = NOBODY
+            if takers_BM is not None:
+                sizes_after_T[row] = 0
+            for c in range(width):
+                y_TD[row, c] = x_TD[before, c]
+        if takers_BM is not None:
+            # for each token that takes somebody in, the last who comes, and for each of them the one before
+            last_M, previous_M = np.full(length, NOBODY, np.int64), np.empty(length, np.int64)
+            for i in range(length):
+                if not keep_BM[b, i]:
+                    taker = takers_BM[b, i]
+                    slots_M[i] = slots_M[taker]
+                    previous_M[i], last_M[taker] = last_M[taker], i
+                    sizes_after_T[after + slots_M[i]] += sizes_T[before + i]
+            mean_D = np.empty(width, np.float32)
+            for taker in range(length):
+                i = last_M[taker]
+                if i == NOBODY:
+                    continue
+                row = after + slots_M[taker]
+                for c in range(width):
+                    mean_D[c] = _wide(x_TD[before + taker, c])
+                while i != NOBODY:
+                    share = sizes_T[before + i] / sizes_after_T[row]
+                    for c in range(width):
+                        mean_D[c] += (_wide(x_TD[before + i, c]) - _wide(x_TD[before + taker, c])) * share
+                    i = previous_M[i]
+                for c in range(width):
+                    y_TD[row, c] = _like(mean_D[c], y_TD[row, c])
+        for n in range(carriers_BN.shape[1]):
+            carrier = carriers_BN[b, n]
+            carriers_after_BN[b, n] = NOBODY if carrier == NOBODY else slots_M[carrier]
