@@ -11,6 +11,7 @@ import samples
 import torch
 
 import vitprune
+from vitprune import cpu_stage
 from vitprune.bench_settings import BenchSettings, read_target
 from vitprune.benchmark_results import Benchmark
 from vitprune.benchmarking import bench
@@ -74,6 +75,13 @@ def test_random_pixels_are_named(run: Bench) -> None:
     result = run()
     assert result.images == "random pixels"
     assert "name real ones with --data" in result.notes[0]
+
+
+def test_what_makes_a_cpu_fast_is_named_where_it_is_missing(run: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_stage, "has_loops", lambda: False)
+    result = run()
+    assert result.environment.numba is None
+    assert "vitprune[cpu]" in result.notes[-1]
 
 
 def test_real_images_meet_the_target(run: Bench, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
+import numba
 import pytest
 import torch
 from tiny import Tolerance
@@ -204,6 +205,16 @@ def test_without_numba_everything_is_done_in_operators(monkeypatch: pytest.Monke
     finally:
         cpu_stage._loops.cache_clear()
     assert y_TD.isfinite().all()
+
+
+def test_other_users_of_numba_keep_their_threads() -> None:
+    before = numba.get_num_threads()
+    numba.set_num_threads(1)
+    try:
+        merged(SEVERAL)
+        assert numba.get_num_threads() == 1
+    finally:
+        numba.set_num_threads(before)
 
 
 def test_several_threads_of_python_may_loop_at_once() -> None:

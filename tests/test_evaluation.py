@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -144,5 +145,6 @@ def test_environment(dense: PreTrainedModel) -> None:
     assert environment.torch == torch.__version__
     assert environment.device == "cpu"
     assert environment.dtype == "bfloat16"
+    assert environment.numba == version("numba")
     assert environment.threads >= 1
     assert environment.cpu

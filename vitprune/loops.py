@@ -13,9 +13,6 @@ the dense sequence, H heads, K head width, D width.
 from __future__ import annotations
 
 import math
-from functools import cache
-from threading import Lock
-from types import FunctionType
 from typing import Any
 
 import numba
@@ -23,56 +20,10 @@ import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic, overload
-from numba.np.ufunc import threading_layer
+
+from vitprune.loop_compiler import FASTMATH, Loop
 
 NOBODY = -1
-# sums in any order, which makes vectors of them; but what is no number stays what it is
-_FASTMATH = {"reassoc", "contract", "nsz"}
-_MOST_THREADS = numba.get_num_threads()
-
-
-def _compiled(function: FunctionType, **options: Any) -> Any:
-    options = {"fastmath": _FASTMATH, "nogil": True, **options}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # nowhere to keep what was compiled
-        return numba.njit(**options)(function)
-
-
-def _nothing(numbers: Any) -> None:
-    for i in numba.prange(len(numbers)):
-        numbers[i] = 0
-
-
-_lock = Lock()
-
-
-@cache
-def _shares_threads() -> bool:
-    """Whether several threads of Python may run loops in parallel at once; numba's own pool would end the process."""
-    _compiled(_nothing, parallel=True)(np.zeros(2))
-    return threading_layer() != "workqueue"
-
-
-class Loop:
-    """A function over images, compiled for one thread and for several; takes arrays, None for no array, and numbers."""
-
-    def __init__(self, function: FunctionType) -> None:
-        self._serial = _compiled(function)
-        # under a name of its own, by which numba keeps what it compiled
-        twin = FunctionType(function.__code__, function.__globals__)
-        twin.__qualname__ += "_in_parallel"
-        self._parallel = _compiled(twin, parallel=True)
-
-    def __call__(self, *values: Any, threads: int) -> None:
-        threads = min(threads, _MOST_THREADS)
-        if threads > 1:
-            with _lock:
-                threads = threads if _shares_threads() else 1
-        if threads == 1:
-            return self._serial(*values)
-        numba.set_num_threads(threads)
-        return self._parallel(*values)
 
 
 def _bitcast(to: Any, of: Any, kind: ir.Type) -> Any:
@@ -184,7 +135,7 @@ def find(
                 scores_BM[b, i] = score / norms
 
 
-@numba.njit(fastmath=_FASTMATH, nogil=True)
+@numba.njit(fastmath=FASTMATH, nogil=True)
 def _nearest(row_K: Any, columns_KA: Any, cosines_A: Any) -> Any:
     """Index of the most similar column, the first of equals, and its cosine; 0 and -inf where none is a number."""
     cosines_A[:] = 0

@@ -58,6 +58,11 @@ class PackedPass:
         self._ghosts_XD: Tensor | None = None
         self._gifts: list[Gift] = []
 
+    @property
+    def is_dense(self) -> bool:
+        """Whether all of it is as in the dense model, and nobody wants to know."""
+        return not (self._stages or self.read is not None or self.observers or self.learns)
+
     def enter_block(
         self, block: int, hidden_states: Tensor, valid_BN: Tensor | None = None
     ) -> tuple[Tensor, AttentionCall]:

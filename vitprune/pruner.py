@@ -148,6 +148,8 @@ class _Begin:
             running = RunningForward(MaskedPass(policy, observers))
         else:
             packed = PackedPass(policy, observers, learns=module.training, for_head=_for_head.get())
+            if packed.is_dense:
+                return
             running = RunningForward(packed)
         if self.inner is not None and self.inner.grad_checkpointing:
             vars(self.inner)["grad_checkpointing"] = False
