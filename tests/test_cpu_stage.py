@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -215,6 +218,21 @@ def test_other_users_of_numba_keep_their_threads() -> None:
         assert numba.get_num_threads() == 1
     finally:
         numba.set_num_threads(before)
+
+
+def test_torch_keeps_its_threads() -> None:
+    """In a process of its own, as numba starts its threads once; with more of them than torch has."""
+    program = """
+import torch
+from vitprune import cpu_stage
+for threads in (2, 1):
+    torch.set_num_threads(threads)
+    for images in (1, 3):
+        x_THK = torch.randn(3 * 8, 2, 4)
+        cpu_stage.find(None, x_THK, x_THK, None, 1.0, [0, 8, 16][:images], [8] * images, wants_metric=True)
+        assert torch.get_num_threads() == threads, (torch.get_num_threads(), threads)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "NUMBA_NUM_THREADS": "4"})
 
 
 def test_several_threads_of_python_may_loop_at_once() -> None:

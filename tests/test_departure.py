@@ -10,6 +10,7 @@ from tiny import Tolerance
 from torch import Tensor
 from torch.testing import assert_close
 
+from vitprune import cpu_stage
 from vitprune.departure import Departure, Teaching, depart
 from vitprune.tokens import HALF_PRECISION_ROWS, NOBODY, TokenBatch
 
@@ -21,6 +22,12 @@ IMAGES, TOKENS, PREFIX, WIDTH = 4, 14, 2, 3
 # no fillers, few, and more than tokens
 every_alignment = pytest.mark.parametrize("alignment", [1, 4, 16])
 every_kind = pytest.mark.parametrize("dropped", ["leave", "merge", "fuse"])
+
+
+@pytest.fixture(autouse=True, params=["loops", "operators"])
+def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "operators":
+        monkeypatch.setattr(cpu_stage, "can_loop", lambda *_: False)
 
 
 @dataclass

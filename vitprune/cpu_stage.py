@@ -111,8 +111,10 @@ def depart(
 
 
 def _run(loop: Any, images: int, *values: Any) -> None:
-    threads = 1 if images == 1 else torch.get_num_threads()
-    loop(*(_array(value) for value in values), threads=threads)
+    threads = torch.get_num_threads()
+    loop(*(_array(value) for value in values), threads=1 if images == 1 else threads)
+    if torch.get_num_threads() != threads:  # numba shares OpenMP with torch, and sets its threads when it starts
+        torch.set_num_threads(threads)
 
 
 def _array(value: Any) -> Any:

@@ -16,7 +16,8 @@ from numba.np.ufunc import threading_layer
 
 # sums in any order, which makes vectors of them; but what is no number stays what it is
 FASTMATH = {"reassoc", "contract", "nsz"}
-_MOST_THREADS = numba.get_num_threads()
+# not asked of numba.get_num_threads, which would start its threads
+_MOST_THREADS: int = numba.config.NUMBA_NUM_THREADS  # pyright: ignore[reportPrivateImportUsage, reportAttributeAccessIssue]
 
 
 def _compiled(function: FunctionType, **options: Any) -> Any:
@@ -43,7 +44,10 @@ def _shares_threads() -> bool:
 
 
 class Loop:
-    """A function over images, compiled for one thread and for several; takes arrays, None for no array, and numbers."""
+    """A function over images, compiled for one thread and for several; takes arrays, None for no array, and numbers.
+
+    The first call for several threads starts numba's, which may change how many OpenMP has in this thread.
+    """
 
     def __init__(self, function: FunctionType) -> None:
         self._serial = _compiled(function)

@@ -46,7 +46,9 @@ tiny.CORE = {}
 tiny.WITHOUT_CLASS_TOKEN = {"mean of patches"}
 tiny.FAMILIES_AND_POLICIES = [(family, policy) for family in tiny.FAMILIES for policy in tiny.REPRESENTATIVE]
 
-import test_behaviour  # noqa: E402 - the suite reads what it runs over when it is imported
+import suite  # noqa: E402 - the suites read what they run over when they are imported
+import test_behaviour  # noqa: E402
+import test_learning  # noqa: E402
 
 import vitprune  # noqa: E402
 from vitprune.apply import apply  # noqa: E402
@@ -60,9 +62,9 @@ ELSEWHERE = {
     "test_a_failing_forward_leaves_nothing_behind",
     "test_in_packed_training_an_image_that_is_not_finite_stays_alone",
 }
-globals().update({n: t for n, t in vars(test_behaviour).items() if n.startswith("test_") and n not in ELSEWHERE})
+SUITES = {**vars(test_behaviour), **vars(test_learning)}
+globals().update({n: t for n, t in SUITES.items() if n.startswith("test_") and n not in ELSEWHERE})
 
-EXACT = test_behaviour.EXACT
 RECIPE = """\
 version: 1
 model: {checkpoint: checkpoint}
@@ -82,12 +84,12 @@ def test_hidden_states_are_refused() -> None:
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_it_comes_back_as_it_was(family: str, tmp_path: Path) -> None:
-    model = test_behaviour.pruned(family, "redundancy-merge")
+    model = suite.pruned(family, "redundancy-merge")
     x = tiny.inputs(family, 3)
-    expected, _ = test_behaviour.run(model, x)
+    expected, _ = suite.run(model, x)
     model.save_pretrained(tmp_path)
     again = type(model).from_pretrained(tmp_path).eval()
-    torch.testing.assert_close(test_behaviour.run(again, x)[0], expected, **EXACT)
+    torch.testing.assert_close(suite.run(again, x)[0], expected, **suite.EXACT)
 
 
 def test_what_is_no_plain_vision_transformer_is_refused() -> None:
