@@ -125,19 +125,24 @@ def decide(
     takers_BM = anchors_BM
     if policy.spec.dropped == "merge" and anchors_BM is None:
         assert findings.metric_BMK is not None
-        takers_BM = _takers(findings.metric_BMK.detach(), valid_BM, keep_BM, prefix, None if ask_all else lengths)
+        takers_BM = _takers(findings.metric_BMK.detach(), valid_BM, keep_BM, prefix, lengths, ask_all=ask_all)
     return Decision(keep_BM, scores_BM, level, takers_BM if policy.spec.dropped == "merge" else None)
 
 
 def _takers(
-    metric_BMK: Tensor, valid_BM: Tensor, keep_BM: Tensor, prefix: int, lengths: tuple[int, ...] | None
+    metric_BMK: Tensor,
+    valid_BM: Tensor,
+    keep_BM: Tensor,
+    prefix: int,
+    lengths: tuple[int, ...] | None,
+    *,
+    ask_all: bool,
 ) -> Tensor:
-    """Who takes in what leaves; without lengths also who would take in what stays."""
-    if lengths is not None and cpu_stage.can_loop(metric_BMK):
+    if lengths is not None and not ask_all and cpu_stage.can_loop(metric_BMK):
         return cpu_stage.most_similar(metric_BMK, keep_BM, prefix, lengths)
     patches_BM = valid_BM.clone()
     patches_BM[:, :prefix] = False
-    asks_BM = patches_BM if lengths is None else patches_BM & ~keep_BM
+    asks_BM = patches_BM if ask_all else patches_BM & ~keep_BM
     return most_similar(metric_BMK, asks_BM, patches_BM & keep_BM)
 
 
@@ -151,11 +156,13 @@ def _scores(
 ) -> tuple[Tensor, Tensor | None]:
     prefix = policy.num_prefix_tokens
     if policy.is_redundancy:
-        metric_BMK, weighs_BM = findings.metric_BMK, findings.attention_scores_BM if policy.exponent > 0 else None
+        metric_BMK, exponent = findings.metric_BMK, policy.exponent
+        attention_BM = findings.attention_scores_BM if exponent > 0 else None
         assert metric_BMK is not None
+        assert exponent == 0 or attention_BM is not None
         if lengths is not None and cpu_stage.can_loop(metric_BMK):
-            return cpu_stage.redundancy(metric_BMK, weighs_BM, policy.exponent, prefix, lengths)
-        weights_BM = None if weighs_BM is None else redundancy_weights(weighs_BM, policy.exponent)
+            return cpu_stage.redundancy(metric_BMK, attention_BM, exponent, prefix, lengths)
+        weights_BM = None if attention_BM is None else redundancy_weights(attention_BM, exponent)
         return redundancy(metric_BMK, valid_BM, prefix, weights_BM)
     if policy.spec.select == "random":
         assert positions_BM is not None
