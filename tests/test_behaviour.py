@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitprune
-from vitprune import attention, cpu_stage, tokens
+from vitprune import attention, tokens
 from vitprune.anatomy import examine
 from vitprune.recipe import PruningSpec
 from vitprune.tracing import pruning_of
@@ -66,7 +66,7 @@ def test_masked_and_packed_agree(family: str, policy: str, monkeypatch: pytest.M
 def test_a_stage_in_loops_is_one_in_operators(family: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = pruned(family, policy), tiny.inputs(family, 5)
     looped, loops = run(model, x)
-    monkeypatch.setattr(cpu_stage, "can_loop", lambda *_: False)
+    tiny.in_operators(monkeypatch)
     operated, operators = run(model, x)
     assert_close(looped, operated, **FLOAT32)
     for ours, theirs in zip(loops.keep_masks, operators.keep_masks, strict=True):
@@ -102,7 +102,7 @@ def test_an_image_does_not_see_its_batch(family: str, policy: str) -> None:
 @every_family_and_policy
 def test_macs_are_what_is_executed(family: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
     # the counter knows matrix products alone, and only torch's
-    monkeypatch.setattr(cpu_stage, "can_loop", lambda *_: False)
+    tiny.in_operators(monkeypatch)
     monkeypatch.setattr(torch.linalg, "vecdot", lambda x, y: (x[..., None, :] @ y[..., None])[..., 0, 0])
     # what a CPU's kernel is given beyond an image's own keys isn't counted
     monkeypatch.setattr(tokens, "KEY_ALIGNMENT", 1)
@@ -153,7 +153,7 @@ def test_a_stage_waits_for_the_device_once(monkeypatch: pytest.MonkeyPatch) -> N
         return lists(tensor)
 
     monkeypatch.setattr(Tensor, "tolist", tolist)
-    monkeypatch.setattr(cpu_stage, "can_loop", lambda *_: False)  # as on a device
+    tiny.in_operators(monkeypatch)  # as on a device
     with torch.no_grad(), Waits() as waits:
         tiny.forward(model, x)
     assert waits.count == 0

@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numba
 import pytest
+import tiny
 import torch
 from tiny import Tolerance
 from torch import Tensor
@@ -40,10 +41,6 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(request.param)
     yield
     torch.set_num_threads(before)
-
-
-def in_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu_stage, "can_loop", lambda *_: False)
 
 
 def merged(lengths: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[TokenBatch, Tensor]:
@@ -76,7 +73,7 @@ def test_what_attention_says_is_the_same(
         return PackedAttention(q, k, v, batch, 0.3).find(query, wants_metric=True)
 
     scores_BM, metric_BMK = find()
-    in_operators(monkeypatch)
+    tiny.in_operators(monkeypatch)
     expected_BM, expected_BMK = find()
     assert metric_BMK is not None
     assert expected_BMK is not None
@@ -135,7 +132,7 @@ def test_departing_is_the_same(
     takers_BM = torch.where(torch.rand(keep_BM.shape) > 0.5, PREFIX, keep_BM.long().argmax(1, keepdim=True))
     departure = Departure(keep_BM, takers_BM if merges else None)
     ours, y_TD = depart(batch, x_TD, departure)
-    in_operators(monkeypatch)
+    tiny.in_operators(monkeypatch)
     expected, expected_TD = depart(batch, x_TD, departure)
     assert ours.layout == expected.layout
     assert ours.has_carriers == expected.has_carriers

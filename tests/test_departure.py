@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import pytest
+import tiny
 import torch
 from tiny import Tolerance
 from torch import Tensor
 from torch.testing import assert_close
 
-from vitprune import cpu_stage
 from vitprune.departure import Departure, Teaching, depart
 from vitprune.tokens import HALF_PRECISION_ROWS, NOBODY, TokenBatch
 
@@ -27,7 +27,7 @@ every_kind = pytest.mark.parametrize("dropped", ["leave", "merge", "fuse"])
 @pytest.fixture(autouse=True, params=["loops", "operators"])
 def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     if request.param == "operators":
-        monkeypatch.setattr(cpu_stage, "can_loop", lambda *_: False)
+        tiny.in_operators(monkeypatch)
 
 
 @dataclass

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, TypedDict
 
+import pytest
 import torch
 import transformers as hf
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from vitprune import cpu_stage
 from vitprune.recipe import PruningSpec
 
 
@@ -201,3 +203,8 @@ def answer(output: Any) -> Tensor:
         if output.get(name) is not None:
             return output[name]
     raise AssertionError(f"no answer in {list(output)}")
+
+
+def in_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on stages are operators of torch on a CPU too, as without numba and on other devices."""
+    monkeypatch.setattr(cpu_stage, "can_loop", lambda *_: False)

@@ -115,11 +115,9 @@ def _depart_in_loops(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> t
     if tuple(kept) == batch.lengths:
         return batch, x_TD
     layout = Layout.fitting(kept, x_TD)
-    rows = list(layout.rows)
-    rows[layout.order[-1]] += layout.padding
     known = (batch.positions_T, batch.sizes_T, batch.carriers_BN, keep_BM, takers_BM)
     y_TD, positions_T, sizes_T, carriers_BN = cpu_stage.depart(
-        x_TD, *known, batch.layout.starts, batch.lengths, layout.starts, rows
+        x_TD, *known, batch.layout.starts, batch.lengths, layout.starts, layout.all_rows
     )
     has_carriers = batch.has_carriers and not departure.leaves
     return TokenBatch(layout, batch.num_prefix_tokens, positions_T, sizes_T, carriers_BN, None, has_carriers), y_TD

@@ -23,7 +23,7 @@ from numba.extending import intrinsic, overload
 
 from vitprune.loop_compiler import FASTMATH, Loop
 
-NOBODY = -1
+NOBODY = -1  # as `tokens` has it, which is above this floor
 
 
 def _bitcast(to: Any, of: Any, kind: ir.Type) -> Any:
@@ -39,6 +39,7 @@ _float_of = _bitcast(types.float32, types.uint32, ir.FloatType())
 _bits_of = _bitcast(types.uint32, types.float32, ir.IntType(32))
 
 
+# Python never calls the next two: numba compiles their overloads, which depend on the type, in their place
 def _wide(number):
     """As float32."""
     raise NotImplementedError
@@ -99,9 +100,9 @@ def find(
                 square = np.float32(0)
                 for c in range(width):
                     square += metric_BMK[b, i, c] * metric_BMK[b, i, c]
-                longness = max(np.float32(math.sqrt(square)), np.float32(1e-12))
+                norm = max(np.float32(math.sqrt(square)), np.float32(1e-12))
                 for c in range(width):
-                    metric_BMK[b, i, c] /= longness
+                    metric_BMK[b, i, c] /= norm
         if scores_BM is not None:
             scores_BM[b, length:] = 0
             query_HK = np.empty((heads, width), np.float32)

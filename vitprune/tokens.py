@@ -131,6 +131,13 @@ class Layout:
         """All rows, T."""
         return sum(self.rows) + self.padding
 
+    @cached_property
+    def all_rows(self) -> list[int]:
+        """Rows of each image, with those behind the last image as its own."""
+        rows = list(self.rows)
+        rows[self.order[-1]] += self.padding
+        return rows
+
     def rows_of(self, slots_BM: Tensor) -> Tensor:
         """Rows of tokens that are numbered within their image."""
         if len(self.lengths) == 1:
@@ -139,8 +146,7 @@ class Layout:
 
     def spread(self, numbers: Sequence[int], device: torch.device) -> Tensor:
         """Each image's number at all of its rows, (T,); the last image's go on behind it."""
-        counts = [self.rows[image] for image in self.order]
-        counts[-1] += self.padding
+        counts = [self.all_rows[image] for image in self.order]
         if len(counts) == 1:
             return torch.full((counts[0],), numbers[0], device=device)
         in_order = on_device([numbers[image] for image in self.order], device)
