@@ -24,6 +24,8 @@ from vitprune.anatomy import examine
 from vitprune.recipe import PruningSpec
 from vitprune.tracing import pruning_of
 
+# sums of float32 in another order, on other CPUs too: they round by their largest terms
+OF_LARGEST = Tolerance(rtol=0.0, atol=1e-5)
 # the published masked softmax has an eps, which the packed pass has not; it weighs more the sharper attention is
 PUBLISHED_EPS = Tolerance(rtol=1e-2, atol=5e-3)
 # a batch's similarity matrices are padded to its largest image, which MACs per image leave out
@@ -59,7 +61,8 @@ def test_masked_and_packed_agree(family: str, policy: str, monkeypatch: pytest.M
     for ours, theirs in zip(packed_trace.keep_masks, masked_trace.keep_masks, strict=True):
         assert torch.equal(ours, theirs)
     assert_close(packed_trace.macs, masked_trace.macs)
-    assert_close(packed, masked, **FLOAT32)
+    largest = masked.abs().max()
+    assert_close(packed / largest, masked / largest, **OF_LARGEST)
 
 
 @every_family_and_policy

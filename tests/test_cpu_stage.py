@@ -21,7 +21,8 @@ from vitprune import cpu_stage
 from vitprune.departure import Departure, depart
 from vitprune.packed_attention import PackedAttention, Query
 from vitprune.scoring import key_metric, most_similar, redundancy, redundancy_weights
-from vitprune.tokens import TokenBatch
+from vitprune.thresholds import above_threshold
+from vitprune.tokens import Layout, TokenBatch
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 # sums of some dozen float32 numbers, in another order
@@ -94,7 +95,8 @@ def test_redundancy_is_the_same(lengths: tuple[int, ...], exponent: float) -> No
     metric_BMK, scores_BM = metric_of(lengths), torch.rand(len(lengths), max(lengths))
     scores_BM[0, PREFIX + 1] = 0.0
     weights_BM = redundancy_weights(scores_BM, exponent) if exponent else None
-    ours = cpu_stage.redundancy(metric_BMK, scores_BM if exponent else None, exponent, PREFIX, lengths)
+    known = metric_BMK, scores_BM if exponent else None, exponent, PREFIX
+    ours = cpu_stage.redundancy(*known, Layout(lengths).spans_3B)
     expected = redundancy(metric_BMK, valid(lengths), PREFIX, weights_BM)
     assert_close(ours[0], expected[0], **FLOAT32)
     candidates = ours[0].isfinite()
@@ -106,13 +108,36 @@ def test_redundancy_is_the_same(lengths: tuple[int, ...], exponent: float) -> No
 def test_the_most_similar_patch_is_the_same(lengths: tuple[int, ...]) -> None:
     metric_BMK, valid_BM = metric_of(lengths), valid(lengths)
     patches_BM = valid_BM & (torch.arange(max(lengths)) >= PREFIX)
-    keep_BM = valid_BM & (torch.rand(valid_BM.shape) > 0.5)
-    keep_BM[:, : PREFIX + 1] = True
-    ours = cpu_stage.most_similar(metric_BMK, keep_BM, PREFIX, lengths)
+    scores_BM = torch.rand(valid_BM.shape)
+    keep_BM, _, ours = cpu_stage.select(scores_BM, 0.5, PREFIX + 1, metric_BMK, PREFIX, Layout(lengths).spans_3B)
     leave_BM = patches_BM & ~keep_BM
     expected = most_similar(metric_BMK, leave_BM, patches_BM & keep_BM)
     assert leave_BM.any()
+    assert ours is not None
     assert torch.equal(ours[leave_BM], expected[leave_BM])
+
+
+@every_batch
+@pytest.mark.parametrize("at_least", [PREFIX + 1, PREFIX + 6, TOKENS])
+@pytest.mark.parametrize("threshold", [-1.0, 0.3, 0.9, 2.0])
+def test_the_same_patches_stay(lengths: tuple[int, ...], threshold: float, at_least: int) -> None:
+    valid_BM = valid(lengths)
+    scores_BM = (torch.rand(valid_BM.shape) * 10).round() / 10  # many are equal
+    keep_BM, kept, _ = cpu_stage.select(scores_BM, threshold, at_least, None, PREFIX, Layout(lengths).spans_3B)
+    scores_BM[:, :PREFIX] = torch.inf
+    scores_BM = scores_BM.masked_fill(~valid_BM, -torch.inf)
+    expected_BM = above_threshold(scores_BM, torch.tensor(threshold), at_least)
+    assert torch.equal(keep_BM, expected_BM)
+    assert list(kept) == expected_BM.sum(1).tolist()
+
+
+@every_batch
+def test_what_is_no_number_stays(lengths: tuple[int, ...]) -> None:
+    scores_BM = torch.zeros(len(lengths), max(lengths))
+    scores_BM[0, PREFIX + 1] = torch.nan
+    keep_BM, kept, _ = cpu_stage.select(scores_BM, 0.5, PREFIX, None, PREFIX, Layout(lengths).spans_3B)
+    assert keep_BM[0].nonzero().flatten().tolist() == [*range(PREFIX), PREFIX + 1]
+    assert kept == (PREFIX + 1, *[PREFIX] * (len(lengths) - 1))
 
 
 @every_batch
@@ -155,9 +180,10 @@ def test_a_merged_token_is_rounded_once_to_the_nearest_even() -> None:
 def test_an_image_that_is_no_number_stays_alone_and_loses_nothing_to_redundancy() -> None:
     lengths = SEVERAL
     metric_BMK, scores_BM = metric_of(lengths), torch.rand(len(lengths), max(lengths))
-    expected, _ = cpu_stage.redundancy(metric_BMK, scores_BM, 0.5, PREFIX, lengths)
+    spans_3B = Layout(lengths).spans_3B
+    expected, _ = cpu_stage.redundancy(metric_BMK, scores_BM, 0.5, PREFIX, spans_3B)
     metric_BMK[1], scores_BM[1] = torch.nan, torch.nan
-    ours, anchors_BM = cpu_stage.redundancy(metric_BMK, scores_BM, 0.5, PREFIX, lengths)
+    ours, anchors_BM = cpu_stage.redundancy(metric_BMK, scores_BM, 0.5, PREFIX, spans_3B)
     others = [0, 2, 3]
     assert torch.equal(ours[others], expected[others])
     # against any threshold
@@ -222,27 +248,29 @@ def test_torch_keeps_its_threads() -> None:
     program = """
 import torch
 from vitprune import cpu_stage
+from vitprune.tokens import Layout
 for threads in (2, 1):
     torch.set_num_threads(threads)
     for images in (1, 3):
         x_THK = torch.randn(3 * 8, 2, 4)
-        cpu_stage.find(None, x_THK, x_THK, None, 1.0, [0, 8, 16][:images], [8] * images, wants_metric=True)
+        spans_3B = Layout((8,) * images).spans_3B
+        cpu_stage.find(None, x_THK, x_THK, None, 1.0, spans_3B, wants_metric=True)
         assert torch.get_num_threads() == threads, (torch.get_num_threads(), threads)
 """
     subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "NUMBA_NUM_THREADS": "4"})
 
 
 def test_several_threads_of_python_may_loop_at_once() -> None:
-    inputs = [torch.randn(len(SEVERAL) * 40, H, K) for _ in range(16)]
-    starts, lengths = [image * 40 for image in range(len(SEVERAL))], SEVERAL
+    layout = Layout(SEVERAL)
+    inputs = [torch.randn(layout.num_rows, H, K) for _ in range(16)]
 
     def metric(k_THK: Tensor) -> Tensor:
-        _, metric_BMK = cpu_stage.find(None, k_THK, k_THK, None, 1.0, starts, lengths, wants_metric=True)
+        _, metric_BMK = cpu_stage.find(None, k_THK, k_THK, None, 1.0, layout.spans_3B, wants_metric=True)
         assert metric_BMK is not None
         return metric_BMK
 
     with ThreadPoolExecutor(4) as pool:
         ours = list(pool.map(metric, inputs))
     for k_THK, metric_BMK in zip(inputs, ours, strict=True):
-        for image, (start, length) in enumerate(zip(starts, lengths, strict=True)):
+        for image, (start, length) in enumerate(zip(layout.starts, SEVERAL, strict=True)):
             assert_close(metric_BMK[image, :length], key_metric(k_THK[start : start + length]), **FLOAT32)

@@ -6,6 +6,7 @@ import math
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from tiny import Tolerance
 from torch import Tensor
@@ -13,8 +14,10 @@ from torch.testing import assert_close
 
 from vitprune.attention import Findings
 from vitprune.cost import CostModel
+from vitprune.departure import Departure, depart
 from vitprune.recipe import PruningSpec
-from vitprune.stage import Decision, Policy, decide, fuse_weights, stage_macs
+from vitprune.stage import Decision, Policy, SeenTokens, decide, fuse_weights, stage_macs
+from vitprune.tokens import TokenBatch
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 FLOAT32 = Tolerance(rtol=1e-5, atol=1e-7)
@@ -39,12 +42,21 @@ def findings() -> Findings:
     return Findings(scores, torch.nn.functional.normalize(torch.randn(2, M, K), dim=-1))
 
 
-def positions() -> Tensor:
-    return torch.stack([torch.arange(M), torch.tensor([0, 2, 3, 5, 6, 8, 8, 8, 8])])
+@pytest.fixture(autouse=True, params=["in loops", "in operators"])
+def _ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == "in operators":
+        tiny.in_operators(monkeypatch)
+
+
+def tokens() -> TokenBatch:
+    dense = TokenBatch.dense(2, M, PREFIX, VALID.device)
+    keep_BM = torch.ones_like(VALID)
+    keep_BM[1, [1, 4, 7]] = False
+    return depart(dense, torch.zeros(2 * M, 1), Departure(keep_BM))[0]
 
 
 def ask(policy: Policy, found: Findings, **options: Any) -> Decision:
-    return decide(policy, 0, found, VALID, positions(), (), **options)
+    return decide(policy, 0, found, tokens(), (), **options)
 
 
 def kept(decision: Decision) -> list[list[int]]:
@@ -97,8 +109,6 @@ def test_a_threshold_keeps_what_is_above_and_prefix_and_no_padding() -> None:
         patches = [i for i in range(PREFIX, M) if VALID[b, i] and scores[b, i] > 0.5]
         assert kept(decision)[b] == [0, *patches]
     assert decision.takers_BM is None
-    assert (decision.scores_BM[:, 0] == math.inf).all()
-    assert (decision.scores_BM[~VALID] == -math.inf).all()
 
 
 @pytest.mark.parametrize("min_tokens", [1, 3])
@@ -129,9 +139,9 @@ def test_top_k_keeps_the_best() -> None:
 
 def test_a_random_choice_goes_by_position_and_needs_no_findings() -> None:
     together = ask(policy(**AS_VIT, select="random", dropped="leave"), Findings())
-    alone = decide(
-        policy(**AS_VIT, select="random", dropped="leave"), 0, Findings(), VALID[1:, :6], positions()[1:, :6], ()
-    )
+    both = tokens()
+    of_second = SeenTokens(VALID[1:, :6], both.positions_BM[1:, :6])
+    alone = decide(policy(**AS_VIT, select="random", dropped="leave"), 0, Findings(), of_second, ())
     assert kept(together)[1] == kept(alone)[0]
 
 
@@ -164,17 +174,17 @@ def test_counts_never_reach_the_anchors() -> None:
     assert kept(decision) == [[0, 1, 3, 5, 7], [0, 1, 3, 5]]
 
 
-@pytest.mark.parametrize("ask_all", [False, True])
-def test_merging_goes_to_the_most_similar_kept_patch(ask_all: bool) -> None:
+@pytest.mark.parametrize("learns", [False, True])
+def test_merging_goes_to_the_most_similar_kept_patch(learns: bool) -> None:
     found = findings()
-    decision = ask(policy(**AS_VIT, dropped="merge"), found, ask_all=ask_all)
+    decision = ask(policy(**AS_VIT, dropped="merge"), found, learns=learns)
     metric = found.metric_BMK
     assert decision.takers_BM is not None
     assert metric is not None
     for b in range(2):
         stay = [i for i in kept(decision)[b] if i >= PREFIX]
         for i in range(PREFIX, M):
-            if VALID[b, i] and (ask_all or i not in stay):
+            if VALID[b, i] and (learns or i not in stay):
                 # never into the class token; what stays is asked where it would go
                 similarity = {j: float(metric[b, i] @ metric[b, j]) for j in stay if j != i}
                 assert decision.takers_BM[b, i] == max(similarity, key=lambda j: similarity[j])
@@ -213,7 +223,9 @@ class Overrule:
 
 def test_observers_are_asked_in_turn_and_the_last_one_has_the_say() -> None:
     observers = (Overrule(-1.0), Overrule(9.0))
-    decision = decide(policy(**AS_VIT, dropped="leave"), 0, findings(), VALID, positions(), observers)
+    decision = decide(policy(**AS_VIT, dropped="leave"), 0, findings(), tokens(), observers)
+    assert (decision.scores_BM[:, 0] == math.inf).all()
+    assert (decision.scores_BM[~VALID] == -math.inf).all()
     assert [o.seen for o in observers] == [[0.5], [-1.0]]
     assert decision.level == 9.0
     assert [len(row) for row in kept(decision)] == [2, 2]

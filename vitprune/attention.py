@@ -10,7 +10,7 @@ K head width.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -28,7 +28,7 @@ from vitprune import cpu_stage
 from vitprune.ghosts import GhostRun
 from vitprune.packed_attention import PackedAttention, Query, context_norms
 from vitprune.scoring import attention_row, head_weighted_attention, key_metric, mean_query
-from vitprune.tokens import TILE_KEY_ALIGNMENT, TokenBatch, needs_tiles
+from vitprune.tokens import TILE_KEY_ALIGNMENT, Layout, TokenBatch, needs_tiles
 
 NAME = "vitprune"
 MASKED_SOFTMAX_EPS = 1e-6
@@ -44,10 +44,14 @@ class MaskedTokens:
 
 @dataclass
 class Findings:
-    """What a block's attention says about its tokens; padded to the longest image."""
+    """What a block's attention says about its tokens; padded to the longest image.
+
+    redundancy: what `AttentionCall.digest` makes of the other two: `scoring.redundancy`.
+    """
 
     attention_scores_BM: Tensor | None = None
     metric_BMK: Tensor | None = None
+    redundancy: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass
@@ -56,6 +60,7 @@ class AttentionCall:
 
     tokens: None while all tokens of all images are there.
     scores_of: whose attention the next stage scores tokens by: the class token's, or that of the mean of all queries.
+    digest: makes of what is found what the next stage needs of it, so that the rest isn't kept while the block goes on.
     read: of how many tokens of an image, the first, the block's output is wanted; None: of all. Such a block runs
         twice: for `keys_and_values` of all tokens as far as its attention, which ends it by `KeysAndValuesFound`; then
         to its end on those few.
@@ -67,6 +72,7 @@ class AttentionCall:
     tokens: TokenBatch | MaskedTokens | None = None
     scores_of: Query | None = None
     wants_metric: bool = False
+    digest: Callable[[Findings], Findings] | None = None
     read: int | None = None
     ghost_run: GhostRun | None = None
     findings: Findings = field(default_factory=Findings)
@@ -82,9 +88,13 @@ class AttentionCall:
         """What packed tokens' attention says about them."""
         assert self.packed is not None
         if self.asks:
-            found = self.packed.find(self.scores_of, wants_metric=self.wants_metric)
-            self.findings.attention_scores_BM, self.findings.metric_BMK = found
+            self.take(*self.packed.find(self.scores_of, wants_metric=self.wants_metric))
         self.packed = None
+
+    def take(self, attention_scores_BM: Tensor | None, metric_BMK: Tensor | None) -> None:
+        """What was found, for the next stage."""
+        found = Findings(attention_scores_BM, metric_BMK)
+        self.findings = found if self.digest is None else self.digest(found)
 
 
 class KeysAndValuesFound(Exception):
@@ -169,8 +179,7 @@ def attend(
         case None:
             output = _dense_attention(query, key, value, bias_1HNN, dropout, scale).transpose(1, 2)
             if call.asks:
-                found = _find(query, key, output, bias_1HNN, scale, call)
-                call.findings.attention_scores_BM, call.findings.metric_BMK = found
+                call.take(*_find(query, key, output, bias_1HNN, scale, call))
         case MaskedTokens() as tokens:
             weights_BHNN = masked_attention_weights(query, key, scale, tokens, bias_1HNN)
             output = (F.dropout(weights_BHNN, dropout).to(value.dtype) @ value).transpose(1, 2)
@@ -211,10 +220,9 @@ def _find(
     elif call.scores_of == "class":
         asking_BHK = q_BHNK[:, :, 0]
     if bias is None and cpu_stage.can_loop(k_BNHK, contexts_BNHK):
-        images, tokens = k_BNHK.shape[:2]
-        layout = range(0, images * tokens, tokens), [tokens] * images
+        spans_3B = Layout((k_BNHK.shape[1],) * len(k_BNHK)).spans_3B
         rows = k_BNHK.flatten(0, 1), contexts_BNHK.flatten(0, 1)
-        return cpu_stage.find(asking_BHK, *rows, None, scaling, *layout, wants_metric=call.wants_metric)
+        return cpu_stage.find(asking_BHK, *rows, None, scaling, spans_3B, wants_metric=call.wants_metric)
     metric_BNK = key_metric(k_BNHK) if call.wants_metric else None
     if asking_BHK is None:
         return None, metric_BNK

@@ -4,14 +4,14 @@ Knows when and how tensors become arrays for `loops`, which numba compiles. With
 gradients flow, `scoring` and `departure` do the same in operators of torch.
 
 Shapes: B images, T rows of the batch laid end to end, M tokens of the longest image, H heads, K head width, D width.
+spans_3B as `loops` has it.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Sequence
 from functools import cache
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -37,8 +37,10 @@ def has_loops() -> bool:
 
 def can_loop(*tensors: Tensor) -> bool:
     """Whether loops may do what is to be done with such tensors."""
-    learns = torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
-    return not learns and all(x.device.type == "cpu" and x.dtype in _DTYPES for x in tensors) and _loops() is not None
+    for x in tensors:
+        if not x.is_cpu or x.dtype not in _DTYPES or (x.requires_grad and torch.is_grad_enabled()):
+            return False
+    return _loops() is not None
 
 
 def find(
@@ -47,8 +49,7 @@ def find(
     contexts_THK: Tensor,
     key_bias_T: Tensor | None,
     scaling: float,
-    starts: Sequence[int],
-    lengths: Sequence[int],
+    spans_3B: np.ndarray,
     *,
     wants_metric: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -59,30 +60,44 @@ def find(
     Returns AS-ViT's scores (B, M), `scoring.head_weighted_attention`, and what similarity is measured on, (B, M, K),
     `scoring.key_metric`; both float32.
     """
-    images, most = len(lengths), max(lengths)
-    scores_BM = None if asking_BHK is None else torch.empty(images, most)
-    metric_BMK = torch.empty(images, most, k_THK.shape[2]) if wants_metric else None
-    known = (asking_BHK, k_THK, contexts_THK, key_bias_T, np.float32(scaling), starts, lengths)
-    _run(_loops().find, images, *known, scores_BM, metric_BMK)
-    return scores_BM, metric_BMK
+    shape_BM = spans_3B.shape[1], spans_3B[1].max()
+    scores_BM = None if asking_BHK is None else np.empty(shape_BM, np.float32)
+    metric_BMK = np.empty((*shape_BM, k_THK.shape[2]), np.float32) if wants_metric else None
+    known = (_array(asking_BHK), _array(k_THK), _array(contexts_THK), _array(key_bias_T), np.float32(scaling))
+    _run(_loops().find, *known, spans_3B, scores_BM, metric_BMK, images=shape_BM[0])
+    return _tensor(scores_BM), _tensor(metric_BMK)
 
 
 def redundancy(
-    metric_BMK: Tensor, scores_BM: Tensor | None, exponent: float, num_prefix_tokens: int, lengths: Sequence[int]
+    metric_BMK: Tensor, scores_BM: Tensor | None, exponent: float, num_prefix_tokens: int, spans_3B: np.ndarray
 ) -> tuple[Tensor, Tensor]:
     """`scoring.redundancy`, weighed by S^α where there are scores S: (B, M) and the anchors' indices (B, M)."""
-    redundancy_BM = torch.empty(metric_BMK.shape[:2])
-    anchors_BM = torch.empty(metric_BMK.shape[:2], dtype=torch.long)
-    known = (metric_BMK, scores_BM, np.float32(exponent), num_prefix_tokens)
-    _run(_loops().redundancy, len(lengths), *known, lengths, redundancy_BM, anchors_BM)
-    return redundancy_BM, anchors_BM
+    shape_BM = metric_BMK.shape[:2]
+    redundancy_BM, anchors_BM = np.empty(shape_BM, np.float32), np.empty(shape_BM, np.int64)
+    known = _array(metric_BMK), _array(scores_BM), np.float32(exponent), num_prefix_tokens, spans_3B
+    _run(_loops().redundancy, *known, redundancy_BM, anchors_BM, images=shape_BM[0])
+    return _tensor(redundancy_BM), _tensor(anchors_BM)
 
 
-def most_similar(metric_BMK: Tensor, keep_BM: Tensor, num_prefix_tokens: int, lengths: Sequence[int]) -> Tensor:
-    """For each patch that leaves the most similar one that stays, (B, M) long; `scoring.most_similar`."""
-    takers_BM = torch.empty(keep_BM.shape, dtype=torch.long)
-    _run(_loops().most_similar, len(lengths), metric_BMK, keep_BM, num_prefix_tokens, lengths, takers_BM)
-    return takers_BM
+def select(
+    scores_BM: Tensor,
+    threshold: float,
+    at_least: int,
+    metric_BMK: Tensor | None,
+    num_prefix_tokens: int,
+    spans_3B: np.ndarray,
+) -> tuple[Tensor, tuple[int, ...], Tensor | None]:
+    """Which tokens stay, how many of each image, and for each that leaves the most similar patch that stays.
+
+    `thresholds.above_threshold`, bool (B, M), and by a metric, if there is one, `scoring.most_similar`, (B, M) long.
+    scores_BM: those of prefix tokens don't matter, nor what lies beyond an image's tokens.
+    """
+    shape_BM = scores_BM.shape
+    keep_BM, kept_B = np.empty(shape_BM, np.bool_), np.empty(shape_BM[0], np.int64)
+    takers_BM = None if metric_BMK is None else np.empty(shape_BM, np.int64)
+    known = _array(scores_BM), np.float32(threshold), at_least, _array(metric_BMK), num_prefix_tokens, spans_3B
+    _run(_loops().select, *known, keep_BM, kept_B, takers_BM, images=shape_BM[0])
+    return _tensor(keep_BM), tuple(kept_B.tolist()), _tensor(takers_BM)
 
 
 def depart(
@@ -92,33 +107,44 @@ def depart(
     carriers_BN: Tensor,
     keep_BM: Tensor,
     takers_BM: Tensor | None,
-    starts: Sequence[int],
-    lengths: Sequence[int],
-    starts_after: Sequence[int],
-    rows_after: Sequence[int],
+    spans_3B: np.ndarray,
+    spans_after_3B: np.ndarray,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """What `departure.depart` makes of hidden states, positions, sizes and carriers where tokens leave or merge."""
-    rows = sum(rows_after)
-    y_TD, positions_after_T = x_TD.new_empty(rows, x_TD.shape[1]), positions_T.new_empty(rows)
-    sizes_after_T = None if takers_BM is None else torch.empty(rows)
-    if takers_BM is not None and sizes_T is None:
-        sizes_T = torch.ones(len(x_TD))
-    carriers_after_BN = torch.empty_like(carriers_BN)
-    before = (x_TD, positions_T, sizes_T, carriers_BN, keep_BM, takers_BM, starts, lengths)
-    after = (y_TD, positions_after_T, sizes_after_T, carriers_after_BN)
-    _run(_loops().depart, len(lengths), *before, starts_after, rows_after, *after)
-    return y_TD, positions_after_T, sizes_after_T, carriers_after_BN
+    rows, images = int(spans_after_3B[2].sum()), spans_3B.shape[1]
+    y_TD = x_TD.new_empty(rows, x_TD.shape[1])  # linear layers like how torch aligns it
+    positions_after_T, carriers_after_BN = np.empty(rows, np.int64), np.empty(carriers_BN.shape, np.int64)
+    sizes, sizes_after_T = _array(sizes_T), None
+    if takers_BM is not None:
+        sizes_after_T = np.empty(rows, np.float32)
+        sizes = np.ones(len(x_TD), np.float32) if sizes is None else sizes
+    before = _array(x_TD), _array(positions_T), sizes, _array(carriers_BN), _array(keep_BM), _array(takers_BM)
+    after = _array(y_TD), positions_after_T, sizes_after_T, carriers_after_BN
+    _run(_loops().depart, *before, spans_3B, spans_after_3B, *after, images=images)
+    return y_TD, _tensor(positions_after_T), _tensor(sizes_after_T), _tensor(carriers_after_BN)
 
 
-def _run(loop: Any, images: int, *values: Any) -> None:
+def _run(loop: Any, *values: Any, images: int) -> None:
     threads = torch.get_num_threads()
-    loop(*(_array(value) for value in values), threads=1 if images == 1 else threads)
+    loop(*values, threads=1 if images == 1 else threads)
     if torch.get_num_threads() != threads:  # numba shares OpenMP with torch, and sets its threads when it starts
         torch.set_num_threads(threads)
 
 
-def _array(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        x = value.detach() if value.requires_grad else value
-        return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
-    return np.array(value) if isinstance(value, Sequence) else value
+@overload
+def _array(x: Tensor) -> np.ndarray: ...
+@overload
+def _array(x: Tensor | None) -> np.ndarray | None: ...
+def _array(x: Tensor | None) -> np.ndarray | None:
+    if x is None:
+        return None
+    x = x.detach() if x.requires_grad else x
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+@overload
+def _tensor(x: np.ndarray) -> Tensor: ...
+@overload
+def _tensor(x: np.ndarray | None) -> Tensor | None: ...
+def _tensor(x: np.ndarray | None) -> Tensor | None:
+    return None if x is None else torch.from_numpy(x)

@@ -39,12 +39,14 @@ class Departure:
     takers_BM: for a token that leaves, the token that stays and takes it in (`merge`); None for `leave` and `fuse`.
     fuse_weights_BM: weights of the mean that becomes the extra token (`fuse`); None otherwise.
     teaching: in training; None in inference.
+    kept: how many tokens of each image stay, where the host knows already.
     """
 
     keep_BM: Tensor
     takers_BM: Tensor | None = None
     fuse_weights_BM: Tensor | None = None
     teaching: Teaching | None = None
+    kept: tuple[int, ...] | None = None
 
     @property
     def leaves(self) -> bool:
@@ -110,15 +112,12 @@ def depart(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[Token
 
 
 def _depart_in_loops(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[TokenBatch, Tensor]:
-    keep_BM, takers_BM = departure.keep_BM, departure.takers_BM
-    kept = keep_BM.sum(1).tolist()
-    if tuple(kept) == batch.lengths:
+    kept = departure.kept or tuple(departure.keep_BM.sum(1).tolist())
+    if kept == batch.lengths:
         return batch, x_TD
     layout = Layout.fitting(kept, x_TD)
-    known = (batch.positions_T, batch.sizes_T, batch.carriers_BN, keep_BM, takers_BM)
-    y_TD, positions_T, sizes_T, carriers_BN = cpu_stage.depart(
-        x_TD, *known, batch.layout.starts, batch.lengths, layout.starts, layout.all_rows
-    )
+    known = batch.positions_T, batch.sizes_T, batch.carriers_BN, departure.keep_BM, departure.takers_BM
+    y_TD, positions_T, sizes_T, carriers_BN = cpu_stage.depart(x_TD, *known, batch.layout.spans_3B, layout.spans_3B)
     has_carriers = batch.has_carriers and not departure.leaves
     return TokenBatch(layout, batch.num_prefix_tokens, positions_T, sizes_T, carriers_BN, None, has_carriers), y_TD
 

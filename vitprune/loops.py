@@ -6,6 +6,7 @@ the same in operators of torch: about a hundred a stage, each of them small.
 Half precision comes as the bits of bfloat16 in 16-bit integers; numba has no such number. Images are independent, so
 what is no number in one image stays there.
 
+spans_3B: of each image the first row, the number of tokens, and of rows; those behind the last image are its own.
 Array suffixes: B images, T rows of the batch laid end to end, M tokens of the longest image, N tokens of an image in
 the dense sequence, H heads, K head width, D width.
 """
@@ -78,8 +79,7 @@ def find(
     contexts_THK: Any,
     key_bias_T: Any,
     scaling: Any,
-    starts_B: Any,
-    lengths_B: Any,
+    spans_3B: Any,
     scores_BM: Any,
     metric_BMK: Any,
 ) -> None:
@@ -88,8 +88,8 @@ def find(
     scores_BM, metric_BMK: None where nobody asks for it. key_bias_T: None where no token has a size.
     """
     heads, width = keys_THK.shape[1], keys_THK.shape[2]
-    for b in numba.prange(len(lengths_B)):
-        first, length = starts_B[b], lengths_B[b]
+    for b in numba.prange(spans_3B.shape[1]):
+        first, length = spans_3B[0, b], spans_3B[1, b]
         if metric_BMK is not None:
             metric_BMK[b, length:] = 0
             for i in range(length):
@@ -164,13 +164,13 @@ def redundancy(
     scores_BM: Any,
     exponent: Any,
     num_prefix_tokens: Any,
-    lengths_B: Any,
+    spans_3B: Any,
     redundancy_BM: Any,
     anchors_BM: Any,
 ) -> None:
     """How little each candidate resembles its most similar anchor, times S^α, and that anchor; `scoring.redundancy`."""
-    for b in numba.prange(len(lengths_B)):
-        length = lengths_B[b]
+    for b in numba.prange(spans_3B.shape[1]):
+        length = spans_3B[1, b]
         anchors_BM[b, :] = 0
         redundancy_BM[b, :length] = np.inf
         redundancy_BM[b, length:] = -np.inf
@@ -185,16 +185,45 @@ def redundancy(
 
 
 @Loop
-def most_similar(metric_BMK: Any, keep_BM: Any, num_prefix_tokens: Any, lengths_B: Any, takers_BM: Any) -> None:
-    """For each patch that leaves the most similar patch that stays; `scoring.most_similar`."""
-    for b in numba.prange(len(lengths_B)):
-        takers_BM[b, :] = 0
-        stay_A = np.nonzero(keep_BM[b, num_prefix_tokens : lengths_B[b]])[0] + num_prefix_tokens
-        stay_KA = np.ascontiguousarray(metric_BMK[b][stay_A].T)
-        cosines_A = np.empty(len(stay_A), np.float32)
-        for i in range(num_prefix_tokens, lengths_B[b]):
-            if not keep_BM[b, i]:
-                takers_BM[b, i] = stay_A[_nearest(metric_BMK[b, i], stay_KA, cosines_A)[0]]
+def select(
+    scores_BM: Any,
+    threshold: Any,
+    at_least: Any,
+    metric_BMK: Any,
+    num_prefix_tokens: Any,
+    spans_3B: Any,
+    keep_BM: Any,
+    kept_B: Any,
+    takers_BM: Any,
+) -> None:
+    """Which tokens stay, `thresholds.above_threshold`, how many, and who takes in the others, `scoring.most_similar`.
+
+    at_least: tokens that an image keeps whatever their scores. metric_BMK, takers_BM: None where nobody asks for it.
+    """
+    for b in numba.prange(spans_3B.shape[1]):
+        length = spans_3B[1, b]
+        keep_BM[b, :num_prefix_tokens] = True
+        keep_BM[b, length:] = False
+        kept = min(num_prefix_tokens, length)
+        for i in range(num_prefix_tokens, length):
+            keep_BM[b, i] = not scores_BM[b, i] <= threshold  # so what is no number stays
+            kept += keep_BM[b, i]
+        while kept < min(at_least, length):
+            best = NOBODY  # of equal scores the first
+            for i in range(num_prefix_tokens, length):
+                if not keep_BM[b, i] and (best == NOBODY or scores_BM[b, i] > scores_BM[b, best]):
+                    best = i
+            keep_BM[b, best] = True
+            kept += 1
+        kept_B[b] = kept
+        if metric_BMK is not None:
+            takers_BM[b, :] = 0
+            stay_A = np.nonzero(keep_BM[b, num_prefix_tokens:length])[0] + num_prefix_tokens
+            stay_KA = np.ascontiguousarray(metric_BMK[b][stay_A].T)
+            cosines_A = np.empty(len(stay_A), np.float32)
+            for i in range(num_prefix_tokens, length):
+                if not keep_BM[b, i]:
+                    takers_BM[b, i] = stay_A[_nearest(metric_BMK[b, i], stay_KA, cosines_A)[0]]
 
 
 @Loop
@@ -205,10 +234,8 @@ def depart(
     carriers_BN: Any,
     keep_BM: Any,
     takers_BM: Any,
-    starts_B: Any,
-    lengths_B: Any,
-    starts_after_B: Any,
-    rows_after_B: Any,
+    spans_3B: Any,
+    spans_after_3B: Any,
     y_TD: Any,
     positions_after_T: Any,
     sizes_after_T: Any,
@@ -217,11 +244,10 @@ def depart(
     """Moves tokens that stay together; merges those that leave into their takers, or leaves them; `departure.depart`.
 
     takers_BM: None for `leave`, and then no token has a size.
-    rows_after_B: rows of each image, those behind the last image its own.
     """
     width = x_TD.shape[1]
-    for b in numba.prange(len(lengths_B)):
-        before, after, length = starts_B[b], starts_after_B[b], lengths_B[b]
+    for b in numba.prange(spans_3B.shape[1]):
+        before, after, length = spans_3B[0, b], spans_after_3B[0, b], spans_3B[1, b]
         slots_M = np.full(length, NOBODY, np.int64)
         kept = 0
         for i in range(length):
@@ -233,7 +259,7 @@ def depart(
                 for c in range(width):
                     y_TD[after + kept, c] = x_TD[before + i, c]
                 kept += 1
-        for row in range(after + kept, after + rows_after_B[b]):
+        for row in range(after + kept, after + spans_after_3B[2, b]):
             positions_after_T[row] = NOBODY
             if takers_BM is not None:
                 sizes_after_T[row] = 0

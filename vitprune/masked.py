@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vitprune.attention import AttentionCall, Findings, MaskedTokens
 from vitprune.scoring import true_indices
-from vitprune.stage import Decision, Observer, Policy, Tally, count_tokens, decide, fuse_weights
+from vitprune.stage import Decision, Observer, Policy, SeenTokens, Tally, count_tokens, decide, fuse_weights
 from vitprune.thresholds import straight_through
 from vitprune.tokens import NOBODY
 
@@ -133,15 +133,8 @@ class MaskedPass:
         index_BM = true_indices(seen_BN)
         valid_BM = seen_BN.gather(1, index_BM)
         positions_BM = torch.where(index_BM < self.num_tokens, index_BM, NOBODY)
-        decision = decide(
-            policy,
-            stage,
-            _at(self._call.findings, index_BM),
-            valid_BM,
-            positions_BM,
-            self.observers,
-            ask_all=True,
-        )
+        seen = SeenTokens(valid_BM, positions_BM)
+        decision = decide(policy, stage, _at(self._call.findings, index_BM), seen, self.observers, learns=True)
         m_BM = decision.keep_BM.float()
         if policy.spec.select == "threshold":
             m_BM = straight_through(decision.scores_BM, decision.level, policy.temperatures[stage], decision.keep_BM)

@@ -14,11 +14,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from vitprune.attention import AttentionCall
+from vitprune.attention import AttentionCall, Findings
 from vitprune.departure import Departure, Teaching, depart
 from vitprune.ghosts import GhostRun, Ghosts, linger
 from vitprune.gifts import Gift, average_seen, give_gradients, record
-from vitprune.stage import Decision, Observer, Policy, Tally, count_tokens, decide, fuse_weights
+from vitprune.stage import Decision, Observer, Policy, Tally, count_tokens, decide, find_redundancy, fuse_weights
 from vitprune.thresholds import near_threshold, straight_through
 from vitprune.tokens import TokenBatch
 
@@ -50,6 +50,7 @@ class PackedPass:
         }
         self._tokens_B = torch.empty(0)  # that are seen; with gradient where the pass learns
         self._batch: TokenBatch | None = None
+        self._present: TokenBatch | None = None  # the tokens that the next stage decides about
         self._valid_BN: Tensor | None = None
         self._last: Tensor | None = None
         self._call = AttentionCall()
@@ -80,10 +81,13 @@ class PackedPass:
             assert self.tally is not None
             self.tally.add_block(block, self._tokens_B, in_full=self.read is None and not self.learns)
         stage_follows = block + 1 in self._stages
+        if stage_follows:
+            self._present = self._batch or self._dense(hidden_states)
         self._call = AttentionCall(
             tokens=self._batch,
             scores_of=policy.scores_of if stage_follows else None,
             wants_metric=stage_follows and policy.needs_metric,
+            digest=self._digest if stage_follows and policy.is_redundancy and not self.learns else None,
             read=self.read if block + 1 == len(policy.cost.linear) else None,
         )
         if self._ghosts is not None:
@@ -93,6 +97,10 @@ class PackedPass:
             self._call.ghost_run = GhostRun(self._ghosts, self._ghosts_XD, ends=ends)
         self._batches.append(self._batch)
         return hidden_states, self._call
+
+    def _digest(self, findings: Findings) -> Findings:
+        assert self._present is not None
+        return Findings(redundancy=find_redundancy(self.policy, findings, self._present))
 
     @property
     def _ghosts_last(self) -> bool:
@@ -167,23 +175,12 @@ class PackedPass:
         return TokenBatch.dense(images, tokens, self.policy.num_prefix_tokens, hidden_states.device)
 
     def _prune(self, stage: int, hidden_states: Tensor) -> Tensor:
-        policy, batch = self.policy, self._batch
-        if batch is None:
-            batch = self._dense(hidden_states)
-        positions_BM = batch.pad(batch.positions_T) if policy.spec.select == "random" else None
-        decision = decide(
-            policy,
-            stage,
-            self._call.findings,
-            batch.valid_BM,
-            positions_BM,
-            self.observers,
-            lengths=batch.lengths,
-            ask_all=self.learns,
-        )
+        policy, batch = self.policy, self._present
+        assert batch is not None
+        decision = decide(policy, stage, self._call.findings, batch, self.observers, learns=self.learns)
         weights_BM = fuse_weights(policy, decision) if policy.spec.dropped == "fuse" else None
         teaching = self._teaching(stage, decision) if self.learns else None
-        departure = Departure(decision.keep_BM, decision.takers_BM, weights_BM, teaching)
+        departure = Departure(decision.keep_BM, decision.takers_BM, weights_BM, teaching, decision.kept)
         before_TD = hidden_states.flatten(0, 1)
         after, x_TD = depart(batch, before_TD, departure)
         if teaching is not None:

@@ -101,11 +101,9 @@ class PackedAttention:
         has_bias = query == "class" and self._pairs is not None  # the mean query stands nowhere
         if batch.learning is None and not has_bias and cpu_stage.can_loop(keys_THK, self.contexts_THK):
             asking_BHK = None if query is None else self._asking_in_loops(query)
-            layout = batch.layout.starts, batch.lengths
             bias_T = None if batch.sizes_T is None else batch.key_bias_T
-            return cpu_stage.find(
-                asking_BHK, keys_THK, self.contexts_THK, bias_T, self.scaling, *layout, wants_metric=wants_metric
-            )
+            known = asking_BHK, keys_THK, self.contexts_THK, bias_T, self.scaling, batch.layout.spans_3B
+            return cpu_stage.find(*known, wants_metric=wants_metric)
         return None if query is None else self.scores(query), self.metric() if wants_metric else None
 
     def scores(self, query: Query) -> Tensor:

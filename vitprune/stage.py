@@ -22,6 +22,7 @@ from vitprune.packed_attention import Query
 from vitprune.recipe import PruningSpec
 from vitprune.scoring import most_similar, redundancy, redundancy_weights
 from vitprune.thresholds import above_threshold, random_scores, top_counts
+from vitprune.tokens import TokenBatch
 
 
 @dataclass(frozen=True)
@@ -81,98 +82,102 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Decision:
-    """keep_BM: bool; scores_BM: +inf always stays, −inf isn't there; takers_BM: who takes in what leaves (`merge`)."""
+    """What a stage decided.
+
+    keep_BM: bool. scores_BM: +inf always stays, −inf isn't there; but where nobody observes or learns, those of prefix
+    tokens and padding mean nothing. takers_BM: who takes in what leaves (`merge`).
+    kept: tokens that each image keeps, where the host knows already.
+    """
 
     keep_BM: Tensor
     scores_BM: Tensor
     level: Tensor
     takers_BM: Tensor | None
+    kept: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class SeenTokens:
+    """The tokens of a masked pass that are seen at a stage; how many the device alone knows."""
+
+    valid_BM: Tensor
+    positions_BM: Tensor
+    lengths: None = None
+    spans_3B: None = None
 
 
 def decide(
     policy: Policy,
     stage: int,
     findings: Findings,
-    valid_BM: Tensor,
-    positions_BM: Tensor | None,
+    tokens: TokenBatch | SeenTokens,
     observers: tuple[Observer, ...],
     *,
-    lengths: tuple[int, ...] | None = None,
-    ask_all: bool = False,
+    learns: bool = False,
 ) -> Decision:
     """Applies the policy at one stage to what the block before found.
 
-    positions_BM: index of each token in the dense sequence; asked for by a random choice alone.
-    lengths: tokens of each image, where the host knows them.
-    ask_all: find a taker for tokens that stay, too, as the gradient of a mask asks what would be if they left.
+    learns: find a taker for tokens that stay, too, as the gradient of a mask asks what would be if they left.
     """
-    scores_BM, anchors_BM = _scores(policy, stage, findings, valid_BM, positions_BM, lengths)
+    spec, prefix = policy.spec, policy.num_prefix_tokens
+    merges, at_least = spec.dropped == "merge", prefix + spec.min_tokens
+    scores_BM, anchors_BM = _scores(policy, stage, findings, tokens)
+    asks_metric = merges and anchors_BM is None
+    metric_BMK = findings.metric_BMK.detach() if asks_metric and findings.metric_BMK is not None else None
+    assert (metric_BMK is not None) == asks_metric
+    loops = spec.select == "threshold" and not learns and tokens.spans_3B is not None and cpu_stage.can_loop(scores_BM)
+    if (observers or not loops) and not policy.is_redundancy:
+        scores_BM = scores_BM.masked_fill(~tokens.valid_BM, -torch.inf)
+        scores_BM[:, :prefix] = torch.inf
     level = policy.levels[stage]
     for observer in observers:
-        level = observer.level(stage, scores_BM.detach(), valid_BM, level)
-    prefix = policy.num_prefix_tokens
-    match policy.spec.select:
+        level = observer.level(stage, scores_BM.detach(), tokens.valid_BM, level)
+    takers_BM = anchors_BM if merges else None
+    if loops:
+        assert tokens.spans_3B is not None
+        known = scores_BM, level.item(), at_least, metric_BMK, prefix, tokens.spans_3B
+        keep_BM, kept, most_similar_BM = cpu_stage.select(*known)
+        return Decision(keep_BM, scores_BM, level, most_similar_BM if asks_metric else takers_BM, kept)
+    match spec.select:
         case "threshold":
-            fewest = min(lengths) if lengths else 0
+            fewest = min(tokens.lengths) if tokens.lengths else 0
             anchors = (max(fewest - prefix, 0) + 1) // 2 if policy.is_redundancy else 0
-            certain = prefix + anchors
-            keep_BM = above_threshold(scores_BM, level, prefix + policy.spec.min_tokens, certain=certain)
+            keep_BM = above_threshold(scores_BM, level, at_least, certain=prefix + anchors)
         case "top-k" | "random" | "tome":
-            counts_B = (level * (valid_BM.sum(1) - prefix)).round().long().clamp(min=policy.spec.min_tokens)
+            counts_B = (level * (tokens.valid_BM.sum(1) - prefix)).round().long().clamp(min=spec.min_tokens)
             keep_BM = top_counts(scores_BM, counts_B + prefix) | (scores_BM == torch.inf)
         case _:
-            assert_never(policy.spec.select)
-    takers_BM = anchors_BM
-    if policy.spec.dropped == "merge" and anchors_BM is None:
-        assert findings.metric_BMK is not None
-        takers_BM = _takers(findings.metric_BMK.detach(), valid_BM, keep_BM, prefix, lengths, ask_all=ask_all)
-    return Decision(keep_BM, scores_BM, level, takers_BM if policy.spec.dropped == "merge" else None)
-
-
-def _takers(
-    metric_BMK: Tensor,
-    valid_BM: Tensor,
-    keep_BM: Tensor,
-    prefix: int,
-    lengths: tuple[int, ...] | None,
-    *,
-    ask_all: bool,
-) -> Tensor:
-    if lengths is not None and not ask_all and cpu_stage.can_loop(metric_BMK):
-        return cpu_stage.most_similar(metric_BMK, keep_BM, prefix, lengths)
-    patches_BM = valid_BM.clone()
-    patches_BM[:, :prefix] = False
-    asks_BM = patches_BM if ask_all else patches_BM & ~keep_BM
-    return most_similar(metric_BMK, asks_BM, patches_BM & keep_BM)
+            assert_never(spec.select)
+    if metric_BMK is not None:
+        patches_BM = tokens.valid_BM.clone()
+        patches_BM[:, :prefix] = False
+        asks_BM = patches_BM if learns else patches_BM & ~keep_BM
+        takers_BM = most_similar(metric_BMK, asks_BM, patches_BM & keep_BM)
+    return Decision(keep_BM, scores_BM, level, takers_BM)
 
 
 def _scores(
-    policy: Policy,
-    stage: int,
-    findings: Findings,
-    valid_BM: Tensor,
-    positions_BM: Tensor | None,
-    lengths: tuple[int, ...] | None,
+    policy: Policy, stage: int, findings: Findings, tokens: TokenBatch | SeenTokens
 ) -> tuple[Tensor, Tensor | None]:
-    prefix = policy.num_prefix_tokens
+    """Scores (B, M); under redundancy +inf and −inf as in `Decision`, and each candidate's anchor (B, M)."""
     if policy.is_redundancy:
-        metric_BMK, exponent = findings.metric_BMK, policy.exponent
-        attention_BM = findings.attention_scores_BM if exponent > 0 else None
-        assert metric_BMK is not None
-        assert exponent == 0 or attention_BM is not None
-        if lengths is not None and cpu_stage.can_loop(metric_BMK):
-            return cpu_stage.redundancy(metric_BMK, attention_BM, exponent, prefix, lengths)
-        weights_BM = None if attention_BM is None else redundancy_weights(attention_BM, exponent)
-        return redundancy(metric_BMK, valid_BM, prefix, weights_BM)
+        return findings.redundancy or find_redundancy(policy, findings, tokens)
     if policy.spec.select == "random":
-        assert positions_BM is not None
-        scores_BM = random_scores(positions_BM, stage)
-    else:
-        assert findings.attention_scores_BM is not None
-        scores_BM = findings.attention_scores_BM
-    scores_BM = scores_BM.masked_fill(~valid_BM, -torch.inf)
-    scores_BM[:, :prefix] = torch.inf
-    return scores_BM, None
+        return random_scores(tokens.positions_BM, stage), None
+    assert findings.attention_scores_BM is not None
+    return findings.attention_scores_BM, None
+
+
+def find_redundancy(policy: Policy, findings: Findings, tokens: TokenBatch | SeenTokens) -> tuple[Tensor, Tensor]:
+    """`scoring.redundancy` under a policy: (B, M) and each candidate's anchor (B, M)."""
+    metric_BMK, exponent, prefix = findings.metric_BMK, policy.exponent, policy.num_prefix_tokens
+    attention_BM = findings.attention_scores_BM if exponent > 0 else None
+    assert metric_BMK is not None
+    assert exponent == 0 or attention_BM is not None
+    if tokens.spans_3B is not None and cpu_stage.can_loop(metric_BMK):
+        return cpu_stage.redundancy(metric_BMK, attention_BM, exponent, prefix, tokens.spans_3B)
+    weights_BM = None if attention_BM is None else redundancy_weights(attention_BM, exponent)
+    return redundancy(metric_BMK, tokens.valid_BM, prefix, weights_BM)
 
 
 def fuse_weights(policy: Policy, decision: Decision) -> Tensor:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -138,6 +139,11 @@ class Layout:
         rows[self.order[-1]] += self.padding
         return rows
 
+    @cached_property
+    def spans_3B(self) -> np.ndarray:
+        """Of each image the first row, the number of tokens, and of `all_rows`; int64."""
+        return np.array([self.starts, self.lengths, self.all_rows])
+
     def rows_of(self, slots_BM: Tensor) -> Tensor:
         """Rows of tokens that are numbered within their image."""
         if len(self.lengths) == 1:
@@ -222,6 +228,16 @@ class TokenBatch:
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each image, prefix included."""
         return self.layout.lengths
+
+    @property
+    def spans_3B(self) -> np.ndarray:
+        """The layout's."""
+        return self.layout.spans_3B
+
+    @property
+    def positions_BM(self) -> Tensor:
+        """Index of each token in the dense sequence, in the padded view."""
+        return self.pad(self.positions_T)
 
     @cached_property
     def lengths_B(self) -> Tensor:
