@@ -120,11 +120,7 @@ def decide(
     learns: find a taker for tokens that stay, too, as the gradient of a mask asks what would be if they left.
     """
     spec, prefix = policy.spec, policy.num_prefix_tokens
-    merges, at_least = spec.dropped == "merge", prefix + spec.min_tokens
     scores_BM, anchors_BM = _scores(policy, stage, findings, tokens)
-    asks_metric = merges and anchors_BM is None
-    metric_BMK = findings.metric_BMK.detach() if asks_metric and findings.metric_BMK is not None else None
-    assert (metric_BMK is not None) == asks_metric
     loops = spec.select == "threshold" and not learns and tokens.spans_3B is not None and cpu_stage.can_loop(scores_BM)
     if (observers or not loops) and not policy.is_redundancy:
         scores_BM = scores_BM.masked_fill(~tokens.valid_BM, -torch.inf)
@@ -132,28 +128,37 @@ def decide(
     level = policy.levels[stage]
     for observer in observers:
         level = observer.level(stage, scores_BM.detach(), tokens.valid_BM, level)
-    takers_BM = anchors_BM if merges else None
+    takers_BM = anchors_BM if spec.dropped == "merge" else None
+    metric_BMK = None
+    if spec.dropped == "merge" and takers_BM is None:
+        assert findings.metric_BMK is not None
+        metric_BMK = findings.metric_BMK.detach()
     if loops:
         assert tokens.spans_3B is not None
-        known = scores_BM, level.item(), at_least, metric_BMK, prefix, tokens.spans_3B
-        keep_BM, kept, most_similar_BM = cpu_stage.select(*known)
-        return Decision(keep_BM, scores_BM, level, most_similar_BM if asks_metric else takers_BM, kept)
-    match spec.select:
-        case "threshold":
-            fewest = min(tokens.lengths) if tokens.lengths else 0
-            anchors = (max(fewest - prefix, 0) + 1) // 2 if policy.is_redundancy else 0
-            keep_BM = above_threshold(scores_BM, level, at_least, certain=prefix + anchors)
-        case "top-k" | "random" | "tome":
-            counts_B = (level * (tokens.valid_BM.sum(1) - prefix)).round().long().clamp(min=spec.min_tokens)
-            keep_BM = top_counts(scores_BM, counts_B + prefix) | (scores_BM == torch.inf)
-        case _:
-            assert_never(spec.select)
+        known = scores_BM, level.item(), prefix + spec.min_tokens, metric_BMK, prefix, tokens.spans_3B
+        keep_BM, kept, found_BM = cpu_stage.select(*known)
+        return Decision(keep_BM, scores_BM, level, takers_BM if found_BM is None else found_BM, kept)
+    keep_BM = _select(policy, scores_BM, level, tokens)
     if metric_BMK is not None:
         patches_BM = tokens.valid_BM.clone()
         patches_BM[:, :prefix] = False
         asks_BM = patches_BM if learns else patches_BM & ~keep_BM
         takers_BM = most_similar(metric_BMK, asks_BM, patches_BM & keep_BM)
     return Decision(keep_BM, scores_BM, level, takers_BM)
+
+
+def _select(policy: Policy, scores_BM: Tensor, level: Tensor, tokens: TokenBatch | SeenTokens) -> Tensor:
+    spec, prefix = policy.spec, policy.num_prefix_tokens
+    match spec.select:
+        case "threshold":
+            fewest = min(tokens.lengths) if tokens.lengths else 0
+            anchors = (max(fewest - prefix, 0) + 1) // 2 if policy.is_redundancy else 0
+            return above_threshold(scores_BM, level, prefix + spec.min_tokens, certain=prefix + anchors)
+        case "top-k" | "random" | "tome":
+            counts_B = (level * (tokens.valid_BM.sum(1) - prefix)).round().long().clamp(min=spec.min_tokens)
+            return top_counts(scores_BM, counts_B + prefix) | (scores_BM == torch.inf)
+        case _:
+            assert_never(spec.select)
 
 
 def _scores(
