@@ -109,6 +109,8 @@ def test_a_threshold_keeps_what_is_above_and_prefix_and_no_padding() -> None:
         patches = [i for i in range(PREFIX, M) if VALID[b, i] and scores[b, i] > 0.5]
         assert kept(decision)[b] == [0, *patches]
     assert decision.takers_BM is None
+    assert (decision.scores_BM[:, 0] == math.inf).all()
+    assert (decision.scores_BM[~VALID] == -math.inf).all()
 
 
 @pytest.mark.parametrize("min_tokens", [1, 3])
@@ -224,8 +226,6 @@ class Overrule:
 def test_observers_are_asked_in_turn_and_the_last_one_has_the_say() -> None:
     observers = (Overrule(-1.0), Overrule(9.0))
     decision = decide(policy(**AS_VIT, dropped="leave"), 0, findings(), tokens(), observers)
-    assert (decision.scores_BM[:, 0] == math.inf).all()
-    assert (decision.scores_BM[~VALID] == -math.inf).all()
     assert [o.seen for o in observers] == [[0.5], [-1.0]]
     assert decision.level == 9.0
     assert [len(row) for row in kept(decision)] == [2, 2]

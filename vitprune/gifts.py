@@ -45,7 +45,7 @@ def record(batch: TokenBatch, departure: Departure, num_earlier: int) -> Gift:
     """The gift of a stage, from the batch before it, when there were so many ghosts already."""
     assert departure.teaching is not None
     mask_BM, near_BM = departure.teaching.mask_BM, departure.teaching.near_BM
-    positions_BM = batch.pad(batch.positions_T)
+    positions_BM = batch.positions_BM
     leave_BM = batch.valid_BM & ~departure.keep_BM
     if departure.takers_BM is not None:
         takers_BM = positions_BM.gather(1, departure.takers_BM)

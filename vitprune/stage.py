@@ -84,8 +84,7 @@ class Observer(Protocol):
 class Decision:
     """What a stage decided.
 
-    keep_BM: bool. scores_BM: +inf always stays, −inf isn't there; but where nobody observes or learns, those of prefix
-    tokens and padding mean nothing. takers_BM: who takes in what leaves (`merge`).
+    keep_BM: bool. scores_BM: +inf always stays, −inf isn't there. takers_BM: who takes in what leaves (`merge`).
     kept: tokens that each image keeps, where the host knows already.
     """
 
@@ -122,9 +121,6 @@ def decide(
     spec, prefix = policy.spec, policy.num_prefix_tokens
     scores_BM, anchors_BM = _scores(policy, stage, findings, tokens)
     loops = spec.select == "threshold" and not learns and tokens.spans_3B is not None and cpu_stage.can_loop(scores_BM)
-    if (observers or not loops) and not policy.is_redundancy:
-        scores_BM = scores_BM.masked_fill(~tokens.valid_BM, -torch.inf)
-        scores_BM[:, :prefix] = torch.inf
     level = policy.levels[stage]
     for observer in observers:
         level = observer.level(stage, scores_BM.detach(), tokens.valid_BM, level)
@@ -164,13 +160,17 @@ def _select(policy: Policy, scores_BM: Tensor, level: Tensor, tokens: TokenBatch
 def _scores(
     policy: Policy, stage: int, findings: Findings, tokens: TokenBatch | SeenTokens
 ) -> tuple[Tensor, Tensor | None]:
-    """Scores (B, M); under redundancy +inf and −inf as in `Decision`, and each candidate's anchor (B, M)."""
+    """Scores (B, M), and under redundancy each candidate's anchor (B, M)."""
     if policy.is_redundancy:
         return findings.redundancy or find_redundancy(policy, findings, tokens)
     if policy.spec.select == "random":
-        return random_scores(tokens.positions_BM, stage), None
-    assert findings.attention_scores_BM is not None
-    return findings.attention_scores_BM, None
+        scores_BM = random_scores(tokens.positions_BM, stage)
+    else:
+        assert findings.attention_scores_BM is not None
+        scores_BM = findings.attention_scores_BM
+    scores_BM = scores_BM.masked_fill(~tokens.valid_BM, -torch.inf)
+    scores_BM[:, : policy.num_prefix_tokens] = torch.inf
+    return scores_BM, None
 
 
 def find_redundancy(policy: Policy, findings: Findings, tokens: TokenBatch | SeenTokens) -> tuple[Tensor, Tensor]:
