@@ -28,8 +28,8 @@ def test_turns() -> None:
     timings, measured = time_in_turn(runners, 4, warm_up=1, shortest=0)
     assert calls.made[:3] == [("a", 0), ("b", 0), ("c", 0)]
     counted = calls.made[3:]
-    # who goes first takes turns; all have the same batch in one repeat, and the next one in the next
-    assert [name for name, _ in counted] == list("abcbcacababc")
+    # first and behind each of the others in turn; all have the same batch in one repeat, and the next one in the next
+    assert [name for name, _ in counted] == list("abccbabcaacb")
     assert [batch for _, batch in counted] == [0] * 3 + [1] * 3 + [0] * 3 + [1] * 3
     assert list(timings) == list("abc")
     assert measured == 2

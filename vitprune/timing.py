@@ -34,18 +34,20 @@ def time_in_turn(
 ) -> tuple[dict[str, Timing], int]:
     """Seconds of one call for each name, and on how many of the batches, from the first on, they were measured.
 
-    The calls take turns, and who goes first takes turns too, so that a machine that slows down or speeds up treats all
-    alike. Each repeat goes on to the next batch; what takes less than `shortest` seconds (`SHORTEST`) is repeated
-    within one, on one batch after the other. All have as many batches, of the same images. warm_up: calls of each
-    before any that counts, on one batch after the other.
+    The calls take turns, and so does who goes first and whom one comes behind, so that a machine that slows down or
+    speeds up, and what a call leaves behind in memory and caches, treats all alike. Each repeat goes on to the next
+    batch; what takes less than `shortest` seconds (`SHORTEST`) is repeated within one, on one batch after the other.
+    All have as many batches, of the same images. warm_up: calls of each before any that counts, on one batch after the
+    other.
     """
     names = list(runners)
     warm = min(_seconds(runners[name], turn, 1) for name in names for turn in range(max(1, warm_up)))
     times = max(1, math.ceil((SHORTEST if shortest is None else shortest) / warm))
     seconds: dict[str, list[float]] = {name: [] for name in names}
     for repeat in range(repeats):
-        for turn in range(len(names)):
-            name = names[(repeat + turn) % len(names)]
+        first = repeat // 2 % len(names)
+        order = [*names[first:], *names[:first]]
+        for name in reversed(order) if repeat % 2 else order:
             seconds[name].append(_seconds(runners[name], repeat * times, times))
     measured = min(len(runners[names[0]].batches), repeats * times)
     return {name: _timing(values) for name, values in seconds.items()}, measured
