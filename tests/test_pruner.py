@@ -17,6 +17,7 @@ import vitprune
 from vitprune import attention
 from vitprune.anatomy import examine
 from vitprune.recipe import PruningSpec
+from vitprune.tokens import KEY_ALIGNMENT
 from vitprune.tracing import Trace, is_pruned, pruning_of, watching
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
@@ -183,6 +184,31 @@ def test_macs_count_the_last_block_as_it_is_executed() -> None:
 def test_hidden_states_are_dense_sequences_in_a_tuple_too() -> None:
     *_, hidden_states = pruned(family="vit-bare")(tiny.images(2), output_hidden_states=True, return_dict=False)
     assert [h.shape for h in hidden_states] == [(2, 65, 48)] * 7
+
+
+@torch.no_grad()
+def test_what_a_block_gives_out_has_lost_what_leaves_before_the_next() -> None:
+    model, rows = tiny.build("vit"), list[int]()
+    block = examine(model).blocks[1]
+    # a hook that was there before
+    block.register_forward_hook(lambda _, args, output: rows.append(output.shape[0] * output.shape[1]))
+    model(tiny.images(2))
+    with vitprune.trace(vitprune.prune_(model, tiny.POLICIES["as-vit"])) as trace:
+        model(tiny.images(2))
+    assert trace.before_blocks[0] == 2
+    assert rows[0] == 2 * 65
+    kept = int(trace.keep_masks[0].sum()) + 2
+    assert kept <= rows[1] < kept + 2 * KEY_ALIGNMENT
+
+
+@torch.no_grad()
+def test_hidden_states_are_those_of_a_model_that_gave_them_out_before() -> None:
+    x, spec = tiny.images(2), tiny.POLICIES["as-vit-merge"]
+    expected = vitprune.prune_(tiny.build("vit"), spec)(x, output_hidden_states=True).hidden_states
+    model = tiny.build("vit")
+    model(x, output_hidden_states=True)
+    found = vitprune.prune_(model, spec)(x, output_hidden_states=True).hidden_states
+    assert_close(found, expected, **EXACT)
 
 
 # --- model.vitprune ---

@@ -87,7 +87,7 @@ class _Tokens:
 
 @dataclass(eq=False)
 class _Probe:
-    """A call of the pruned model at some levels. Notes when each block was reached, entered and left, pass by pass."""
+    """A call of the pruned model at some levels. Notes when each block began and ended, and its stage, pass by pass."""
 
     model: Answers
     blocks: tuple[nn.Module, ...]
@@ -107,7 +107,7 @@ class _Probe:
         handles = []
         for block in self.blocks:
             handles.append(block.register_forward_pre_hook(stamp, prepend=True))
-            handles.append(block.register_forward_pre_hook(stamp))
+            handles.append(block.register_forward_hook(stamp, prepend=True))
             handles.append(block.register_forward_hook(stamp))
         stamp()
         self.model(x_BCHW)
@@ -122,11 +122,10 @@ class _Probe:
         decided: list[list[float]] = [[] for _ in stages]
         rest = []
         for start, *inner, end in self.seconds[1:]:
-            for index, (reached, entered, left) in enumerate(zip(*(iter(inner),) * 3, strict=True)):
-                is_stage = index in stages
-                blocks[index].append(left - (entered if is_stage else reached))
-                if is_stage:
-                    decided[stages.index(index)].append(entered - reached)
+            for index, (began, ended, pruned) in enumerate(zip(*(iter(inner),) * 3, strict=True)):
+                blocks[index].append(ended - began)
+                if index + 1 in stages:
+                    decided[stages.index(index + 1)].append(pruned - ended)
             rest.append(end - start - sum(times[-1] for times in (*blocks, *decided)))
         median = statistics.median
         return [median(times) for times in blocks], [median(times) for times in decided], median(rest)

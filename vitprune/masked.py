@@ -55,8 +55,6 @@ class MaskedPass:
         policy = self.policy
         if block == 0:
             self._begin(hidden_states, valid_BN)
-        if block in policy.before_blocks:
-            hidden_states = self._prune(policy.before_blocks.index(block), hidden_states)
         if self.observers:
             assert self.tally is not None
             self.tally.add_block(block, self._seen_B())
@@ -67,6 +65,12 @@ class MaskedPass:
             wants_metric=stage_follows and policy.needs_metric,
         )
         return hidden_states, self._call
+
+    def leave_block(self, block: int, hidden_states: Tensor) -> Tensor:
+        """What block `block` gave out, with what the stage before the next makes of it."""
+        if block + 1 not in self.policy.before_blocks:
+            return hidden_states
+        return self._prune(self.policy.before_blocks.index(block + 1), hidden_states)
 
     def _begin(self, hidden_states: Tensor, valid_BN: Tensor | None) -> None:
         self.num_tokens = hidden_states.shape[1]
@@ -112,8 +116,8 @@ class MaskedPass:
             hidden_states = own_BND + amounts_BN1 * (taker_BND - own_BND)
         return hidden_states[:, : self.num_tokens]
 
-    def unpack_block_output(self, block: int, hidden_states: Tensor) -> Tensor:
-        """What block `block` gave out, ghosts included, (B, N, D)."""
+    def unpack_recorded(self, block: int, hidden_states: Tensor) -> Tensor:
+        """As `PackedPass.unpack_recorded`, ghosts included."""
         return hidden_states[:, : self.num_tokens]
 
     def _seen_B(self) -> Tensor:

@@ -72,11 +72,8 @@ class PackedPass:
         valid_BN: False for patches that are padding: they leave before the first block.
         """
         policy = self.policy
-        self._collect_ghosts()
         if block == 0:
             hidden_states = self._begin(hidden_states, valid_BN)
-        if block in self._stages:
-            hidden_states = self._prune(self._stages[block], hidden_states)
         if self.observers:
             assert self.tally is not None
             self.tally.add_block(block, self._tokens_B, in_full=self.read is None and not self.learns)
@@ -98,6 +95,12 @@ class PackedPass:
         self._batches.append(self._batch)
         return hidden_states, self._call
 
+    def leave_block(self, block: int, hidden_states: Tensor) -> Tensor:
+        """What block `block` gave out, without the tokens that leave before the next."""
+        self._collect_ghosts()
+        stage = self._stages.get(block + 1)
+        return hidden_states if stage is None else self._prune(stage, hidden_states)
+
     def _digest(self, findings: Findings) -> Findings:
         assert self._present is not None
         return Findings(redundancy=find_redundancy(self.policy, findings, self._present))
@@ -108,7 +111,7 @@ class PackedPass:
         return self.policy.reads_patches and self.policy.spec.dropped != "leave"
 
     def _collect_ghosts(self) -> None:
-        """Ghosts as the block before gave them out, if they go on behind it."""
+        """Ghosts as the last block gave them out, if they go on behind it."""
         run = self._call.ghost_run
         if run is not None:
             self._ghosts, self._ghosts_XD = (None, None) if run.after_XD is None else (run.ghosts, run.after_XD)
@@ -152,10 +155,11 @@ class PackedPass:
         self._last = self._unpack(self._batch, hidden_states, with_gradients=True)
         return self._last
 
-    def unpack_block_output(self, block: int, hidden_states: Tensor) -> Tensor:
-        """What block `block` gave out, in the dense sequence, (B, N, D)."""
-        # where no norm follows, the last block's output has been unpacked already
-        return hidden_states if hidden_states is self._last else self._unpack(self._batches[block], hidden_states)
+    def unpack_recorded(self, block: int, hidden_states: Tensor) -> Tensor:
+        """What block `block` was given in the dense sequence, (B, N, D); one more than there are: the last's output."""
+        if hidden_states is self._last:  # where no norm follows
+            return hidden_states
+        return self._unpack(self._batches[min(block, len(self._batches) - 1)], hidden_states)
 
     def _unpack(self, batch: TokenBatch | None, hidden_states: Tensor, *, with_gradients: bool = False) -> Tensor:
         """with_gradients: at the end, with what the dense sequence tells thresholds about tokens that left."""

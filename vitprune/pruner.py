@@ -1,7 +1,7 @@
 """`prune_(model, spec)` and `restore_(model)`: the only place that changes a model.
 
 A pruned model is the same modules under the same names, plus one submodule `vitprune` that holds what is learned, and
-hooks: on the backbone (one forward begins and ends), on each block (tokens leave before it), on the final norm (the
+hooks: on the backbone (one forward begins and ends), on each block (tokens leave behind it), on the final norm (the
 dense sequence comes back) and on an attention pooling. The state of a forward is a `PackedPass` or, in masked training,
 a `MaskedPass`. What a block's attention is to do reaches its `forward` as a keyword, so that gradient
 checkpointing repeats it, and the attention function from there through a context variable. torch.compile leaves hooks
@@ -104,6 +104,8 @@ def _attach(model: PreTrainedModel, pruning: Pruning, anatomy: Anatomy) -> list[
     for index, block in enumerate(anatomy.blocks):
         enter = _EnterBlock(index, family.rope, family.pads)
         handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+        # first, so that all who record see the same
+        handles.append(block.register_forward_hook(_LeaveBlock(index), prepend=True))
         handles.append(BlockForward(block, intercept=not family.has_interface).attach())
     return handles
 
@@ -182,10 +184,8 @@ class _End:
 
 
 def _unpacked(state: PackedPass | MaskedPass, hidden_states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    # the first is what block 0 was given: without its padding already; those that nobody selected are None
-    return tuple(
-        None if x is None else state.unpack_block_output(max(index - 1, 0), x) for index, x in enumerate(hidden_states)
-    )
+    # those that nobody selected are None
+    return tuple(None if x is None else state.unpack_recorded(block, x) for block, x in enumerate(hidden_states))
 
 
 @dataclass(frozen=True, eq=False)
@@ -214,6 +214,22 @@ class _EnterBlock:
                 theirs = pack_rope(tables, call.ghost_run.ghosts.positions_X, prefix)
                 call.ghost_run.arguments["position_embeddings"] = theirs
         return (hidden_states, *rest), {**kwargs, "pruning": call}
+
+
+@dataclass(frozen=True, eq=False)
+class _LeaveBlock:
+    """A stage comes behind the block before, not before its own: whoever called the block holds less then."""
+
+    block: int
+
+    @torch.compiler.disable()
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        running = running_forward.get()
+        if running is None:
+            return None
+        if isinstance(output, tuple):
+            return running.state.leave_block(self.block, output[0]), *output[1:]
+        return running.state.leave_block(self.block, output)
 
 
 @torch.compiler.disable()
