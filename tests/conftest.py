@@ -54,7 +54,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     handle = register_module_forward_hook(clock.ran)
     monkeypatch.setattr("time.perf_counter", lambda: clock.now)
     # calls cost nothing by this clock, and rows do: no fillers to save calls
-    monkeypatch.setattr("vitprune.tokens.CALL_MACS", 0)
+    monkeypatch.setattr("vitprune.layout.CALL_MACS", 0)
     yield clock
     handle.remove()
 

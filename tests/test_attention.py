@@ -36,8 +36,9 @@ from written_out import (
 
 from vitprune import attention
 from vitprune.attention import AttentionCall, MaskedTokens, attention_forward, calling, masked_attention_weights
+from vitprune.layout import Layout
 from vitprune.packed_attention import PackedAttention, Query
-from vitprune.tokens import NOBODY, Layout, TokenBatch
+from vitprune.tokens import NOBODY, TokenBatch
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 # float32 sums in another order

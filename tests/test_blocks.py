@@ -22,8 +22,9 @@ import vitprune
 from vitprune.anatomy import examine
 from vitprune.attention import AttentionCall, block_call
 from vitprune.blocks import BlockForward, RunningForward, pack_rope, running_forward
+from vitprune.layout import Layout
 from vitprune.packed import PackedPass
-from vitprune.tokens import NOBODY, Layout, TokenBatch
+from vitprune.tokens import NOBODY, TokenBatch
 from vitprune.tracing import pruning_of
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)

@@ -19,10 +19,11 @@ from torch.testing import assert_close
 
 from vitprune import cpu_stage
 from vitprune.departure import Departure, depart
+from vitprune.layout import Layout
 from vitprune.packed_attention import PackedAttention, Query
 from vitprune.scoring import key_metric, most_similar, redundancy, redundancy_weights
 from vitprune.thresholds import above_threshold
-from vitprune.tokens import Layout, TokenBatch
+from vitprune.tokens import TokenBatch
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 # sums of some dozen float32 numbers, in another order
@@ -248,7 +249,7 @@ def test_torch_keeps_its_threads() -> None:
     program = """
 import torch
 from vitprune import cpu_stage
-from vitprune.tokens import Layout
+from vitprune.layout import Layout
 for threads in (2, 1):
     torch.set_num_threads(threads)
     for images in (1, 3):

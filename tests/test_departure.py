@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from vitprune.departure import Departure, Teaching, depart
-from vitprune.tokens import HALF_PRECISION_ROWS, NOBODY, TokenBatch
+from vitprune.layout import HALF_PRECISION_ROWS
+from vitprune.tokens import NOBODY, TokenBatch
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 # sums of a dozen float32 numbers, in another order
@@ -221,8 +222,8 @@ def test_states_keep_their_dtype_and_sizes_are_float32(dropped: str) -> None:
 def test_what_is_no_token_is_a_copy_of_its_images_first(
     dtype: torch.dtype, dropped: str, alignment: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("vitprune.tokens.KEY_ALIGNMENT", alignment)
-    monkeypatch.setattr("vitprune.tokens.HALF_PRECISION_PADDING", HALF_PRECISION_ROWS)
+    monkeypatch.setattr("vitprune.layout.KEY_ALIGNMENT", alignment)
+    monkeypatch.setattr("vitprune.layout.HALF_PRECISION_PADDING", HALF_PRECISION_ROWS)
     batch, x_TD, _ = run_stages(dropped, 3, dtype)
     is_filler = torch.ones(len(x_TD), dtype=torch.bool)
     for start, length in zip(batch.layout.starts, batch.lengths, strict=True):
@@ -240,7 +241,7 @@ def test_what_is_no_token_is_a_copy_of_its_images_first(
 @every_alignment
 @every_kind
 def test_an_image_that_is_not_finite_stays_alone(dropped: str, alignment: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitprune.tokens.KEY_ALIGNMENT", alignment)
+    monkeypatch.setattr("vitprune.layout.KEY_ALIGNMENT", alignment)
     batch, x_TD, images = dense()
     x_TD[TOKENS : 2 * TOKENS] = torch.nan
     keeps, takers, weights = random_stage(images, 0)

@@ -101,7 +101,7 @@ def test_nobody_is_a_ghost_where_nobody_left_near_the_threshold() -> None:
 
 
 def test_in_half_precision_copies_of_the_first_fill_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitprune.tokens.HALF_PRECISION_PADDING", 64)
+    monkeypatch.setattr("vitprune.layout.HALF_PRECISION_PADDING", 64)
     batch, x_TD = dense()
     ghosts, states_XD = linger(batch, x_TD.bfloat16(), departure(batch, NEAR), None, None)
     assert ghosts is not None

@@ -33,9 +33,10 @@ from written_out import (
 )
 
 from vitprune import packed_attention as module
+from vitprune.layout import Layout
 from vitprune.packed_attention import Kernel, PackedAttention, kernel_for
 from vitprune.pruner import prune_
-from vitprune.tokens import NOBODY, Layout, TokenBatch
+from vitprune.tokens import NOBODY, TokenBatch
 from vitprune.tracing import pruning_of
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)

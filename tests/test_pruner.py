@@ -16,8 +16,8 @@ from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification
 import vitprune
 from vitprune import attention
 from vitprune.anatomy import examine
+from vitprune.layout import KEY_ALIGNMENT
 from vitprune.recipe import PruningSpec
-from vitprune.tokens import KEY_ALIGNMENT
 from vitprune.tracing import Trace, is_pruned, pruning_of, watching
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)

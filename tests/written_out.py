@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitprune.tokens import NOBODY, Layout, TokenBatch
+from vitprune.layout import Layout
+from vitprune.tokens import NOBODY, TokenBatch
 
 H, K, SCALING = 3, 8, 0.3
 LENGTHS = (6, 2, 9)

@@ -26,9 +26,10 @@ from transformers.masking_utils import sdpa_mask
 
 from vitprune import cpu_stage
 from vitprune.ghosts import GhostRun
+from vitprune.layout import TILE_KEY_ALIGNMENT, Layout, needs_tiles
 from vitprune.packed_attention import PackedAttention, Query, context_norms
 from vitprune.scoring import attention_row, head_weighted_attention, key_metric, mean_query
-from vitprune.tokens import TILE_KEY_ALIGNMENT, Layout, TokenBatch, needs_tiles
+from vitprune.tokens import TokenBatch
 
 NAME = "vitprune"
 MASKED_SOFTMAX_EPS = 1e-6

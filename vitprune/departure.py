@@ -16,7 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitprune import cpu_stage
-from vitprune.tokens import NOBODY, Layout, Learning, TokenBatch
+from vitprune.layout import Layout
+from vitprune.tokens import NOBODY, Learning, TokenBatch
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from vitprune.departure import Departure
-from vitprune.tokens import TokenBatch, row_multiple_for
+from vitprune.layout import row_multiple_for
+from vitprune.tokens import TokenBatch
 
 
 @dataclass(frozen=True)

@@ -27,9 +27,10 @@ from torch.nn.attention.varlen import varlen_attn
 from vitprune import cpu_stage
 from vitprune.ghost_attention import GhostKeys, SeenKeys, ghosts_among_others, learning_attention
 from vitprune.ghosts import GhostRun
+from vitprune.layout import is_half, on_device
 from vitprune.rectangles import PairBias, Rectangles
 from vitprune.scoring import at_least_float32, head_weighted_attention, key_metric, mean_query, row_logits, row_weights
-from vitprune.tokens import TokenBatch, is_half, on_device
+from vitprune.tokens import TokenBatch
 
 Query = Literal["class", "mean"]
 Kernel = Literal["buckets", "varlen", "padded"]

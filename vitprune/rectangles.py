@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitprune.tokens import TokenBatch, on_device
+from vitprune.layout import on_device
+from vitprune.tokens import TokenBatch
 
 
 class Rectangles:
