@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitprune
-from vitprune import attention, tokens
+from vitprune import attention, layout
 from vitprune.anatomy import examine
 from vitprune.recipe import PruningSpec
 from vitprune.tracing import pruning_of
@@ -108,8 +108,8 @@ def test_macs_are_what_is_executed(family: str, policy: str, monkeypatch: pytest
     tiny.in_operators(monkeypatch)
     monkeypatch.setattr(torch.linalg, "vecdot", lambda x, y: (x[..., None, :] @ y[..., None])[..., 0, 0])
     # what a CPU's kernel is given beyond an image's own keys isn't counted
-    monkeypatch.setattr(tokens, "KEY_ALIGNMENT", 1)
-    monkeypatch.setattr(tokens, "CALL_MACS", 0)
+    monkeypatch.setattr(layout, "KEY_ALIGNMENT", 1)
+    monkeypatch.setattr(layout, "CALL_MACS", 0)
     model, x = pruned(family, policy), tiny.inputs(family, 4, padded=False)
     for batch, tolerance in ((tiny.take(x, slice(0, 1)), COUNTED), (x, PADDING)):
         # without fused kernels, which the counter doesn't know on every device
