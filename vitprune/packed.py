@@ -97,7 +97,9 @@ class PackedPass:
 
     def leave_block(self, block: int, hidden_states: Tensor) -> Tensor:
         """What block `block` gave out, without the tokens that leave before the next."""
-        self._collect_ghosts()
+        run = self._call.ghost_run
+        if run is not None:
+            self._ghosts, self._ghosts_XD = (None, None) if run.after_XD is None else (run.ghosts, run.after_XD)
         stage = self._stages.get(block + 1)
         return hidden_states if stage is None else self._prune(stage, hidden_states)
 
@@ -109,12 +111,6 @@ class PackedPass:
     def _ghosts_last(self) -> bool:
         """Whether ghosts stay to the end, since what they would have become matters there."""
         return self.policy.reads_patches and self.policy.spec.dropped != "leave"
-
-    def _collect_ghosts(self) -> None:
-        """Ghosts as the last block gave them out, if they go on behind it."""
-        run = self._call.ghost_run
-        if run is not None:
-            self._ghosts, self._ghosts_XD = (None, None) if run.after_XD is None else (run.ghosts, run.after_XD)
 
     def _begin(self, hidden_states: Tensor, valid_BN: Tensor | None) -> Tensor:
         self.num_tokens = hidden_states.shape[1]
@@ -139,10 +135,9 @@ class PackedPass:
 
     def norm_ghosts(self, norm: Callable[[Tensor], Tensor]) -> None:
         """What the final norm makes of ghosts, who don't go through it with the others."""
-        run = self._call.ghost_run
-        if run is not None and run.after_XD is not None:
+        if self._ghosts_XD is not None:
             with torch.no_grad():
-                run.after_XD = norm(run.after_XD[None])[0]
+                self._ghosts_XD = norm(self._ghosts_XD[None])[0]
 
     def unpack(self, hidden_states: Tensor) -> Tensor:
         """Hidden states behind the last block in the dense sequence, (B, N, D); zero for padding.
@@ -151,7 +146,6 @@ class PackedPass:
         """
         if self.read is not None:
             return hidden_states
-        self._collect_ghosts()
         self._last = self._unpack(self._batch, hidden_states, with_gradients=True)
         return self._last
 
