@@ -1,4 +1,4 @@
-"""`prune_`, `restore_` and `trace`: what they refuse, record and leave alone. What models compute: test_behaviour."""
+"""`prune_` and `restore_`: what they refuse, compute and leave alone. What models compute: test_behaviour."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 import tiny
 import torch
 from tiny import Tolerance
-from torch import Tensor, nn
+from torch import nn
 from torch.testing import assert_close
 from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification
 
@@ -18,7 +18,7 @@ from vitprune import attention
 from vitprune.anatomy import examine
 from vitprune.layout import KEY_ALIGNMENT
 from vitprune.recipe import PruningSpec
-from vitprune.tracing import Trace, is_pruned, pruning_of, watching
+from vitprune.tracing import is_pruned, pruning_of
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 # the same images in other batches: sums in another order
@@ -209,160 +209,6 @@ def test_hidden_states_are_those_of_a_model_that_gave_them_out_before() -> None:
     model(x, output_hidden_states=True)
     found = vitprune.prune_(model, spec)(x, output_hidden_states=True).hidden_states
     assert_close(found, expected, **EXACT)
-
-
-# --- model.vitprune ---
-
-
-def test_the_submodule_says_what_it_does() -> None:
-    assert repr(pruned("as-vit-fuse").get_submodule("vitprune")) == (
-        "Pruning(head-weighted-class-attention, threshold, fuse, before blocks (2, 4))"
-    )
-
-
-def test_thresholds_are_learned_and_keep_ratios_are_not() -> None:
-    by_threshold, by_count = pruning_of(pruned("as-vit")), pruning_of(pruned("top-k-fuse"))
-    assert [name for name, _ in by_threshold.named_parameters()] == ["thresholds"]
-    assert list(by_count.parameters()) == []
-    assert_close(by_threshold.levels.detach(), torch.tensor([0.008, 0.012]), **EXACT)
-    assert_close(by_count.levels, torch.tensor([0.7, 0.7]), **EXACT)
-    assert_close(by_threshold.temperatures, torch.tensor([1e-4, 1e-4]), **EXACT)
-
-
-def test_until_they_are_calibrated_levels_keep_everything() -> None:
-    for select in ("threshold", "top-k"):
-        model = vitprune.prune_(tiny.build("vit"), PruningSpec(before_blocks=[2, 4], select=select))
-        with torch.no_grad(), vitprune.trace(model) as trace:
-            model(tiny.images(2))
-        assert all(mask.all() for mask in trace.keep_masks)
-
-
-@pytest.mark.parametrize("policy", ["as-vit", "top-k-fuse"])
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_levels_and_temperatures_stay_float32_in_any_dtype(policy: str, dtype: torch.dtype) -> None:
-    model = pruned(policy)
-    before = {name: tensor.clone() for name, tensor in pruning_of(model).state_dict().items()}
-    nn.Module.to(model, device="cpu", dtype=dtype)
-    assert model.dtype == dtype
-    assert_close(dict(pruning_of(model).state_dict()), before, **EXACT)
-
-
-def test_a_wrapped_model_is_traced_like_its_content() -> None:
-    model = pruned()
-    wrapped = nn.Sequential(model)
-    assert pruning_of(wrapped) is pruning_of(model)
-    with torch.no_grad(), vitprune.trace(wrapped) as trace:
-        wrapped(tiny.images(2))
-    assert len(trace.macs) == 2
-
-
-# --- trace ---
-
-
-@torch.no_grad()
-def run(model: PreTrainedModel, *batches: Tensor) -> Trace:
-    with vitprune.trace(model) as trace:
-        for batch in batches:
-            model(batch)
-    return trace
-
-
-@pytest.mark.parametrize("mode", ["eval", "train"])
-def test_a_trace_has_the_images_of_all_batches_in_order(mode: str) -> None:
-    model, x = pruned().train(mode == "train"), tiny.images(6)
-    together, in_parts = run(model, x), run(model, x[:1], x[1:4], x[4:])
-    assert together.before_blocks == in_parts.before_blocks == (2, 4)
-    for ours, theirs in zip(in_parts.keep_masks, together.keep_masks, strict=True):
-        assert ours.shape == (6, tiny.PATCHES)
-        assert torch.equal(ours, theirs)
-    assert_close(in_parts.macs, together.macs, **FLOAT32)
-    assert in_parts.macs.shape == in_parts.dense_macs.shape == (6,)
-    assert (in_parts.macs < in_parts.dense_macs).all()
-
-
-@pytest.mark.parametrize("policy", tiny.POLICIES)
-def test_what_left_at_a_stage_is_gone_at_the_next(policy: str) -> None:
-    trace = run(pruned(policy), tiny.images(4))
-    for before, after in zip(trace.keep_masks, trace.keep_masks[1:], strict=False):
-        assert (after <= before).all()
-        assert not torch.equal(after, before)
-
-
-def test_macs_follow_from_the_kept_tokens() -> None:
-    model = pruned("as-vit")
-    trace, cost = run(model, tiny.images(4)), pruning_of(model).cost
-    for image in range(4):
-        tokens, macs = 65, float(cost.outside(tiny.PATCHES))
-        for block in range(6):
-            if block in trace.before_blocks:
-                macs += cost.attention_row(tokens)
-                tokens = 1 + int(trace.keep_masks[trace.before_blocks.index(block)][image].sum())
-            macs += cost.pruned_block(block, tokens)
-        assert_close(trace.macs[image].item(), macs, **FLOAT32)
-
-
-def test_traces_nest_and_end() -> None:
-    model, x = pruned(), tiny.images(6)
-    with torch.no_grad(), vitprune.trace(model) as outer:
-        model(x[:1])
-        with vitprune.trace(model) as inner:
-            model(x[1:3])
-        model(x[3:4])
-    model(x)
-    assert (len(outer.macs), len(inner.macs)) == (4, 2)
-    assert_close(outer.macs[1:3], inner.macs, **EXACT)
-
-
-def test_two_models_traced_at_once_each_have_their_own() -> None:
-    first, second, x = pruned("as-vit"), pruned("redundancy-merge", "deit"), tiny.images(3)
-    with torch.no_grad(), vitprune.trace(first) as of_first, vitprune.trace(second) as of_second:
-        first(x)
-        second(x[:2])
-        first(x)
-    assert (len(of_first.macs), len(of_first.keep_masks)) == (6, 2)
-    assert (len(of_second.macs), len(of_second.keep_masks)) == (2, 5)
-
-
-def test_a_failing_forward_is_not_recorded_and_a_failing_block_ends_the_trace() -> None:
-    model, x = pruned(), tiny.images(2)
-    with torch.no_grad(), vitprune.trace(model) as trace:
-        model(x)
-        with pytest.raises(ValueError, match="doesn't match model"):
-            model(torch.zeros(1, 3, 8, 8))
-    assert len(trace.macs) == 2
-    with pytest.raises(KeyError), vitprune.trace(model) as trace:
-        raise KeyError
-    model(x)
-    assert trace._macs == []
-
-
-class Everything(Trace):
-    """Keeps everything, whatever the thresholds say."""
-
-    def level(self, stage: int, scores_BM: Tensor, valid_BM: Tensor, current: Tensor) -> Tensor:
-        return torch.full_like(current, -torch.inf)
-
-
-def test_a_trace_of_ones_own_making_may_set_levels() -> None:
-    model = pruned()
-    with torch.no_grad(), watching(Everything(pruning_of(model), (2, 4))) as trace:
-        model(tiny.images(2))
-    assert all(mask.all() for mask in trace.keep_masks)
-    assert not run(model, tiny.images(2)).keep_masks[0].all()
-
-
-def test_macs_carry_a_gradient_to_the_thresholds_in_training() -> None:
-    # of one stage: an earlier one of several also raises the scores of those that it keeps
-    spec = PruningSpec(
-        score="head-weighted-class-attention", before_blocks=[3], thresholds=[0.01], dropped="leave", temperature=1e-2
-    )
-    model = vitprune.prune_(tiny.build("vit"), spec).train()
-    with vitprune.trace(model) as trace:
-        model(tiny.images(3))
-    (trace.macs / trace.dense_macs).mean().backward()
-    gradient = pruning_of(model).levels.grad
-    assert gradient is not None
-    assert gradient.item() < 0, "a higher threshold has to cost less"
 
 
 # --- what has no good answer still has one ---
