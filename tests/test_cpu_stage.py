@@ -97,7 +97,7 @@ def test_redundancy_is_the_same(lengths: tuple[int, ...], exponent: float) -> No
     scores_BM[0, PREFIX + 1] = 0.0
     weights_BM = redundancy_weights(scores_BM, exponent) if exponent else None
     known = metric_BMK, scores_BM if exponent else None, exponent, PREFIX
-    ours = cpu_stage.redundancy(*known, Layout(lengths).spans_3B)
+    ours = cpu_stage.redundancy(*known, Layout(lengths))
     expected = redundancy(metric_BMK, valid(lengths), PREFIX, weights_BM)
     assert_close(ours[0], expected[0], **FLOAT32)
     candidates = ours[0].isfinite()
@@ -110,7 +110,7 @@ def test_the_most_similar_patch_is_the_same(lengths: tuple[int, ...]) -> None:
     metric_BMK, valid_BM = metric_of(lengths), valid(lengths)
     patches_BM = valid_BM & (torch.arange(max(lengths)) >= PREFIX)
     scores_BM = torch.rand(valid_BM.shape)
-    keep_BM, _, ours = cpu_stage.select(scores_BM, 0.5, PREFIX + 1, metric_BMK, PREFIX, Layout(lengths).spans_3B)
+    keep_BM, _, ours = cpu_stage.select(scores_BM, 0.5, PREFIX + 1, metric_BMK, PREFIX, Layout(lengths))
     leave_BM = patches_BM & ~keep_BM
     expected = most_similar(metric_BMK, leave_BM, patches_BM & keep_BM)
     assert leave_BM.any()
@@ -124,7 +124,7 @@ def test_the_most_similar_patch_is_the_same(lengths: tuple[int, ...]) -> None:
 def test_the_same_patches_stay(lengths: tuple[int, ...], threshold: float, at_least: int) -> None:
     valid_BM = valid(lengths)
     scores_BM = (torch.rand(valid_BM.shape) * 10).round() / 10  # many are equal
-    keep_BM, kept, _ = cpu_stage.select(scores_BM, threshold, at_least, None, PREFIX, Layout(lengths).spans_3B)
+    keep_BM, kept, _ = cpu_stage.select(scores_BM, threshold, at_least, None, PREFIX, Layout(lengths))
     scores_BM[:, :PREFIX] = torch.inf
     scores_BM = scores_BM.masked_fill(~valid_BM, -torch.inf)
     expected_BM = above_threshold(scores_BM, torch.tensor(threshold), at_least)
@@ -136,7 +136,7 @@ def test_the_same_patches_stay(lengths: tuple[int, ...], threshold: float, at_le
 def test_what_is_no_number_stays(lengths: tuple[int, ...]) -> None:
     scores_BM = torch.zeros(len(lengths), max(lengths))
     scores_BM[0, PREFIX + 1] = torch.nan
-    keep_BM, kept, _ = cpu_stage.select(scores_BM, 0.5, PREFIX, None, PREFIX, Layout(lengths).spans_3B)
+    keep_BM, kept, _ = cpu_stage.select(scores_BM, 0.5, PREFIX, None, PREFIX, Layout(lengths))
     assert keep_BM[0].nonzero().flatten().tolist() == [*range(PREFIX), PREFIX + 1]
     assert kept == (PREFIX + 1, *[PREFIX] * (len(lengths) - 1))
 
@@ -181,10 +181,10 @@ def test_a_merged_token_is_rounded_once_to_the_nearest_even() -> None:
 def test_an_image_that_is_no_number_stays_alone_and_loses_nothing_to_redundancy() -> None:
     lengths = SEVERAL
     metric_BMK, scores_BM = metric_of(lengths), torch.rand(len(lengths), max(lengths))
-    spans_3B = Layout(lengths).spans_3B
-    expected, _ = cpu_stage.redundancy(metric_BMK, scores_BM, 0.5, PREFIX, spans_3B)
+    layout = Layout(lengths)
+    expected, _ = cpu_stage.redundancy(metric_BMK, scores_BM, 0.5, PREFIX, layout)
     metric_BMK[1], scores_BM[1] = torch.nan, torch.nan
-    ours, anchors_BM = cpu_stage.redundancy(metric_BMK, scores_BM, 0.5, PREFIX, spans_3B)
+    ours, anchors_BM = cpu_stage.redundancy(metric_BMK, scores_BM, 0.5, PREFIX, layout)
     others = [0, 2, 3]
     assert torch.equal(ours[others], expected[others])
     # against any threshold
@@ -254,8 +254,8 @@ for threads in (2, 1):
     torch.set_num_threads(threads)
     for images in (1, 3):
         x_THK = torch.randn(3 * 8, 2, 4)
-        spans_3B = Layout((8,) * images).spans_3B
-        cpu_stage.find(None, x_THK, x_THK, None, 1.0, spans_3B, wants_metric=True)
+        layout = Layout((8,) * images)
+        cpu_stage.find(None, x_THK, x_THK, None, 1.0, layout, wants_metric=True)
         assert torch.get_num_threads() == threads, (torch.get_num_threads(), threads)
 """
     subprocess.run([sys.executable, "-c", program], check=True, env={**os.environ, "NUMBA_NUM_THREADS": "4"})
@@ -266,7 +266,7 @@ def test_several_threads_of_python_may_loop_at_once() -> None:
     inputs = [torch.randn(layout.num_rows, H, K) for _ in range(16)]
 
     def metric(k_THK: Tensor) -> Tensor:
-        _, metric_BMK = cpu_stage.find(None, k_THK, k_THK, None, 1.0, layout.spans_3B, wants_metric=True)
+        _, metric_BMK = cpu_stage.find(None, k_THK, k_THK, None, 1.0, layout, wants_metric=True)
         assert metric_BMK is not None
         return metric_BMK
 

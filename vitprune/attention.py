@@ -221,9 +221,9 @@ def _find(
     elif call.scores_of == "class":
         asking_BHK = q_BHNK[:, :, 0]
     if bias is None and cpu_stage.can_loop(k_BNHK, contexts_BNHK):
-        spans_3B = Layout((k_BNHK.shape[1],) * len(k_BNHK)).spans_3B
+        layout = Layout((k_BNHK.shape[1],) * len(k_BNHK))
         rows = k_BNHK.flatten(0, 1), contexts_BNHK.flatten(0, 1)
-        return cpu_stage.find(asking_BHK, *rows, None, scaling, spans_3B, wants_metric=call.wants_metric)
+        return cpu_stage.find(asking_BHK, *rows, None, scaling, layout, wants_metric=call.wants_metric)
     metric_BNK = key_metric(k_BNHK) if call.wants_metric else None
     if asking_BHK is None:
         return None, metric_BNK

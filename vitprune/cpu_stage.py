@@ -4,7 +4,6 @@ Knows when and how tensors become arrays for `loops`, which numba compiles. With
 gradients flow, `scoring` and `departure` do the same in operators of torch.
 
 Shapes: B images, T rows of the batch laid end to end, M tokens of the longest image, H heads, K head width, D width.
-spans_3B as `loops` has it.
 """
 
 from __future__ import annotations
@@ -16,6 +15,8 @@ from typing import Any, overload
 import numpy as np
 import torch
 from torch import Tensor
+
+from vitprune.layout import Layout
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -49,7 +50,7 @@ def find(
     contexts_THK: Tensor,
     key_bias_T: Tensor | None,
     scaling: float,
-    spans_3B: np.ndarray,
+    layout: Layout,
     *,
     wants_metric: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -60,21 +61,21 @@ def find(
     Returns AS-ViT's scores (B, M), `scoring.head_weighted_attention`, and what similarity is measured on, (B, M, K),
     `scoring.key_metric`; both float32.
     """
-    shape_BM = spans_3B.shape[1], spans_3B[1].max()
+    shape_BM = len(layout.lengths), max(layout.lengths)
     scores_BM = None if asking_BHK is None else np.empty(shape_BM, np.float32)
     metric_BMK = np.empty((*shape_BM, k_THK.shape[2]), np.float32) if wants_metric else None
     known = (_array(asking_BHK), _array(k_THK), _array(contexts_THK), _array(key_bias_T), np.float32(scaling))
-    _run(_loops().find, *known, spans_3B, scores_BM, metric_BMK, images=shape_BM[0])
+    _run(_loops().find, *known, layout.spans_3B, scores_BM, metric_BMK, images=shape_BM[0])
     return _tensor(scores_BM), _tensor(metric_BMK)
 
 
 def redundancy(
-    metric_BMK: Tensor, scores_BM: Tensor | None, exponent: float, num_prefix_tokens: int, spans_3B: np.ndarray
+    metric_BMK: Tensor, scores_BM: Tensor | None, exponent: float, num_prefix_tokens: int, layout: Layout
 ) -> tuple[Tensor, Tensor]:
     """`scoring.redundancy`, weighed by S^α where there are scores S: (B, M) and the anchors' indices (B, M)."""
     shape_BM = metric_BMK.shape[:2]
     redundancy_BM, anchors_BM = np.empty(shape_BM, np.float32), np.empty(shape_BM, np.int64)
-    known = _array(metric_BMK), _array(scores_BM), np.float32(exponent), num_prefix_tokens, spans_3B
+    known = _array(metric_BMK), _array(scores_BM), np.float32(exponent), num_prefix_tokens, layout.spans_3B
     _run(_loops().redundancy, *known, redundancy_BM, anchors_BM, images=shape_BM[0])
     return _tensor(redundancy_BM), _tensor(anchors_BM)
 
@@ -85,7 +86,7 @@ def select(
     at_least: int,
     metric_BMK: Tensor | None,
     num_prefix_tokens: int,
-    spans_3B: np.ndarray,
+    layout: Layout,
 ) -> tuple[Tensor, tuple[int, ...], Tensor | None]:
     """Which tokens stay, how many of each image, and for each that leaves the most similar patch that stays.
 
@@ -95,7 +96,7 @@ def select(
     shape_BM = scores_BM.shape
     keep_BM, kept_B = np.empty(shape_BM, np.bool_), np.empty(shape_BM[0], np.int64)
     takers_BM = None if metric_BMK is None else np.empty(shape_BM, np.int64)
-    known = _array(scores_BM), np.float32(threshold), at_least, _array(metric_BMK), num_prefix_tokens, spans_3B
+    known = _array(scores_BM), np.float32(threshold), at_least, _array(metric_BMK), num_prefix_tokens, layout.spans_3B
     _run(_loops().select, *known, keep_BM, kept_B, takers_BM, images=shape_BM[0])
     return _tensor(keep_BM), tuple(kept_B.tolist()), _tensor(takers_BM)
 
@@ -107,20 +108,20 @@ def depart(
     carriers_BN: Tensor,
     keep_BM: Tensor,
     takers_BM: Tensor | None,
-    spans_3B: np.ndarray,
-    spans_after_3B: np.ndarray,
+    before: Layout,
+    after: Layout,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
     """What `departure.depart` makes of hidden states, positions, sizes and carriers where tokens leave or merge."""
-    rows, images = int(spans_after_3B[2].sum()), spans_3B.shape[1]
+    rows = after.num_rows
     y_TD = x_TD.new_empty(rows, x_TD.shape[1])  # linear layers like how torch aligns it
     positions_after_T, carriers_after_BN = np.empty(rows, np.int64), np.empty(carriers_BN.shape, np.int64)
     sizes, sizes_after_T = _array(sizes_T), None
     if takers_BM is not None:
         sizes_after_T = np.empty(rows, np.float32)
         sizes = np.ones(len(x_TD), np.float32) if sizes is None else sizes
-    before = _array(x_TD), _array(positions_T), sizes, _array(carriers_BN), _array(keep_BM), _array(takers_BM)
-    after = _array(y_TD), positions_after_T, sizes_after_T, carriers_after_BN
-    _run(_loops().depart, *before, spans_3B, spans_after_3B, *after, images=images)
+    known = _array(x_TD), _array(positions_T), sizes, _array(carriers_BN), _array(keep_BM), _array(takers_BM)
+    made = _array(y_TD), positions_after_T, sizes_after_T, carriers_after_BN
+    _run(_loops().depart, *known, before.spans_3B, after.spans_3B, *made, images=len(before.lengths))
     return y_TD, _tensor(positions_after_T), _tensor(sizes_after_T), _tensor(carriers_after_BN)
 
 

@@ -118,7 +118,7 @@ def _depart_in_loops(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> t
         return batch, x_TD
     layout = Layout.fitting(kept, x_TD)
     known = batch.positions_T, batch.sizes_T, batch.carriers_BN, departure.keep_BM, departure.takers_BM
-    y_TD, positions_T, sizes_T, carriers_BN = cpu_stage.depart(x_TD, *known, batch.layout.spans_3B, layout.spans_3B)
+    y_TD, positions_T, sizes_T, carriers_BN = cpu_stage.depart(x_TD, *known, batch.layout, layout)
     has_carriers = batch.has_carriers and not departure.leaves
     return TokenBatch(layout, batch.num_prefix_tokens, positions_T, sizes_T, carriers_BN, None, has_carriers), y_TD
 

@@ -103,7 +103,7 @@ class PackedAttention:
         if batch.learning is None and not has_bias and cpu_stage.can_loop(keys_THK, self.contexts_THK):
             asking_BHK = None if query is None else self._asking_in_loops(query)
             bias_T = None if batch.sizes_T is None else batch.key_bias_T
-            known = asking_BHK, keys_THK, self.contexts_THK, bias_T, self.scaling, batch.layout.spans_3B
+            known = asking_BHK, keys_THK, self.contexts_THK, bias_T, self.scaling, batch.layout
             return cpu_stage.find(*known, wants_metric=wants_metric)
         return None if query is None else self.scores(query), self.metric() if wants_metric else None
 

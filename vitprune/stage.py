@@ -102,7 +102,7 @@ class SeenTokens:
     valid_BM: Tensor
     positions_BM: Tensor
     lengths: None = None
-    spans_3B: None = None
+    layout: None = None
 
 
 def decide(
@@ -120,7 +120,7 @@ def decide(
     """
     spec, prefix = policy.spec, policy.num_prefix_tokens
     scores_BM, anchors_BM = _scores(policy, stage, findings, tokens)
-    loops = spec.select == "threshold" and not learns and tokens.spans_3B is not None and cpu_stage.can_loop(scores_BM)
+    loops = spec.select == "threshold" and not learns and tokens.layout is not None and cpu_stage.can_loop(scores_BM)
     level = policy.levels[stage]
     for observer in observers:
         level = observer.level(stage, scores_BM.detach(), tokens.valid_BM, level)
@@ -130,8 +130,8 @@ def decide(
         assert findings.metric_BMK is not None
         metric_BMK = findings.metric_BMK.detach()
     if loops:
-        assert tokens.spans_3B is not None
-        known = scores_BM, level.item(), prefix + spec.min_tokens, metric_BMK, prefix, tokens.spans_3B
+        assert tokens.layout is not None
+        known = scores_BM, level.item(), prefix + spec.min_tokens, metric_BMK, prefix, tokens.layout
         keep_BM, kept, found_BM = cpu_stage.select(*known)
         return Decision(keep_BM, scores_BM, level, takers_BM if found_BM is None else found_BM, kept)
     keep_BM = _select(policy, scores_BM, level, tokens)
@@ -179,8 +179,8 @@ def find_redundancy(policy: Policy, findings: Findings, tokens: TokenBatch | See
     attention_BM = findings.attention_scores_BM if exponent > 0 else None
     assert metric_BMK is not None
     assert exponent == 0 or attention_BM is not None
-    if tokens.spans_3B is not None and cpu_stage.can_loop(metric_BMK):
-        return cpu_stage.redundancy(metric_BMK, attention_BM, exponent, prefix, tokens.spans_3B)
+    if tokens.layout is not None and cpu_stage.can_loop(metric_BMK):
+        return cpu_stage.redundancy(metric_BMK, attention_BM, exponent, prefix, tokens.layout)
     weights_BM = None if attention_BM is None else redundancy_weights(attention_BM, exponent)
     return redundancy(metric_BMK, tokens.valid_BM, prefix, weights_BM)
 

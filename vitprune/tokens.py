@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -67,11 +66,6 @@ class TokenBatch:
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each image, prefix included."""
         return self.layout.lengths
-
-    @property
-    def spans_3B(self) -> np.ndarray:
-        """The layout's."""
-        return self.layout.spans_3B
 
     @property
     def positions_BM(self) -> Tensor:
