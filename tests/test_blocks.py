@@ -194,7 +194,7 @@ def test_transformers_checkpointing_runs_a_block_again_with_the_same_call(reentr
 def test_checkpointing_that_the_model_does_itself_is_done_by_the_blocks(checkpoints: bool) -> None:
     block, x, call = Listening().train(), torch.randn(B, N, D, requires_grad=True), AttentionCall()
     BlockForward(block, intercept=True).attach()
-    policy = pruning_of(vitprune.prune_(tiny.build("vit"), tiny.POLICIES["as-vit"])).policy()
+    policy = pruning_of(vitprune.prune_(tiny.build("vit"), tiny.POLICIES["as-vit"]))()
     token = running_forward.set(RunningForward(PackedPass(policy, ()), checkpoints))
     output = block(x, pruning=call)
     running_forward.reset(token)

@@ -187,3 +187,18 @@ def test_a_tokenizer_without_words_is_none(tmp_path: Path) -> None:
         file.unlink()
     with pytest.raises(ValueError, match=r"model\.checkpoint .*: no tokenizer: .*; add its files$"):
         load_tokenizer(str(folder))
+
+
+def test_offloaded_weights_are_there_when_they_are_needed(saved: tuple[PreTrainedModel, Path], tmp_path: Path) -> None:
+    model, path = saved
+    places = {"vit.embeddings": "cpu", "vit.layers": "disk", "vit.layernorm": "cpu", "classifier": "cpu"}
+    places["vitprune"] = "disk"
+    back = AutoModelForImageClassification.from_pretrained(path, device_map=places, offload_folder=tmp_path / "off")
+    assert pruning_of(back).levels.is_meta
+    assert_close(logits(back), logits(model), **EXACT)
+
+
+def test_several_devices_are_refused(saved: tuple[PreTrainedModel, Path]) -> None:
+    places = {"vit.embeddings": 0, "vit.layers": "cuda:1", "vit.layernorm": "cpu", "classifier": "disk", "vitprune": 0}
+    with pytest.raises(ValueError, match=r"spreads the model over 0, cuda:1.*device_map='cuda:0'"):
+        AutoModelForImageClassification.from_pretrained(saved[1], device_map=places)

@@ -123,7 +123,7 @@ def test_ghosts_share_what_stochastic_depth_does_to_their_image(
     torch.manual_seed(0)
     output = model.train()(**tiny.inputs("dinov2", 64), output_hidden_states=True)
     output.last_hidden_state.sum().backward()
-    first = pruning_of(model).policy().before_blocks[0]
+    first = pruning_of(model).before_blocks[0]
     for block, ghost_run in enumerate(runs, first):
         assert ghost_run.after_XD is not None
         before, after = output.hidden_states[block : block + 2]

@@ -17,6 +17,8 @@ from vitprune.recipe import PruningSpec
 
 METHOD = "vitprune"
 FORMAT = 1
+# where weights wait that accelerate brings to the device that a model runs on
+OFFLOADED = {"cpu", "disk"}
 
 
 @register_quantization_config(METHOD)
@@ -37,6 +39,16 @@ class PruningConfig(QuantizationConfigMixin):
 @register_quantizer(METHOD)
 class PruningQuantizer(HfQuantizer):
     """Prunes the empty model before its weights come in."""
+
+    def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
+        """Raises ValueError where the model is to run on several devices: what a forward knows of tokens is on one."""
+        places = device_map.values() if isinstance(device_map, dict) else ()
+        devices = sorted({str(place) for place in places} - OFFLOADED)
+        if len(devices) > 1:
+            raise ValueError(
+                f"device_map spreads the model over {', '.join(devices)}, but a pruned model runs on one device; "
+                "name that one, as in device_map='cuda:0'"
+            )
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         from vitprune.pruner import SUBMODULE, prune_

@@ -145,7 +145,7 @@ class _Begin:
         if self.inner is not None and kwargs.get("output_hidden_states"):
             raise ValueError("a pruned timm model gives out no hidden states; call vitprune.restore_(model) first")
         observers = tuple(t for t in watched_traces.get() if t.pruning is self.pruning)
-        policy = self.pruning.policy()
+        policy = self.pruning()
         if module.training and self.pruning.execution == "masked":
             running = RunningForward(MaskedPass(policy, observers))
         else:

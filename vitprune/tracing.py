@@ -65,7 +65,8 @@ class Pruning(nn.Module):
     def levels(self) -> Tensor:
         return self.get_parameter("thresholds") if self.spec.select == "threshold" else self.get_buffer("keep_ratios")
 
-    def policy(self) -> Policy:
+    def forward(self) -> Policy:
+        """What one forward of the model needs to know; called as modules are, so that offloaded levels are there."""
         return Policy(
             self.spec,
             self.before_blocks,
