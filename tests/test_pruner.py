@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -92,6 +93,27 @@ def test_restoring_gives_back_the_attention_that_was_there() -> None:
 def test_what_a_pruned_model_cannot_do_is_refused_with_the_way_out(option: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=r"call vitprune\.restore_\(model\) for the dense model"):
         pruned()(tiny.images(2), **option)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit.trace:DeprecationWarning", "ignore:`is_gradient_checkpointing`:FutureWarning"
+)
+@pytest.mark.parametrize(
+    "export",
+    [partial(torch.export.export, strict=False), partial(torch.jit.trace, strict=False)],
+    ids=["export", "jit"],
+)
+def test_a_graph_of_one_image_is_no_graph_of_others(export: Callable[..., object]) -> None:
+    model = vitprune.prune_(tiny.build("vit"), tiny.POLICIES["as-vit"])
+    with torch.no_grad(), pytest.raises(ValueError, match=r"can't be exported.*restore_\(model\)"):
+        export(model, (tiny.inputs("vit", 2)["pixel_values"],))
+
+
+def test_copies_that_one_process_makes_for_its_devices_are_refused() -> None:
+    model: Any = vitprune.prune_(tiny.build("vit"), tiny.POLICIES["as-vit"])
+    model.vit = model.vit._replicate_for_data_parallel()
+    with pytest.raises(ValueError, match=r"DataParallel.*accelerate launch"):
+        tiny.forward(model, tiny.inputs("vit", 2))
 
 
 @pytest.mark.parametrize("policy", ["as-vit", "random-leave"])

@@ -132,18 +132,7 @@ class _Begin:
 
     @torch.compiler.disable()
     def __call__(self, module: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
-        if kwargs.get("attention_mask") is not None or kwargs.get("output_attentions"):
-            raise ValueError(
-                "a pruned model takes no attention_mask and gives out no attention maps: its images have different "
-                "tokens in every block; call vitprune.restore_(model) for the dense model"
-            )
-        if self.has_interface and module.config._attn_implementation != attention.NAME:
-            raise ValueError(
-                f"the pruned model's attention implementation was changed to '{module.config._attn_implementation}'; "
-                f"call model.set_attn_implementation('{attention.NAME}')"
-            )
-        if self.inner is not None and kwargs.get("output_hidden_states"):
-            raise ValueError("a pruned timm model gives out no hidden states; call vitprune.restore_(model) first")
+        self._refuse(module, kwargs)
         observers = tuple(t for t in watched_traces.get() if t.pruning is self.pruning)
         policy = self.pruning()
         if module.training and self.pruning.execution == "masked":
@@ -157,6 +146,30 @@ class _Begin:
             vars(self.inner)["grad_checkpointing"] = False
             running.checkpoints = True
         running_forward.set(running)
+
+    def _refuse(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            raise ValueError(
+                "a pruned model can't be exported or traced: what is in an image decides how many tokens go on; "
+                "torch.compile takes it, and after vitprune.restore_(model) the dense model can be exported"
+            )
+        if "_is_replica" in vars(module):
+            raise ValueError(
+                "nn.DataParallel's copies of a pruned model aren't pruned; start a process for each GPU, as accelerate "
+                "launch does, or let one GPU be seen (CUDA_VISIBLE_DEVICES=0)"
+            )
+        if kwargs.get("attention_mask") is not None or kwargs.get("output_attentions"):
+            raise ValueError(
+                "a pruned model takes no attention_mask and gives out no attention maps: its images have different "
+                "tokens in every block; call vitprune.restore_(model) for the dense model"
+            )
+        if self.has_interface and module.config._attn_implementation != attention.NAME:
+            raise ValueError(
+                f"the pruned model's attention implementation was changed to '{module.config._attn_implementation}'; "
+                f"call model.set_attn_implementation('{attention.NAME}')"
+            )
+        if self.inner is not None and kwargs.get("output_hidden_states"):
+            raise ValueError("a pruned timm model gives out no hidden states; call vitprune.restore_(model) first")
 
 
 @dataclass(frozen=True, eq=False)
