@@ -1,79 +1,21 @@
-"""What is said about results, and that report.json comes back as it was."""
+"""What is said about results."""
 
 from __future__ import annotations
 
-import json
 from io import StringIO
-from pathlib import Path
-from typing import Any
 
 import pytest
-import yaml
+from made_up_report import comparison, report, speed
 from rich.console import Console
 
-from vitprune.report import findings, model_card, print_plan, print_report
+from vitprune.report import findings, print_plan, print_report
 from vitprune.results import (
-    Comparison,
-    Distribution,
-    Environment,
-    KeptPatches,
     Latency,
-    Macs,
-    MetricPair,
     Plan,
     PlanRow,
     Report,
-    Throughput,
     Timing,
 )
-
-RECIPE = {"model": {"checkpoint": "facebook/deit-tiny"}, "data": {"path": "imagenet-1k"}}
-
-
-def spread(mean: float) -> Distribution:
-    return Distribution(mean=mean, q05=0.5 * mean, q25=0.8 * mean, q50=mean, q75=1.2 * mean, q95=1.5 * mean)
-
-
-def comparison(accuracy: float | None = 0.921, ratio: float = 0.6, skipped: int = 0) -> Comparison:
-    return Comparison(
-        images=1000,
-        skipped=skipped,
-        metrics={} if accuracy is None else {"accuracy": MetricPair(dense=0.924, pruned=accuracy)},
-        agreement=0.975,
-        macs=Macs(dense=1.25e9, pruned=spread(ratio * 1.25e9)),
-        kept=(
-            KeptPatches(before_block=4, patches=196, kept=spread(150)),
-            KeptPatches(before_block=7, patches=196, kept=spread(80)),
-        ),
-    )
-
-
-def speed(batch_size: int, speedup: float) -> Throughput:
-    dense = Timing(median=0.1 * speedup, fastest=0.09 * speedup, slowest=0.2 * speedup)
-    return Throughput(
-        batch_size=batch_size, dense=dense, pruned=Timing(median=0.1, fastest=0.09, slowest=0.2), ideal_speedup=1.6
-    )
-
-
-def report(**changes: Any) -> Report:
-    environment = Environment(
-        vitprune="0.1.0",
-        torch="2.13.0",
-        transformers="5.23.0",
-        python="3.11.7",
-        cpu="Some CPU",
-        threads=2,
-        device="cpu",
-        dtype="float32",
-    )
-    fields: dict[str, Any] = {
-        "environment": environment,
-        "recipe": RECIPE,
-        "budget": 0.6,
-        "comparison": comparison(),
-        "throughput": (speed(1, 0.93), speed(16, 1.4), speed(64, 1.52)),
-    }
-    return Report(**{**fields, **changes})
 
 
 def printed(value: Report | Plan) -> str:
@@ -81,34 +23,6 @@ def printed(value: Report | Plan) -> str:
     print_report(value, console) if isinstance(value, Report) else print_plan(value, console)
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
-
-
-def test_report_comes_back_from_its_file(tmp_path: Path) -> None:
-    saved = report(calibrated=comparison(0.9), notes=("a note",))
-    saved.save(tmp_path / "report.json")
-    assert [file.name for file in tmp_path.iterdir()] == ["report.json"]
-    assert Report.load(tmp_path / "report.json") == saved
-    content = json.loads((tmp_path / "report.json").read_text())
-    assert content["schema"] == 1
-    assert content["comparison"]["macs"]["ratio"] == pytest.approx(0.6)
-    assert content["comparison"]["metrics"]["accuracy"]["difference"] == pytest.approx(-0.003)
-    assert content["throughput"][2]["speedup"] == pytest.approx(1.52)
-
-
-def test_another_schema_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "report.json").write_text(
-        json.dumps({**json.loads(report().model_dump_json(by_alias=True)), "schema": 2})
-    )
-    with pytest.raises(ValueError, match=r"report\.json is no report that this version of vitprune reads"):
-        Report.load(tmp_path / "report.json")
-
-
-def test_every_field_is_documented() -> None:
-    page = (Path(__file__).parents[1] / "docs" / "report.md").read_text()
-    schema = Report.model_json_schema(mode="serialization")
-    for part in (schema, *schema["$defs"].values()):
-        for name in part["properties"]:
-            assert f"`{name}`" in page, name
 
 
 def test_tables() -> None:
@@ -155,7 +69,6 @@ def test_without_labels_or_timings() -> None:
     assert "dense model's answer for 97.5 % of 1000 images" in said[1]
     assert said[2] == "3 broken images were left out."
     assert "Speed" not in printed(bare)
-    assert "accuracy" not in model_card(bare, "x")
 
 
 @pytest.mark.parametrize(
@@ -178,35 +91,6 @@ def test_where_it_pays(speedups: tuple[float, ...], words: str) -> None:
     said = findings(report(throughput=rows[::-1]))
     assert any(words in sentence for sentence in said), said
     assert any(f"At batch size 64 it has {100 * speedups[2] / 1.6:.1f} %" in sentence for sentence in said)
-
-
-def front_matter(card: str) -> dict[str, Any]:
-    _, head, _ = card.split("---\n", 2)
-    return yaml.safe_load(head)
-
-
-def test_model_card() -> None:
-    card = model_card(report(), "me/deit-tiny-60")
-    head = front_matter(card)
-    assert head["library_name"] == "transformers"
-    assert head["pipeline_tag"] == "image-classification"
-    assert {"vitprune", "token-pruning"} <= set(head["tags"])
-    assert head["base_model"] == "facebook/deit-tiny"
-    assert head["datasets"] == ["imagenet-1k"]
-    (result,) = head["model-index"][0]["results"]
-    assert result["metrics"] == [{"type": "accuracy", "value": 0.921}]
-    assert 'AutoModelForImageClassification.from_pretrained("me/deit-tiny-60")' in card
-    assert "| accuracy | 92.40 % | 92.10 % | -0.30 points |" in card
-
-
-def test_model_card_tells_no_local_paths(tmp_path: Path) -> None:
-    recipe = {"model": {"checkpoint": str(tmp_path / "vit")}, "data": {"path": str(tmp_path / "photos")}}
-    card = model_card(report(recipe=recipe), "pruned-vit")
-    assert str(tmp_path) not in card
-    assert "`vit` with token pruning" in card
-    assert "images of photos only" in card
-    assert not {"base_model", "datasets"} & set(front_matter(card))
-    assert "A Vision Transformer with token pruning" in model_card(report(recipe={}), "pruned-vit")
 
 
 def latency(measured: float, predicted: float | None = 0.61) -> Latency:

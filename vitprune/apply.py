@@ -23,9 +23,9 @@ from vitprune.data import Images
 from vitprune.evaluation import compare, describe_environment, measure_throughput
 from vitprune.finetuning import NonFiniteLoss, finetune
 from vitprune.latency import budget_latency, check_latency, meet_latency, shortfall
+from vitprune.model_card import model_card
 from vitprune.planning import is_calibrated
 from vitprune.recipe import Recipe
-from vitprune.report import model_card
 from vitprune.results import Comparison, Latency, Report
 from vitprune.run_folder import RunFolder, was_saved
 from vitprune.run_inputs import RunInputs, flat, moved

@@ -10,24 +10,21 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from vitprune.benchmark_results import Benchmark, Case, Failure, Setting, TrainingStep, Verdict
 from vitprune.plots import MISSING, save_plots
 from vitprune.results import Timing
+from vitprune.tables import Cells, rich_table
 
 HEADLINE = 0.65  # of several targets the one that a sentence is said about
 MIB = 2**20
-
-Cells = list[tuple[str, ...]]
-"""A table's header and rows."""
 
 
 def print_benchmark(benchmark: Benchmark, console: Console) -> None:
     """A table for each setting, where pruning pays, steps of fine-tuning, what failed, and what it all comes to."""
     console.print(f"Timed on {escape(benchmark.images)}; medians of {benchmark.repeats}, ± half of their spread.")
     for title, cells in _tables(benchmark):
-        console.print(_table(title, cells))
+        console.print(rich_table(title, cells))
     for failure in benchmark.failures:
         console.print(f"- Not measured: {escape(_failed(failure))}", highlight=False)
     for sentence in (*headlines(benchmark), *benchmark.notes):
@@ -130,12 +127,3 @@ def _gains(row: Case | TrainingStep) -> tuple[str, str, str]:
 
 def _mib(peak: int) -> str:
     return f"{peak / MIB:.1f}"
-
-
-def _table(title: str, cells: Cells) -> Table:
-    table = Table(title=escape(title), title_justify="left")
-    for index, heading in enumerate(cells[0]):
-        table.add_column(escape(heading), justify="left" if index == 0 else "right")
-    for row in cells[1:]:
-        table.add_row(*map(escape, row))
-    return table

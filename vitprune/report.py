@@ -1,4 +1,4 @@
-"""Shows results: tables for the terminal, the model card, what a run would do.
+"""Shows results, tables and in words, and what a run would do.
 
 Knows how to say what numbers mean. Leaves the numbers to `results` and where they come from to `evaluation`.
 """
@@ -6,27 +6,21 @@ Knows how to say what numbers mean. Leaves the numbers to `results` and where th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
 
-from huggingface_hub import EvalResult, ModelCardData
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from vitprune.results import Comparison, Latency, Plan, Report, Throughput
+from vitprune.tables import Cells, count, percent, rich_table
 
 PAYS = 1.05  # a speed-up worth having: less is lost in the noise
 BUDGET_TOLERANCE = 0.01
 
-Cells = list[tuple[str, ...]]
-"""A table's header and rows."""
-
 
 def print_report(report: Report, console: Console) -> None:
     """Tables of pruned beside dense, then in words what they come to."""
-    for title, cells in _tables(report):
-        console.print(_rich_table(title, cells))
+    for title, cells in tables_of(report):
+        console.print(rich_table(title, cells))
     for sentence in findings(report):
         console.print(f"- {escape(sentence)}")
 
@@ -36,19 +30,19 @@ def findings(report: Report) -> list[str]:
     result, sentences = report.comparison, []
     ratio = result.macs.ratio
     if report.budget is None:
-        sentences.append(f"Pruned takes {_percent(ratio)} of the dense model's multiply-accumulates (MACs).")
+        sentences.append(f"Pruned takes {percent(ratio)} of the dense model's multiply-accumulates (MACs).")
     else:
         met = "met" if abs(ratio - report.budget) <= BUDGET_TOLERANCE else "not met"
         sentences.append(
-            f"Pruned takes {_percent(ratio)} of the dense model's multiply-accumulates (MACs): the budget of "
-            f"{_percent(report.budget)} is {met}."
+            f"Pruned takes {percent(ratio)} of the dense model's multiply-accumulates (MACs): the budget of "
+            f"{percent(report.budget)} is {met}."
         )
     if report.latency is not None:
         sentences.append(_latency(report.latency))
     sentences += [_quality(name, pair.dense, pair.pruned) for name, pair in result.metrics.items()]
     if result.agreement is not None:
         sentences.append(
-            f"It gives the dense model's answer for {_percent(result.agreement)} of {result.images} images."
+            f"It gives the dense model's answer for {percent(result.agreement)} of {result.images} images."
         )
     if result.similarity is not None:
         cosine = f"{result.similarity:.4f}"
@@ -63,16 +57,16 @@ def findings(report: Report) -> list[str]:
 
 def _latency(latency: Latency) -> str:
     met = "met" if latency.met else "not met"
-    expected = "" if latency.predicted is None else f" (the measured table expects {_percent(latency.predicted)})"
+    expected = "" if latency.predicted is None else f" (the measured table expects {percent(latency.predicted)})"
     return (
-        f"At batch size {latency.batch_size} pruned takes {_percent(latency.measured)} of the dense model's "
-        f"time{expected}: the latency budget of {_percent(latency.asked)} is {met}."
+        f"At batch size {latency.batch_size} pruned takes {percent(latency.measured)} of the dense model's "
+        f"time{expected}: the latency budget of {percent(latency.asked)} is {met}."
     )
 
 
 def _quality(name: str, dense: float, pruned: float) -> str:
     points = 100 * (pruned - dense)
-    values = f"{_percent(pruned, 2)} against {_percent(dense, 2)}"
+    values = f"{percent(pruned, 2)} against {percent(dense, 2)}"
     if abs(points) < 0.005:
         return f"Its {name} is that of the dense model: {values}."
     return f"Its {name} is {abs(points):.2f} points {'above' if points > 0 else 'below'} the dense model's: {values}."
@@ -97,7 +91,7 @@ def _where_it_pays(throughput: Sequence[Throughput]) -> list[str]:
     most = rows[-1]
     return [
         sentence,
-        f"At batch size {most.batch_size} it has {_percent(most.efficiency)} of the speed-up that its MACs would allow "
+        f"At batch size {most.batch_size} it has {percent(most.efficiency)} of the speed-up that its MACs would allow "
         f"({most.ideal_speedup:.2f}x).",
     ]
 
@@ -106,7 +100,8 @@ def _at(row: Throughput) -> str:
     return f"{row.speedup:.2f}x{' (slower)' if row.speedup < 1 else ''} at batch size {row.batch_size}"
 
 
-def _tables(report: Report) -> list[tuple[str, Cells]]:
+def tables_of(report: Report) -> list[tuple[str, Cells]]:
+    """Pruned beside dense: each table's title and cells."""
     machine = report.environment
     where = f"{machine.cpu if machine.device == 'cpu' else machine.device}, {machine.threads} threads, {machine.dtype}"
     tables = [(f"Quality and work, {report.comparison.images} images", _quality_cells(report))]
@@ -124,15 +119,15 @@ def _quality_cells(report: Report) -> Cells:
     result = report.comparison
     cells: Cells = [("", "dense", *(name for name, _ in shown), "difference")]
     for metric, pair in result.metrics.items():
-        values = (_percent(comparison.metrics[metric].pruned, 2) for _, comparison in shown)
-        cells.append((metric, _percent(pair.dense, 2), *values, f"{100 * pair.difference:+.2f} points"))
+        values = (percent(comparison.metrics[metric].pruned, 2) for _, comparison in shown)
+        cells.append((metric, percent(pair.dense, 2), *values, f"{100 * pair.difference:+.2f} points"))
     if result.agreement is not None:
-        cells.append(("same answer as dense", "", *(_percent(c.agreement or 0.0) for _, c in shown), ""))
+        cells.append(("same answer as dense", "", *(percent(c.agreement or 0.0) for _, c in shown), ""))
     if result.similarity is not None:
         cells.append(("cosine to dense", "", *(f"{c.similarity or 0.0:.4f}" for _, c in shown), ""))
-    macs = (f"{_count(comparison.macs.pruned.mean)} ({_percent(comparison.macs.ratio)})" for _, comparison in shown)
-    cells.append(("MACs an image", _count(result.macs.dense), *macs, f"{100 * (result.macs.ratio - 1):+.1f} %"))
-    spread = (f"{_count(c.macs.pruned.q05)} to {_count(c.macs.pruned.q95)}" for _, c in shown)
+    macs = (f"{count(comparison.macs.pruned.mean)} ({percent(comparison.macs.ratio)})" for _, comparison in shown)
+    cells.append(("MACs an image", count(result.macs.dense), *macs, f"{100 * (result.macs.ratio - 1):+.1f} %"))
+    spread = (f"{count(c.macs.pruned.q05)} to {count(c.macs.pruned.q95)}" for _, c in shown)
     cells.append(("MACs of 90 % of the images", "", *spread, ""))
     return cells
 
@@ -149,138 +144,18 @@ def _speed_cells(throughput: Sequence[Throughput]) -> Cells:
     cells: Cells = [("batch size", "dense images/s", "pruned images/s", "speed-up", "MACs allow", "efficiency")]
     for row in throughput:
         speeds = (f"{speed:.1f}" for speed in (row.dense_images_per_second, row.pruned_images_per_second))
-        ratios = (f"{row.speedup:.2f}x", f"{row.ideal_speedup:.2f}x", _percent(row.efficiency))
+        ratios = (f"{row.speedup:.2f}x", f"{row.ideal_speedup:.2f}x", percent(row.efficiency))
         cells.append((str(row.batch_size), *speeds, *ratios))
     return cells
 
 
 def _latency_cells(latency: Latency) -> Cells:
-    predicted = "" if latency.predicted is None else _percent(latency.predicted)
+    predicted = "" if latency.predicted is None else percent(latency.predicted)
     seconds = (f"{timing.median:.3g} s" for timing in (latency.dense, latency.pruned))
     return [
         ("batch size", "dense", "pruned", "asked", "expected", "measured"),
-        (str(latency.batch_size), *seconds, _percent(latency.asked), predicted, _percent(latency.measured)),
+        (str(latency.batch_size), *seconds, percent(latency.asked), predicted, percent(latency.measured)),
     ]
-
-
-CARD = """
-# {name}
-
-{introduction}
-
-## How to use it
-
-{usage}
-
-## Results
-
-{results}
-
-## Limits
-
-- Without `import vitprune` transformers warns and loads the weights as a dense model: nothing is dropped or faster.
-- How fast it is depends on machine, batch size and images; measure it with `vitprune evaluate`.
-- How many tokens stay depends on the image: the budget holds on average over images like those it was calibrated on.
-- Evaluated on {images} images of {data} only.
-
-`report.json` has all figures, `recipe.yaml` what was asked for. Made with vitprune {environment.vitprune}, torch
-{environment.torch}, transformers {environment.transformers}.
-"""
-
-
-CLASSIFIER = """\
-```python
-import vitprune  # teaches transformers to load it pruned
-from transformers import AutoImageProcessor, AutoModelForImageClassification
-
-model = AutoModelForImageClassification.from_pretrained("{name}")
-processor = AutoImageProcessor.from_pretrained("{name}")
-```
-
-`pipeline("image-classification", "{name}")` works too, after `import vitprune`."""
-
-OTHER = """\
-```python
-import vitprune
-from transformers import AutoImageProcessor
-
-model = vitprune.load("{name}")
-processor = AutoImageProcessor.from_pretrained("{name}")
-```
-
-The `from_pretrained` of the model's own class works too, after `import vitprune`."""
-
-
-def model_card(report: Report, name: str) -> str:
-    """A Markdown model card with YAML front matter. `name`: how the model is to be loaded, a Hub id or a folder."""
-    base, data = _asked(report.recipe, "model", "checkpoint"), _asked(report.recipe, "data", "path")
-    body = CARD.format(
-        name=name,
-        introduction=_introduction(report, base),
-        usage=(CLASSIFIER if _task(report) == "image-classification" else OTHER).format(name=name),
-        results=_results(report),
-        images=report.comparison.images,
-        data=_shown_name(data) or "one data set",
-        environment=report.environment,
-    )
-    return f"---\n{_front_matter(report, name, base, data).to_yaml()}\n---\n{body}"
-
-
-def _introduction(report: Report, base: str | None) -> str:
-    origin = f"`{_shown_name(base)}`" if base else "A Vision Transformer"
-    return (
-        f"{origin} with token pruning by vitprune: on its way through the blocks each image drops the patches that it "
-        f"needs least, so that on average it takes {_percent(report.comparison.macs.ratio)} of the dense model's "
-        "multiply-accumulates (MACs)."
-    )
-
-
-def _results(report: Report) -> str:
-    parts = [f"**{title}**\n\n{_markdown_table(cells)}" for title, cells in _tables(report)]
-    return "\n\n".join([*parts, "\n".join(f"- {sentence}" for sentence in findings(report))])
-
-
-def _front_matter(report: Report, name: str, base: str | None, data: str | None) -> ModelCardData:
-    shown = _shown_name(data) or "unknown"
-    results = [
-        EvalResult(
-            task_type=_task(report),
-            dataset_type=shown,
-            dataset_name=shown,
-            metric_type=metric,
-            metric_value=round(pair.pruned, 4),
-        )
-        for metric, pair in report.comparison.metrics.items()
-    ]
-    return ModelCardData(
-        library_name="transformers",
-        pipeline_tag=_task(report),
-        tags=["vitprune", "token-pruning"],
-        base_model=base if base and not _is_local(base) else None,
-        datasets=[data] if data and not _is_local(data) else None,
-        model_name=Path(name).name,
-        eval_results=results or None,
-    )
-
-
-def _task(report: Report) -> str:
-    """The Hub's name for what the model is for."""
-    if report.comparison.similarity is not None:
-        return "image-feature-extraction"
-    return "zero-shot-image-classification" if _asked(report.recipe, "model", "prompt") else "image-classification"
-
-
-def _asked(recipe: dict[str, Any], section: str, key: str) -> str | None:
-    return recipe.get(section, {}).get(key)
-
-
-def _is_local(path: str) -> bool:
-    return Path(path).is_absolute() or Path(path).exists()
-
-
-def _shown_name(path: str | None) -> str | None:
-    """A Hub id as it is, of a local path the last part: a card is for others, who don't care where it lay."""
-    return Path(path).name if path and _is_local(path) else path
 
 
 def print_plan(plan: Plan, console: Console) -> None:
@@ -289,9 +164,9 @@ def print_plan(plan: Plan, console: Console) -> None:
     model = f"{plan.checkpoint}: {plan.model_class} ({plan.family}), {plan.num_blocks} blocks, {prefix}"
     console.print(escape(model), highlight=False)
     stages = ", ".join(map(str, plan.stages))
-    budget = f"Budget {_percent(plan.budget)} of the {plan.counts}"
+    budget = f"Budget {percent(plan.budget)} of the {plan.counts}"
     console.print(f"{budget}, stages before blocks {stages}", highlight=False)
-    console.print(_rich_table("Blocks, one image", _plan_cells(plan)))
+    console.print(rich_table("Blocks, one image", _plan_cells(plan)))
     for number, step in enumerate(plan.steps, start=1):
         console.print(f"{number}. {escape(step)}", highlight=False)
 
@@ -304,35 +179,9 @@ def _plan_cells(plan: Plan) -> Cells:
         stage = "stage" if row.block in plan.stages else ""
         dense, budget = dense + row.macs_dense, budget + (row.macs_budget or 0.0)
         tokens = "" if row.tokens_budget is None else f"{row.tokens_budget:.1f}"
-        macs = "" if row.macs_budget is None else _count(row.macs_budget)
-        cells.append((str(row.block), stage, str(row.tokens_dense), tokens, _count(row.macs_dense), macs))
-    cells.append(("all", "", "", "", _count(dense), f"{_count(budget)} ({_percent(budget / dense)})" if budget else ""))
+        macs = "" if row.macs_budget is None else count(row.macs_budget)
+        cells.append((str(row.block), stage, str(row.tokens_dense), tokens, count(row.macs_dense), macs))
+    cells.append(("all", "", "", "", count(dense), f"{count(budget)} ({percent(budget / dense)})" if budget else ""))
     if budget:
         return cells
     return [(*row[:3], row[4]) for row in cells]
-
-
-def _rich_table(title: str, cells: Cells) -> Table:
-    table = Table(title=escape(title), title_justify="left")
-    for index, heading in enumerate(cells[0]):
-        table.add_column(heading, justify="left" if index == 0 else "right")
-    for row in cells[1:]:
-        table.add_row(*map(escape, row))
-    return table
-
-
-def _markdown_table(cells: Cells) -> str:
-    rule = ("---", *("---:" for _ in cells[0][1:]))
-    return "\n".join(f"| {' | '.join(row)} |" for row in (cells[0], rule, *cells[1:]))
-
-
-def _percent(part: float, digits: int = 1) -> str:
-    return f"{100 * part:.{digits}f} %"
-
-
-def _count(macs: float) -> str:
-    """Multiply-accumulates, to three figures."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if macs >= size:
-            return f"{macs / size:.3g} {unit}"
-    return f"{macs:.0f}"
