@@ -33,6 +33,7 @@ from written_out import (
 )
 
 from vitprune import packed_attention as module
+from vitprune import varlen
 from vitprune.layout import Layout
 from vitprune.packed_attention import Kernel, PackedAttention, kernel_for
 from vitprune.pruner import prune_
@@ -70,7 +71,7 @@ def flash(*args: Any, **options: Any) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def flash_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "varlen_attn", flash)
+    monkeypatch.setattr(varlen, "varlen_attn", flash)
 
 
 # buckets: one for every length, some of a few images, and one for all. varlen has no rows without a token
@@ -173,13 +174,13 @@ def test_flash_attention_takes_packed_tokens_in_half_precision(
     batch, _, _ = packed(sized=True, alignment=1)
     qkv = qkv_like(dtype)
     assert kernel_for(*qkv, batch, None) == "padded"
-    monkeypatch.setattr(module, "_has_flash", lambda device: True)
+    monkeypatch.setattr(varlen, "_has_flash", lambda device: True)
     assert kernel_for(*qkv, batch, None) == "varlen"
     assert kernel_for(*qkv_like(dtype, "cpu"), batch, None) == "buckets"
 
 
 def test_what_flash_attention_cannot_do_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "_has_flash", lambda device: True)
+    monkeypatch.setattr(varlen, "_has_flash", lambda device: True)
     tight, _, _ = packed(sized=True, alignment=1)
     with_fillers, _, _ = packed(sized=True, alignment=4)
     half = qkv_like(torch.bfloat16)
@@ -198,7 +199,7 @@ def test_in_half_precision_sizes_weigh_as_in_float32(monkeypatch: pytest.MonkeyP
     batch = replace(batch, sizes_T=torch.randint(2, 200, batch.sizes_T.shape).float())
     q, k, v = (x.bfloat16() for x in qkv)
     # the stand-in computes in double precision: what is left is how sizes are handed over
-    monkeypatch.setattr(module, "varlen_attn", lambda *args, **options: flash(*args, **options).float())
+    monkeypatch.setattr(varlen, "varlen_attn", lambda *args, **options: flash(*args, **options).float())
     ours = PackedAttention(q, k, v, batch, SCALING, kernel="varlen").contexts_THK
     expected = PackedAttention(q.float(), k.float(), v.float(), batch, SCALING, kernel="buckets").contexts_THK
     assert_close(ours, expected.bfloat16().float(), **BFLOAT16)
@@ -266,7 +267,7 @@ def test_thresholds_learn_the_same_with_padded_images(policy: str, monkeypatch: 
 def test_on_a_gpu_kernels_agree_with_the_cpu(
     sized: bool, lengths: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     batch, qkv, _ = packed(sized, lengths, alignment=1)
     on_gpu = TokenBatch(
         batch.layout,

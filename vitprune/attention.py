@@ -27,8 +27,8 @@ from transformers.masking_utils import sdpa_mask
 from vitprune import cpu_stage
 from vitprune.ghosts import GhostRun
 from vitprune.layout import TILE_KEY_ALIGNMENT, Layout, needs_tiles
-from vitprune.packed_attention import PackedAttention, Query, context_norms
-from vitprune.scoring import attention_row, head_weighted_attention, key_metric, mean_query
+from vitprune.packed_attention import PackedAttention, Query
+from vitprune.scoring import attention_row, context_norms, head_weighted_attention, key_metric, mean_query
 from vitprune.tokens import TokenBatch
 
 NAME = "vitprune"

@@ -16,29 +16,31 @@ heads, K head width.
 from __future__ import annotations
 
 from functools import cached_property
-from itertools import accumulate
 from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from vitprune import cpu_stage
 from vitprune.ghost_attention import GhostKeys, SeenKeys, ghosts_among_others, learning_attention
 from vitprune.ghosts import GhostRun
-from vitprune.layout import is_half, on_device
+from vitprune.layout import is_half
 from vitprune.rectangles import PairBias, Rectangles
-from vitprune.scoring import at_least_float32, head_weighted_attention, key_metric, mean_query, row_logits, row_weights
+from vitprune.scoring import (
+    at_least_float32,
+    context_norms,
+    head_weighted_attention,
+    key_metric,
+    mean_query,
+    row_logits,
+    row_weights,
+)
 from vitprune.tokens import TokenBatch
+from vitprune.varlen import fits_flash, varlen_attention
 
 Query = Literal["class", "mean"]
 Kernel = Literal["buckets", "varlen", "padded"]
-
-# flash attention takes head widths that are a multiple of this, up to the most
-FLASH_MULTIPLE, FLASH_MOST = 8, 256
-# with sizes so many more numbers a head, of which two are used
-_SIZE_WIDTH = FLASH_MULTIPLE
 
 
 class PackedAttention:
@@ -69,7 +71,7 @@ class PackedAttention:
     def contexts_THK(self) -> Tensor:
         """Context vectors: every image attends to its own tokens only."""
         if self.kernel == "varlen":
-            return _varlen(self._q_THK, self._k_THK, self._v_THK, self.batch, self.scaling)
+            return varlen_attention(self._q_THK, self._k_THK, self._v_THK, self.batch, self.scaling)
         if len(self.batch.lengths) == 1 and self.batch.learning is None and self._pairs is None:
             return self._alone()
         attend = self._fused if self.batch.learning is None else self._learning
@@ -269,47 +271,6 @@ def kernel_for(q: Tensor, k: Tensor, v: Tensor, batch: TokenBatch, bias_1HNN: Te
     half = is_half(q) and q.dtype == k.dtype == v.dtype
     # nobody's rows would be uninitialised, and a filler would be a key
     tight = sum(batch.lengths) == batch.layout.num_rows
-    fits = q.shape[-1] % FLASH_MULTIPLE == 0 and q.shape[-1] + _SIZE_WIDTH <= FLASH_MOST
-    if bias_1HNN is None and batch.learning is None and half and tight and fits and _has_flash(q.device):
+    if bias_1HNN is None and batch.learning is None and half and tight and fits_flash(q):
         return "varlen"
     return "padded"
-
-
-def _has_flash(device: torch.device) -> bool:
-    """Flash attention is for NVIDIA's Ampere and later."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
-
-
-def context_norms(context: Tensor) -> Tensor:
-    """Lengths of context vectors, (…, K) to (…), at least float32."""
-    # converted afterwards: three times as fast on a CPU, and half precision sums in float32 anyway
-    return at_least_float32(torch.linalg.vector_norm(context, dim=-1))
-
-
-def _varlen(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, batch: TokenBatch, scaling: float) -> Tensor:
-    width = q_THK.shape[-1]
-    if batch.sizes_T is not None:
-        q_THK, k_THK, v_THK = _with_sizes(q_THK, k_THK, v_THK, batch.key_bias_T, scaling)
-    rows = batch.layout.rows
-    bounds = list(accumulate((rows[image] for image in batch.layout.order), initial=0))
-    bounds_X = on_device(bounds, q_THK.device, torch.int32)
-    longest = max(rows)
-    output = varlen_attn(q_THK, k_THK, v_THK, bounds_X, bounds_X, longest, longest, scale=scaling)
-    assert isinstance(output, Tensor)
-    return output[..., :width]
-
-
-def _with_sizes(
-    q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, key_bias_T: Tensor, scaling: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Wider queries, keys and values whose products have the log of each key's size in them, for kernels without bias.
-
-    q' = [q, 1, 1], k' = [k, b, b'] with b + b' = log s / scaling: in two parts, since half precision rounds.
-    """
-    bias_T = key_bias_T / scaling
-    coarse_T = bias_T.to(k_THK.dtype)
-    fine_T = (bias_T - coarse_T.float()).to(k_THK.dtype)
-    biases_TH2 = torch.stack([coarse_T, fine_T], -1)[:, None].expand(-1, k_THK.shape[1], -1)
-    q_THK = F.pad(F.pad(q_THK, (0, 2), value=1.0), (0, _SIZE_WIDTH - 2))
-    k_THK = F.pad(torch.cat([k_THK, biases_TH2], -1), (0, _SIZE_WIDTH - 2))
-    return q_THK, k_THK, F.pad(v_THK, (0, _SIZE_WIDTH))

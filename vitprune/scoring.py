@@ -46,6 +46,12 @@ def mean_query(q_BMHK: Tensor, sizes_BM: Tensor) -> Tensor:
     return (q_BMHK * weights_BM[..., None, None]).sum(1).to(q_BMHK.dtype)
 
 
+def context_norms(context: Tensor) -> Tensor:
+    """Lengths of context vectors, (…, K) to (…), at least float32."""
+    # converted afterwards: three times as fast on a CPU, and half precision sums in float32 anyway
+    return at_least_float32(torch.linalg.vector_norm(context, dim=-1))
+
+
 def head_weighted_attention(attention_BMH: Tensor, context_norms_BMH: Tensor) -> Tensor:
     """AS-ViT's score (arXiv 2209.13802), (B, M).
 
