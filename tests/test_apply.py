@@ -158,6 +158,26 @@ def test_a_stage_outside_the_model_is_named(tmp_path: Path) -> None:
         apply(recipe(tmp_path, RECIPE, "vit", "pruning.before_blocks=[2, 99]"))
 
 
+def test_what_is_evaluated_has_to_be_pruned_and_have_the_same_classes(tmp_path: Path) -> None:
+    asked = recipe(tmp_path)
+    checkpoint = tmp_path / "checkpoint"
+    with pytest.raises(ValueError, match=r"checkpoint isn't pruned; name a checkpoint that `vitprune apply` wrote"):
+        evaluate(str(checkpoint), asked)
+    model = vitprune.prune_(vitprune.load(checkpoint), asked.pruning)
+    names = model.config.id2label
+    assert names is not None
+    model.config.id2label = dict(enumerate(reversed(names.values())))
+    vitprune.save(model, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"other and model\.checkpoint .* have different classes"):
+        evaluate(str(tmp_path / "other"), asked)
+
+
+def test_the_output_may_be_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    apply(recipe(tmp_path, RECIPE, "vit", "output.path=~/out", "evaluate.batch_sizes=[]"))
+    assert is_pruned(vitprune.load(tmp_path / "home" / "out"))
+
+
 def test_a_pruned_checkpoint_is_not_pruned_again(tmp_path: Path) -> None:
     asked = recipe(tmp_path)
     apply(asked)
@@ -176,6 +196,12 @@ def test_a_plan_loads_neither_weights_nor_data(tmp_path: Path) -> None:
     dense, budget = (sum(getattr(row, name) for row in planned.rows) for name in ("macs_dense", "macs_budget"))
     assert budget / dense == pytest.approx(0.6, abs=0.01)
     assert len(planned.steps) == 6
+
+
+@pytest.mark.parametrize(("finetune", "expects"), [("", False), (FINETUNE, True)])
+def test_a_plan_expects_the_budget_where_levels_are_found_for_it(tmp_path: Path, finetune: str, expects: bool) -> None:
+    asked = recipe(tmp_path, RECIPE + finetune, "vit", "pruning.thresholds=[0.01, 0.01]")
+    assert all((row.tokens_budget is not None) == expects for row in plan(asked).rows)
 
 
 def test_a_plan_for_a_budget_of_time_expects_no_tokens(tmp_path: Path) -> None:

@@ -63,9 +63,9 @@ class ListeningLayer(Listening, GradientCheckpointingLayer):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x)
 
-    def use_checkpoints(self, *, reentrant: bool) -> None:
+    def use_checkpoints(self) -> None:
         self.gradient_checkpointing = True
-        vars(self)["_gradient_checkpointing_func"] = partial(checkpoint, use_reentrant=reentrant)
+        vars(self)["_gradient_checkpointing_func"] = partial(checkpoint, use_reentrant=False)
 
 
 every_kind = pytest.mark.parametrize("kind", [Listening, ListeningLayer])
@@ -175,10 +175,16 @@ def test_a_block_may_have_torchs_attention_taken(intercept: bool) -> None:
     assert (call.findings.metric_BMK is not None) == intercept
 
 
-@pytest.mark.parametrize("reentrant", [False, True])
-def test_transformers_checkpointing_runs_a_block_again_with_the_same_call(reentrant: bool) -> None:
+def test_reentrant_checkpointing_is_refused() -> None:
+    model = vitprune.prune_(tiny.build("vit"), tiny.POLICIES["as-vit"]).train()
+    model.activation_checkpointing_enable({"use_reentrant": True})
+    with pytest.raises(ValueError, match=r"use_reentrant=True.*'use_reentrant': False"):
+        tiny.forward(model, tiny.inputs("vit", 2))
+
+
+def test_transformers_checkpointing_runs_a_block_again_with_the_same_call() -> None:
     block, x, call = ListeningLayer().train(), torch.randn(B, N, D, requires_grad=True), AttentionCall()
-    block.use_checkpoints(reentrant=reentrant)
+    block.use_checkpoints()
     BlockForward(block, intercept=False).attach()
     output = block(x, pruning=call)
     assert len(block.heard) == 1
@@ -211,7 +217,7 @@ def test_checkpointed_blocks_are_run_again_among_the_same_tokens() -> None:
         torch.manual_seed(0)
         block, own = ListeningLayer().train(), x.clone().requires_grad_()
         if checkpointing:
-            block.use_checkpoints(reentrant=False)
+            block.use_checkpoints()
         BlockForward(block, intercept=True).attach()
         block(own, pruning=AttentionCall(batch)).square().sum().backward()
         assert len(block.heard) == 1 + checkpointing

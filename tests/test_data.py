@@ -200,6 +200,13 @@ def test_hidden_labels_are_no_labels(parquet: Callable[..., Path]) -> None:
     assert not load(parquet(data)).labelled
 
 
+def test_folders_that_are_splits_are_no_labels(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        (tmp_path / "data" / split).mkdir(parents=True)
+        (tmp_path / "data" / split / "a.png").write_bytes(png(10))
+    assert not load(tmp_path / "data").labelled
+
+
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "L", "1", "CMYK"])
 def test_all_images_become_rgb(mode: str, tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()

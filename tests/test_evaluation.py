@@ -6,6 +6,7 @@ import copy
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -13,7 +14,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image, disable_progress_bars, enable_progress_bars
 from PIL.Image import fromarray
 from torch import Tensor
-from transformers import PreTrainedModel, ViTImageProcessorPil
+from transformers import PreTrainedModel, ViTConfig, ViTImageProcessorPil, ViTModel
 
 import vitprune
 from vitprune.data import Images, load_images
@@ -121,6 +122,19 @@ def test_no_image(dense: PreTrainedModel, pruned: PreTrainedModel, images: Calla
 def test_pruned_has_to_be_pruned(dense: PreTrainedModel, images: Callable[..., Images]) -> None:
     with pytest.raises(ValueError, match="isn't pruned"):
         compare(dense, dense, images(), SPEC, progress=False)
+
+
+def test_pruned_has_to_be_made_of_dense(pruned: PreTrainedModel, images: Callable[..., Images]) -> None:
+    with pytest.raises(
+        ValueError, match=r"pruned ViTForImageClassification has classes, but the dense ViTModel has none"
+    ):
+        compare(ViTModel(ViTConfig(**tiny.SHAPE)), pruned, images(), SPEC, progress=False)
+    others: Any = tiny.build("vit")
+    others.classifier = torch.nn.Linear(48, 1)
+    with pytest.raises(
+        ValueError, match=r"answers with 5 numbers an image, the dense one with 1; name the dense model"
+    ):
+        compare(others, pruned, images(), SPEC, progress=False)
 
 
 def test_throughput(dense: PreTrainedModel, pruned: PreTrainedModel) -> None:

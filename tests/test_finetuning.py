@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import samples
@@ -11,7 +12,7 @@ import tiny
 import torch
 from tiny import Tolerance
 from torch.testing import assert_close
-from transformers import PreTrainedModel, ViTImageProcessorPil
+from transformers import PreTrainedModel, ViTConfig, ViTImageProcessorPil, ViTModel
 
 import vitprune
 from vitprune.calibration import calibrate, mean_ratio, scale_to_budget
@@ -159,6 +160,33 @@ def test_mixed_precision_ends_with_training(tmp_path: Path) -> None:
     again = copy.deepcopy(pruned)
     assert "forward" not in vars(pruned)
     assert_close(pruned(tiny.images(2)).logits, again(tiny.images(2)).logits, **EXACT)
+
+
+def test_the_next_training_may_have_another_precision(tmp_path: Path) -> None:
+    data = images(tmp_path)
+    dense, pruned = models(data)
+    for precision in ("no", "bf16", "no"):
+        spec = SPEC.model_copy(update={"mixed_precision": precision, "epochs": 0.25})
+        finetune(pruned, dense, data, spec, BUDGET, progress=False)
+
+
+@pytest.mark.parametrize("budget", [65, 0.0, -1.0, float("nan")])
+def test_a_budget_is_a_part_of_the_dense_models_cost(tmp_path: Path, budget: float) -> None:
+    data = images(tmp_path)
+    dense, pruned = models(data)
+    with pytest.raises(ValueError, match=r"budget is .*such as 0\.65"):
+        finetune(pruned, dense, data, SPEC, budget, progress=False)
+
+
+def test_a_teacher_answers_as_its_student(tmp_path: Path) -> None:
+    data = images(tmp_path)
+    dense, pruned = models(data)
+    with pytest.raises(ValueError, match=r"name the dense model that the pruned one was made of"):
+        finetune(pruned, ViTModel(ViTConfig(**tiny.SHAPE)), data, SPEC, BUDGET, progress=False)
+    other: Any = dense
+    other.classifier = torch.nn.Linear(48, 1)
+    with pytest.raises(ValueError, match=r"name the dense model that the pruned one was made of"):
+        finetune(pruned, other, data, SPEC, BUDGET, progress=False)
 
 
 def test_thresholds_need_a_start(tmp_path: Path) -> None:

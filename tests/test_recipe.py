@@ -176,6 +176,16 @@ BROKEN: dict[str, tuple[str | bytes, str, str]] = {
         ":5: pruning.thresholds: ",
         "leave it out or use keep_ratios",
     ),
+    "keep-ratios-of-redundancy": (
+        HEAD + "pruning: {select: top-k, before_blocks: [1, 2], keep_ratios: [60%, 30%]}\n",
+        ":5: pruning.keep_ratios: ",
+        "has 0.3, but by redundancy at most half",
+    ),
+    "exponent-unused": (
+        HEAD + "pruning: {score: head-weighted-class-attention, redundancy_exponent: 3}\n",
+        ":5: pruning.redundancy_exponent: ",
+        "has no meaning with score: head-weighted-class-attention; leave it out",
+    ),
     "keep-ratios-unused": (HEAD + "pruning: {keep_ratios: [90%]}\n", ":5: pruning.keep_ratios: ", "or use thresholds"),
     "tome-by-another-score": (
         HEAD + "pruning: {score: head-weighted-class-attention, select: tome}\n",

@@ -162,10 +162,15 @@ def test_another_recipe_is_refused_with_what_differs_and_restart_begins_anew(tmp
 
 
 def test_other_weights_or_images_are_refused(tmp_path: Path) -> None:
-    break_off(recipe(tmp_path), steps, "calibrate")
+    break_off(recipe(tmp_path), _Loop, "_next_record", lambda loop: loop.step == 1)
     asked = recipe(tmp_path, "data.train.limit=40")
     with pytest.raises(ValueError, match=r"(?s)data\.train\.limit: null then, 40 now.*images \(train\)"):
         apply(asked)
+
+
+def test_of_a_run_that_finished_nothing_anything_may_change(tmp_path: Path) -> None:
+    break_off(recipe(tmp_path), steps, "calibrate")
+    assert apply(recipe(tmp_path, "seed=4")).recipe["seed"] == 4
 
 
 def test_how_often_states_are_kept_may_change(tmp_path: Path) -> None:

@@ -16,6 +16,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vitprune.anatomy import examine
 
+_KINDS = {True: "has classes", False: "has none"}
+_WAY_OUT = "name the dense model that the pruned one was made of"
+
 
 class Answers(nn.Module):
     """`pixel_values` in; logits (B, C) or embeddings (B, E) out.
@@ -63,6 +66,22 @@ class Answers(nn.Module):
         model: Any = self.model
         cosines_BC = F.normalize(image_BE, dim=-1) @ self.classes_CE.to(image_BE.dtype).T
         return cosines_BC * model.logit_scale.exp() + getattr(model, "logit_bias", 0.0)
+
+
+def require_same_kind(pruned: Answers, dense: Answers) -> None:
+    """Raises ValueError where one model has classes and the other has none."""
+    if pruned.are_logits != dense.are_logits:
+        ours, theirs = (f"{type(a.model).__name__} {_KINDS[a.are_logits]}" for a in (pruned, dense))
+        raise ValueError(f"the pruned {ours}, but the dense {theirs}; {_WAY_OUT}")
+
+
+def require_same_width(pruned: Tensor, dense: Tensor) -> None:
+    """Raises ValueError where two models' answers to the same images, (B, C) or (B, E), aren't as wide."""
+    if pruned.shape != dense.shape:
+        ours, theirs = pruned.shape[-1], dense.shape[-1]
+        raise ValueError(
+            f"the pruned model answers with {ours} numbers an image, the dense one with {theirs}; {_WAY_OUT}"
+        )
 
 
 def is_two_towers(model: PreTrainedModel) -> bool:

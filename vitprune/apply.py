@@ -50,7 +50,7 @@ def apply(recipe: Recipe, *, restart: bool = False) -> Report:
         NonFiniteLoss: fine-tuning broke off; the model from before is saved beside the output path.
         Terminated: by SIGTERM; the same call goes on.
     """
-    output = Path(recipe.output.path).resolve()
+    output = Path(recipe.output.path).expanduser().resolve()
     with preemption.watch():
         _require_free(recipe, output)
         run = _Run.load(recipe)

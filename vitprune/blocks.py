@@ -79,6 +79,11 @@ class BlockForward:
         running = running_forward.get()
         if isinstance(block, GradientCheckpointingLayer) and block.gradient_checkpointing and block.training:
             repeat: Any = block._gradient_checkpointing_func
+            if getattr(repeat, "keywords", {}).get("use_reentrant"):
+                raise ValueError(
+                    "gradient checkpointing with use_reentrant=True can't train thresholds; enable it with "
+                    "gradient_checkpointing_kwargs={'use_reentrant': False}"
+                )
             return repeat(partial(self._attend, pruning, **kwargs), *args)
         if running is not None and running.checkpoints:
             return checkpoint(partial(self._attend, pruning, **kwargs), *args, use_reentrant=False)

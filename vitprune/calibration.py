@@ -87,6 +87,11 @@ def scale_to_budget(model: nn.Module, batches: Sequence[Inputs], budget: float, 
 def _check(batches: Sequence[Inputs], budget: float) -> None:
     if not batches:
         raise ValueError("calibration needs at least one image")
+    require_budget(budget)
+
+
+def require_budget(budget: float) -> None:
+    """Raises ValueError for a budget that is no part of the dense model's cost."""
     if not 0 < budget <= 1:
         raise ValueError(f"budget is {budget}, should be a part of the dense MACs above 0 and at most 1, such as 0.65")
 

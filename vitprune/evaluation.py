@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from vitprune import cpu_stage, processes
-from vitprune.answers import Answers
+from vitprune.answers import Answers, require_same_kind, require_same_width
 from vitprune.data import Images
 from vitprune.metrics import RANKED, load_metric
 from vitprune.recipe import EvaluateSpec
@@ -41,9 +41,10 @@ def compare(
     Under a launcher each process takes its share of the images; all get the result. Of models without classes
     embeddings are compared. The models stay on their device, in their dtype and in the mode they are in.
 
-    Raises ValueError where there is no image, or `pruned` isn't pruned.
+    Raises ValueError where there is no image, `pruned` isn't pruned, or isn't made of `dense`, as their answers tell.
     """
     dense_answers, pruned_answers = Answers.of(dense), Answers.of(pruned)
+    require_same_kind(pruned_answers, dense_answers)
     state = processes.join()
     own = images.share(state.process_index, state.num_processes)
     batches = own.loader(spec.batch_size)
@@ -57,6 +58,7 @@ def compare(
             before = dense_answers(placed(x_BCHW, dense))
             with trace(pruned) as watched:
                 after = pruned_answers(placed(x_BCHW, pruned))
+            require_same_width(after, before)
             seen.append(_Seen.of(before, after, watched, batch.get("labels"), are_logits=dense_answers.are_logits))
     everybodys = processes.gathered((seen, own.skipped))
     together = [one for theirs, _ in everybodys for one in theirs]

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -23,7 +24,8 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from vitprune import processes
-from vitprune.answers import Answers
+from vitprune.answers import Answers, require_same_kind
+from vitprune.calibration import require_budget
 from vitprune.data import Images
 from vitprune.memory import is_out_of_memory
 from vitprune.optimization import build_optimizer
@@ -45,6 +47,18 @@ class History:
     records: list[dict[str, float]] = field(default_factory=list)
 
 
+@contextmanager
+def _settings_given_back() -> Iterator[None]:
+    """Accelerate's settings are the process's: where there were none before, the next training may have its own."""
+    had_none = not AcceleratorState._shared_state
+    try:
+        yield
+    finally:
+        if had_none:
+            AcceleratorState._reset_state()
+
+
+@_settings_given_back()
 def finetune(
     model: PreTrainedModel | Answers,
     teacher: PreTrainedModel | Answers,
@@ -68,14 +82,17 @@ def finetune(
         state is kept every so often, and taken up again if there is one. diary: what `spec.trackers` are given.
 
     Raises:
-        ValueError: no images for a single batch, no loss that could teach the task, thresholds without a start, or a
-            batch that the processes can't share evenly.
+        ValueError: no images for a single batch, no loss that could teach the task, thresholds without a start, a
+            batch that the processes can't share evenly, a budget out of range, or a teacher that the model isn't made
+            of, as their answers tell.
         OSError: a state can't be written; those before it are there.
         Terminated: inside `preemption.watch`, after SIGTERM; the state was kept.
         NonFiniteLoss: names the step; the model has its weights from up to `update.SNAPSHOT_STEPS` steps before.
     """
     answers, taught_by = Answers.of(model), Answers.of(teacher)
     model = answers.model
+    require_budget(budget)
+    require_same_kind(answers, taught_by)
     require_trainable(images, spec, has_classes=answers.are_logits)
     if not pruning_of(model).levels.isfinite().all():
         raise ValueError("thresholds have no start to learn from; call calibrate first, or give them in the spec")

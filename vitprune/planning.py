@@ -22,7 +22,7 @@ def plan(recipe: Recipe) -> Plan:
     prefix, cost = anatomy.num_prefix_tokens, anatomy.cost
     patches = count_tokens(anatomy, pixels.to("meta")) - prefix
     expected: list[float | None] = [None] * len(cost.linear)
-    if recipe.budget.macs is not None:  # tokens that take some time are known when time has been measured
+    if recipe.budget.macs is not None and _meets_budget(recipe):  # what takes some time is known when it was measured
         rate = uniform_rate(cost, stages, patches, prefix, recipe.budget.macs)
         expected = [*uniform_tokens(stages, len(cost.linear), patches, prefix, rate)]
     rows = tuple(
@@ -61,6 +61,11 @@ def require_images(checkpoint: str, anatomy: Anatomy) -> None:
 def is_calibrated(recipe: Recipe) -> bool:
     spec = recipe.pruning
     return (spec.thresholds if spec.select == "threshold" else spec.keep_ratios) == "calibrated"
+
+
+def _meets_budget(recipe: Recipe) -> bool:
+    """Whether levels are found for the budget; those that are given are as they are."""
+    return is_calibrated(recipe) or (recipe.finetune is not None and recipe.pruning.select == "threshold")
 
 
 def _steps(recipe: Recipe) -> tuple[str, ...]:

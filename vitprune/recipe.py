@@ -7,7 +7,6 @@ everything that needs the model or the data to those who run a recipe. Imports n
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -25,18 +24,13 @@ from pydantic import field_validator as check
 from vitprune.finetune_spec import Execution as Execution
 from vitprune.finetune_spec import FinetuneSpec as FinetuneSpec
 from vitprune.finetune_spec import LossWeights as LossWeights
-from vitprune.recipe_errors import Problem
+from vitprune.pruning_spec import PruningSpec as PruningSpec
 from vitprune.recipe_errors import RecipeError as RecipeError
 from vitprune.recipe_values import (
     LISTS_TOO,
-    Blocks,
     Fraction,
     HubOrLocal,
-    KeepRatios,
-    NonNegative,
-    Positive,
     Text,
-    Thresholds,
 )
 from vitprune.spec import Spec
 from vitprune.yaml_source import Source, dump
@@ -99,76 +93,6 @@ class DataSpec(Spec):
     """What to do with an image that cannot be read: stop, or count it and go on."""
     workers: NonNegativeInt = 0
     """Processes that load images beside the main one."""
-
-
-class PruningSpec(Spec):
-    """Where, by what and how tokens are pruned."""
-
-    before_blocks: Blocks = "every"
-    """Prune before these blocks, counted from 0, or before every block from 1 on."""
-    score: Literal["head-weighted-class-attention", "head-weighted-mean-attention", "redundancy"] = "redundancy"
-    """What a token is judged by: what the class token sees in it (AS-ViT), or how little another one resembles it."""
-    redundancy_exponent: NonNegative = 0.5
-    """How much class attention counts beside redundancy: r * S^exponent, 0 for redundancy alone."""
-    select: Literal["threshold", "top-k", "random", "tome"] = "threshold"
-    """By a threshold, so that images keep different numbers of tokens, or one of the rivals with fixed numbers."""
-    thresholds: Thresholds = "calibrated"
-    """One per stage, for select: threshold. A token stays where its score is above."""
-    keep_ratios: KeepRatios = "calibrated"
-    """One per stage, for the other selects: the part of its patches that a stage keeps."""
-    dropped: Literal["leave", "fuse", "merge"] = "merge"
-    """What becomes of dropped tokens: nothing, one extra token for all, or averaged into the most similar kept one."""
-    min_tokens: PositiveInt = 1
-    """So many patches of an image always stay."""
-    temperature: Positive | None = None
-    """Softness of the threshold in training; if left out 1e-4, or fitted to the scores where those are calibrated."""
-
-    @check("before_blocks")
-    @classmethod
-    def _increasing(cls, stages: tuple[int, ...] | Literal["every"]) -> tuple[int, ...] | Literal["every"]:
-        if not stages:
-            raise ValueError("names no block; write 'every' or a list such as [4, 7, 10]")
-        if isinstance(stages, tuple) and any(first >= second for first, second in pairwise(stages)):
-            raise ValueError(f"is {list(stages)}, which does not increase; write {sorted(set(stages))}")
-        return stages
-
-    @check("select", "dropped")
-    @classmethod
-    def _as_tome(cls, value: str, info: ValidationInfo) -> str:
-        if value == "tome" and info.data.get("score", "redundancy") != "redundancy":
-            raise ValueError("is 'tome', which needs pruning.score to be 'redundancy'")
-        if info.field_name == "dropped" and info.data.get("select") == "tome" and value != "merge":
-            raise ValueError(f"is {value!r}, but select: tome needs 'merge'")
-        return value
-
-    @check("thresholds", "keep_ratios")
-    @classmethod
-    def _per_stage(cls, values: tuple[float, ...] | str, info: ValidationInfo) -> tuple[float, ...] | str:
-        select = info.data.get("select")
-        if isinstance(values, str) or select is None:
-            return values
-        if (select == "threshold") != (info.field_name == "thresholds"):
-            right = "thresholds" if select == "threshold" else "keep_ratios"
-            raise ValueError(f"has no meaning with select: {select}; leave it out or use {right}")
-        stages = info.data.get("before_blocks")
-        if isinstance(stages, tuple) and len(values) != len(stages):
-            raise ValueError(
-                f"has {len(values)} numbers for the {len(stages)} stages {list(stages)}; give one per stage"
-            )
-        return values
-
-    def stages(self, num_blocks: int) -> tuple[int, ...]:
-        """The blocks of a model of `num_blocks` before which it is pruned. ValueError where that cannot be."""
-        stages = tuple(range(1, num_blocks) if self.before_blocks == "every" else self.before_blocks)
-        for stage in stages:
-            if stage >= num_blocks:
-                text = f"stage {stage} is outside the model's {num_blocks} blocks (1 to {num_blocks - 1})"
-                raise RecipeError([Problem(("pruning", "before_blocks"), text)])
-        for name, values in (("thresholds", self.thresholds), ("keep_ratios", self.keep_ratios)):
-            if isinstance(values, tuple) and len(values) != len(stages):
-                text = f"has {len(values)} numbers for {len(stages)} stages in {num_blocks} blocks; give one per stage"
-                raise RecipeError([Problem(("pruning", name), text)])
-        return stages
 
 
 class BudgetSpec(Spec):

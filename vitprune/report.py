@@ -32,7 +32,7 @@ def findings(report: Report) -> list[str]:
     if report.budget is None:
         sentences.append(f"Pruned takes {percent(ratio)} of the dense model's multiply-accumulates (MACs).")
     else:
-        met = "met" if abs(ratio - report.budget) <= BUDGET_TOLERANCE else "not met"
+        met = "met" if ratio <= report.budget + BUDGET_TOLERANCE else "not met"
         sentences.append(
             f"Pruned takes {percent(ratio)} of the dense model's multiply-accumulates (MACs): the budget of "
             f"{percent(report.budget)} is {met}."

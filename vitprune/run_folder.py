@@ -44,7 +44,9 @@ class RunFolder:
 
     @classmethod
     def open(cls, output: Path, fingerprint: Callable[[], Mapping[str, Any]], *, restart: bool) -> RunFolder:
-        """A new folder, or that of a run which was broken off. fingerprint: asked of the main process alone.
+        """A new folder, or that of a run which was broken off, if something of it is finished.
+
+        fingerprint: asked of the main process alone.
 
         Raises ValueError, with the list of differences, if that run had another recipe, data or base checkpoint.
         """
@@ -53,7 +55,7 @@ class RunFolder:
         def prepare() -> None:
             shutil.rmtree(path.with_suffix(".done"), ignore_errors=True)
             mark = path / _FINGERPRINT
-            if mark.is_file() and not restart:
+            if mark.is_file() and not restart and any(entry != mark for entry in path.iterdir()):
                 _require_same(json.loads(mark.read_text(encoding="utf-8")), fingerprint(), path)
                 return
             shutil.rmtree(path, ignore_errors=True)

@@ -28,7 +28,7 @@ from vitprune.planning import is_calibrated, require_images
 from vitprune.pruner import prune_
 from vitprune.recipe import Recipe, SplitSpec
 from vitprune.recipe_errors import Problem, RecipeError
-from vitprune.tracing import is_pruned, pruning_of
+from vitprune.tracing import is_pruned
 
 # what may change while a run is broken off
 _NO_MATTER = {
@@ -130,8 +130,19 @@ def _load_models(
     if pruned is None:
         return dense, prune_(copy.deepcopy(dense), recipe.pruning)
     model = moved(load(pruned, dtype=dtype), device)
-    pruning_of(model)
+    if not is_pruned(model):
+        raise ValueError(f"{pruned} isn't pruned; name a checkpoint that `vitprune apply` wrote")
+    _require_same_names(pruned, model, spec.checkpoint, dense)
     return dense, model
+
+
+def _require_same_names(pruned: str, model: PreTrainedModel, checkpoint: str, dense: PreTrainedModel) -> None:
+    """Answers are compared by class id."""
+    if Answers(model).are_logits and Answers(dense).are_logits and model.config.id2label != dense.config.id2label:
+        raise ValueError(
+            f"{pruned} and model.checkpoint {checkpoint} have different classes (`id2label` in config.json); name the "
+            "dense model that the pruned one was made of"
+        )
 
 
 def _require_device(recipe: Recipe, device: torch.device) -> None:

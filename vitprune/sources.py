@@ -69,10 +69,13 @@ def open_source(data: DataSpec, split: str, id2label: Mapping[int, str] | None, 
     if rows.features is None:
         raise ValueError(f"{place}: what the columns hold can't be told while streaming; set `data.streaming: false`")
     image = _image_column(rows.features, data.image_column, place)
-    labels = _labels(rows.features, data.label_column, id2label, place) if labelled else None
+    column = _label_column(rows.features, data.label_column, place) if labelled else None
+    if column is not None and isinstance(rows, Dataset) and _are_hidden(rows, column):
+        column = None
+    labels = None if column is None else _labels(rows.features, column, id2label, place)
     rows = rows.select_columns([image] if labels is None else [image, labels.column])
     if labels is not None and isinstance(rows, Dataset):
-        labels = _checked(labels, rows, place)
+        _require_ids(labels, rows, place)
     return Source(rows.cast_column(image, Image(decode=False)), place, image, labels)
 
 
@@ -179,20 +182,27 @@ def _could_be_image(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "binary", "large_binary")
 
 
-def _labels(features: Features, named: str | None, id2label: Mapping[int, str] | None, place: str) -> Labels | None:
+def _label_column(features: Features, named: str | None, place: str) -> str | None:
     if named is not None:
         _require(features, named, "data.label_column", place)
-        column = named
-    else:
-        found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-        found = found or [name for name in LABEL_NAMES if _is_label_value(features.get(name))]
-        if len(found) > 1:
-            raise ValueError(
-                f"{place}: several columns hold labels; name one in `data.label_column`. Columns: {_columns(features)}"
-            )
-        if not found:
-            return None
-        column = found[0]
+        return named
+    found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    found = found or [name for name in LABEL_NAMES if _is_label_value(features.get(name))]
+    if len(found) > 1:
+        raise ValueError(
+            f"{place}: several columns hold labels; name one in `data.label_column`. Columns: {_columns(features)}"
+        )
+    return found[0] if found else None
+
+
+def _are_hidden(rows: Dataset, column: str) -> bool:
+    """Whether a split tells no label: -1, as test splits do, or nothing, as folders that are splits, not classes."""
+    if not (isinstance(rows.features[column], ClassLabel) or _is_label_value(rows.features[column])):
+        return False
+    return set(rows.unique(column)) in ({-1}, {None})
+
+
+def _labels(features: Features, column: str, id2label: Mapping[int, str] | None, place: str) -> Labels:
     feature, count = features[column], None if id2label is None else len(id2label)
     if isinstance(feature, ClassLabel):
         if id2label is not None:
@@ -211,17 +221,13 @@ def _is_label_value(feature: Any) -> bool:
     return isinstance(feature, Value) and ("int" in feature.dtype or "string" in feature.dtype)
 
 
-def _checked(labels: Labels, rows: Dataset, place: str) -> Labels | None:
-    """The labels, every value seen to be in range; None where the split hides them all (-1, as test splits do)."""
-    values = rows.unique(labels.column)
-    if values == [-1]:
-        return None
-    for value in values:
+def _require_ids(labels: Labels, rows: Dataset, place: str) -> None:
+    """Every value seen to be in range."""
+    for value in rows.unique(labels.column):
         try:
             labels.id_of(value)
         except ValueError as error:
             raise ValueError(f"{place}, column {labels.column!r}: {error}") from error
-    return labels
 
 
 def check_label_names(names: Sequence[str], id2label: Mapping[int, str], place: str) -> None:

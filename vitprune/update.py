@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vitprune import processes
-from vitprune.answers import Answers
+from vitprune.answers import Answers, require_same_width
 from vitprune.losses import LOSSES, answer_losses, budget_loss
 from vitprune.recipe import FinetuneSpec
 from vitprune.tracing import trace
@@ -104,6 +104,7 @@ class Update:
         if weights.distillation:
             with torch.no_grad():
                 taught = self.teacher(batch["pixel_values"])
+            require_same_width(answers, taught)
         others = answer_losses(answers, taught, batch.get("labels"), weights, are_logits=self.teacher.are_logits)
         return {"budget": weights.budget * budget.float(), **others}
 

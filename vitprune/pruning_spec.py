@@ -1,0 +1,99 @@
+"""What a recipe says of pruning: where, by what and how. Imports no torch."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+from pydantic import PositiveInt, ValidationInfo
+from pydantic import field_validator as check
+
+from vitprune.recipe_errors import Problem, RecipeError
+from vitprune.recipe_values import Blocks, KeepRatios, NonNegative, Positive, Thresholds
+from vitprune.spec import Spec
+
+ANCHORS = 0.5
+"""By redundancy every second patch stays, since it is what the others are compared with."""
+
+
+class PruningSpec(Spec):
+    """Where, by what and how tokens are pruned."""
+
+    before_blocks: Blocks = "every"
+    """Prune before these blocks, counted from 0, or before every block from 1 on."""
+    score: Literal["head-weighted-class-attention", "head-weighted-mean-attention", "redundancy"] = "redundancy"
+    """What a token is judged by: what the class token sees in it (AS-ViT), or how little another one resembles it."""
+    redundancy_exponent: NonNegative = 0.5
+    """How much class attention counts beside redundancy: r * S^exponent, 0 for redundancy alone."""
+    select: Literal["threshold", "top-k", "random", "tome"] = "threshold"
+    """By a threshold, so that images keep different numbers of tokens, or one of the rivals with fixed numbers."""
+    thresholds: Thresholds = "calibrated"
+    """One per stage, for select: threshold. A token stays where its score is above."""
+    keep_ratios: KeepRatios = "calibrated"
+    """One per stage, for the other selects: the part of its patches that a stage keeps."""
+    dropped: Literal["leave", "fuse", "merge"] = "merge"
+    """What becomes of dropped tokens: nothing, one extra token for all, or averaged into the most similar kept one."""
+    min_tokens: PositiveInt = 1
+    """So many patches of an image always stay."""
+    temperature: Positive | None = None
+    """Softness of the threshold in training; if left out 1e-4, or fitted to the scores where those are calibrated."""
+
+    @check("before_blocks")
+    @classmethod
+    def _increasing(cls, stages: tuple[int, ...] | Literal["every"]) -> tuple[int, ...] | Literal["every"]:
+        if not stages:
+            raise ValueError("names no block; write 'every' or a list such as [4, 7, 10]")
+        if isinstance(stages, tuple) and any(first >= second for first, second in pairwise(stages)):
+            raise ValueError(f"is {list(stages)}, which does not increase; write {sorted(set(stages))}")
+        return stages
+
+    @check("redundancy_exponent")
+    @classmethod
+    def _of_redundancy(cls, value: float, info: ValidationInfo) -> float:
+        score = info.data.get("score", "redundancy")
+        if score != "redundancy" and value != cls.model_fields["redundancy_exponent"].default:
+            raise ValueError(f"has no meaning with score: {score}; leave it out")
+        return value
+
+    @check("select", "dropped")
+    @classmethod
+    def _as_tome(cls, value: str, info: ValidationInfo) -> str:
+        if value == "tome" and info.data.get("score", "redundancy") != "redundancy":
+            raise ValueError("is 'tome', which needs pruning.score to be 'redundancy'")
+        if info.field_name == "dropped" and info.data.get("select") == "tome" and value != "merge":
+            raise ValueError(f"is {value!r}, but select: tome needs 'merge'")
+        return value
+
+    @check("thresholds", "keep_ratios")
+    @classmethod
+    def _per_stage(cls, values: tuple[float, ...] | str, info: ValidationInfo) -> tuple[float, ...] | str:
+        select = info.data.get("select")
+        if isinstance(values, str) or select is None:
+            return values
+        if (select == "threshold") != (info.field_name == "thresholds"):
+            right = "thresholds" if select == "threshold" else "keep_ratios"
+            raise ValueError(f"has no meaning with select: {select}; leave it out or use {right}")
+        stages = info.data.get("before_blocks")
+        if isinstance(stages, tuple) and len(values) != len(stages):
+            raise ValueError(
+                f"has {len(values)} numbers for the {len(stages)} stages {list(stages)}; give one per stage"
+            )
+        by_redundancy = select == "tome" or (select == "top-k" and info.data.get("score") == "redundancy")
+        if by_redundancy and min(values, default=1.0) < ANCHORS:
+            raise ValueError(
+                f"has {min(values)}, but by redundancy at most half of them leave at a stage; give 0.5 or more"
+            )
+        return values
+
+    def stages(self, num_blocks: int) -> tuple[int, ...]:
+        """The blocks of a model of `num_blocks` before which it is pruned. ValueError where that cannot be."""
+        stages = tuple(range(1, num_blocks) if self.before_blocks == "every" else self.before_blocks)
+        for stage in stages:
+            if stage >= num_blocks:
+                text = f"stage {stage} is outside the model's {num_blocks} blocks (1 to {num_blocks - 1})"
+                raise RecipeError([Problem(("pruning", "before_blocks"), text)])
+        for name, values in (("thresholds", self.thresholds), ("keep_ratios", self.keep_ratios)):
+            if isinstance(values, tuple) and len(values) != len(stages):
+                text = f"has {len(values)} numbers for {len(stages)} stages in {num_blocks} blocks; give one per stage"
+                raise RecipeError([Problem(("pruning", name), text)])
+        return stages
