@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import signal
@@ -170,6 +171,26 @@ def test_what_is_evaluated_has_to_be_pruned_and_have_the_same_classes(tmp_path: 
     vitprune.save(model, tmp_path / "other")
     with pytest.raises(ValueError, match=r"other and model\.checkpoint .* have different classes"):
         evaluate(str(tmp_path / "other"), asked)
+
+
+def test_dropout_of_attention_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, RECIPE + FINETUNE)
+    config = tmp_path / "checkpoint" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "attention_probs_dropout_prob": 0.1}))
+    with pytest.raises(ValueError, match=r"attention dropout \(0\.1\).*finetune\.execution: masked"):
+        apply(asked)
+    assert not (tmp_path / ".out.run").exists()
+    assert asked.finetune is not None
+    apply(load_recipe(tmp_path / "recipe.yaml", ["finetune.execution=masked", "evaluate.batch_sizes=[]"]))
+
+
+@pytest.mark.parametrize(
+    ("path", "trouble"),
+    [("/", r"output\.path / is no folder of its own"), ("recipe.yaml/x/y", r"recipe\.yaml is no folder")],
+)
+def test_an_output_that_can_be_no_folder_is_refused(tmp_path: Path, path: str, trouble: str) -> None:
+    with pytest.raises(ValueError, match=trouble):
+        apply(recipe(tmp_path, RECIPE, "vit", f"output.path={tmp_path / path}"))
 
 
 def test_the_output_may_be_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

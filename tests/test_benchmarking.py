@@ -186,6 +186,13 @@ def test_a_size_that_cannot_be_is_said_before_anything_is_measured(run: Bench, t
     assert not (tmp_path / "out").exists()
 
 
+def test_a_file_is_no_place_for_results(run: Bench, tmp_path: Path) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="out is no folder"):
+        run()
+    assert (tmp_path / "out").read_text() == "mine"
+
+
 def test_only_images(run: Bench, tmp_path: Path) -> None:
     video = samples.write_checkpoint(tmp_path / "video", "videomae")
     with pytest.raises(ValueError, match="takes videos, recipes read images"):

@@ -256,6 +256,9 @@ def test_recipes_cp_overwrites_nothing(shelf: Path) -> None:
     result = invoke("recipes", "cp", "small")
     assert (result.exit_code, result.stderr) == (1, "failed: small is already there; name another folder\n")
     assert not Path("small.yaml").exists()
+    Path("notes").write_text("mine")
+    result = invoke("recipes", "cp", "small", "notes")
+    assert (result.exit_code, result.stderr) == (1, "failed: notes is no folder; name one\n")
 
 
 def test_recipes_cp_of_an_unknown_name(shelf: Path) -> None:

@@ -183,6 +183,8 @@ def test_a_teacher_answers_as_its_student(tmp_path: Path) -> None:
     dense, pruned = models(data)
     with pytest.raises(ValueError, match=r"name the dense model that the pruned one was made of"):
         finetune(pruned, ViTModel(ViTConfig(**tiny.SHAPE)), data, SPEC, BUDGET, progress=False)
+    with pytest.raises(ValueError, match="the teacher is the model itself"):
+        finetune(pruned, pruned, data, SPEC, BUDGET, progress=False)
     other: Any = dense
     other.classifier = torch.nn.Linear(48, 1)
     with pytest.raises(ValueError, match=r"name the dense model that the pruned one was made of"):

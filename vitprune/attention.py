@@ -193,11 +193,7 @@ def attend(
             if call.wants_metric:
                 call.findings.metric_BMK = key_metric(key.transpose(1, 2))
         case TokenBatch() as batch:
-            if dropout:
-                raise ValueError(
-                    f"attention dropout ({dropout:g}) isn't done while tokens are packed; train with "
-                    "finetune.execution: masked, or set the dropout in the checkpoint's config.json to 0"
-                )
+            require_no_dropout(dropout)
             if query.dtype != value.dtype:  # rotary tables stay in float32 under autocast
                 query, key = query.to(value.dtype), key.to(value.dtype)
             if call.ghost_run is not None and call.ghost_run.is_on:
@@ -208,6 +204,15 @@ def attend(
                 call.conclude()
             return output
     return output.contiguous()
+
+
+def require_no_dropout(dropout: float) -> None:
+    """Raises ValueError where packed tokens' attention would have to drop something."""
+    if dropout:
+        raise ValueError(
+            f"attention dropout ({dropout:g}) isn't done while tokens are packed; train with "
+            "finetune.execution: masked, or set the dropout in the checkpoint's config.json to 0"
+        )
 
 
 def _find(

@@ -74,6 +74,8 @@ class _Sweep:
     @classmethod
     def start(cls, settings: BenchSettings, output: Path | None, progress: bool) -> _Sweep:
         """Loads model and images once, to know what there is to do."""
+        if output is not None and output.exists() and not output.is_dir():
+            raise ValueError(f"{output} is no folder; name one for what is measured")
         recipe, device = settings.recipe, _device()
         dtypes = settings.dtypes or (recipe.model.dtype,)
         contest = Contest.load(recipe, getattr(torch, dtypes[0]), device)

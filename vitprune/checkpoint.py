@@ -6,6 +6,7 @@ Knows files; leaves what a pruned model is to `pruner`, and its way back through
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -126,10 +127,16 @@ def load_processor(checkpoint: str, revision: str | None = None) -> BaseImagePro
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:
-    """Raises ValueError if something is at an output path that may not be overwritten.
+    """Raises ValueError for an output path that can't be written, or where something is that may not be overwritten.
 
     Only a folder that holds nothing but a pruned checkpoint is ever overwritten.
     """
+    if path == path.parent:
+        raise ValueError(f"output.path {path} is no folder of its own; name one below it")
+    above = next(folder for folder in path.parents if folder.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        trouble = "may not be written" if above.is_dir() else "is no folder"
+        raise ValueError(f"output.path {path}: {above} {trouble}; choose another path")
     old = _old(path)
     if old.exists() and not path.exists():  # of a run that was killed between two renames
         old.rename(path)

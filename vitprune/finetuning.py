@@ -25,18 +25,23 @@ from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
 from vitprune import processes
 from vitprune.answers import Answers, require_same_kind
+from vitprune.attention import require_no_dropout
 from vitprune.calibration import require_budget
 from vitprune.data import Images
 from vitprune.memory import is_out_of_memory
 from vitprune.optimization import build_optimizer
 from vitprune.preemption import Terminated, deferred
 from vitprune.recipe import FinetuneSpec
+from vitprune.recognition import find_backbone
 from vitprune.tracing import pruning_of
 from vitprune.tracking import Diary, Tracking, require_installed
 from vitprune.training_data import Position, Share, TrainingBatches
 from vitprune.training_state import Progress, States
 from vitprune.update import NonFiniteLoss as NonFiniteLoss
 from vitprune.update import Student, Update
+
+# as models of transformers have it in their configuration
+_ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout")
 
 
 @dataclass
@@ -92,8 +97,10 @@ def finetune(
     answers, taught_by = Answers.of(model), Answers.of(teacher)
     model = answers.model
     require_budget(budget)
+    if taught_by.model is model:
+        raise ValueError("the teacher is the model itself; pass the dense model, or a copy of it from before prune_")
     require_same_kind(answers, taught_by)
-    require_trainable(images, spec, has_classes=answers.are_logits)
+    require_trainable(images, spec, model, has_classes=answers.are_logits)
     if not pruning_of(model).levels.isfinite().all():
         raise ValueError("thresholds have no start to learn from; call calibrate first, or give them in the spec")
     state = processes.join()
@@ -258,8 +265,10 @@ def _trained(answers: Answers, teacher: Answers, spec: FinetuneSpec, accelerator
         answers.eval()
 
 
-def require_trainable(images: Images, spec: FinetuneSpec, *, has_classes: bool) -> None:
-    """Raises ValueError where images and losses don't go together; to be asked before anything is run."""
+def require_trainable(images: Images, spec: FinetuneSpec, model: PreTrainedModel, *, has_classes: bool) -> None:
+    """Raises ValueError where images, losses and model don't go together; to be asked before anything is run."""
+    if spec.execution == "packed":
+        require_no_dropout(max(getattr(find_backbone(model).config, name, 0.0) or 0.0 for name in _ATTENTION_DROPOUTS))
     count_steps(spec, images)
     require_installed(spec.trackers)
     if not spec.losses.distillation and not (images.labelled and has_classes):

@@ -39,6 +39,8 @@ def copy(name: str, destination: Path) -> list[Path]:
     KeyError for a name that is not shipped.
     """
     recipe = shipped()[name]
+    if destination.exists() and not destination.is_dir():
+        raise FileExistsError(f"{destination} is no folder; name one")
     sources = [path for path in (recipe, recipe.with_suffix("")) if path.exists()]
     for source in sources:
         if (destination / source.name).exists():

@@ -24,7 +24,7 @@ _ABSENT = "nothing"
 
 
 def place_of(output: Path) -> Path:
-    return output.with_name(f".{output.name}.run")
+    return output.parent / f".{output.name}.run"
 
 
 def was_saved(output: Path) -> bool:

@@ -76,7 +76,7 @@ class RunInputs:
         if pruned is None and (recipe.finetune is not None or is_calibrated(recipe)):
             train = read(recipe.data.train)
             if recipe.finetune is not None:
-                require_trainable(train, recipe.finetune, has_classes=_has_classes(recipe, dense))
+                require_trainable(train, recipe.finetune, dense, has_classes=_has_classes(recipe, dense))
                 train, holdout = train.holdout(recipe.finetune.holdout, recipe.seed)
         compared = read(recipe.data.eval)
         classes_CE = _embed_classes(recipe, dense, tokenizer, compared)

@@ -145,6 +145,8 @@ def _reason(data: DataSpec, error: Exception) -> str:
             if isinstance(error, OSError):
                 return f"there is no such file or folder (seen from {Path.cwd()}), {absent}"
             return f"{error}\nName one of them in `data.name`, or {fetch} where there is a network"
+    if "Unknown split" in str(error):
+        return f"{error} Name one, or a part of one as in 'train[:80%]', in `data.train.split` or `data.eval.split`"
     if Path(data.path).expanduser().exists() or isinstance(error, ValueError):
         return str(error)
     return (
