@@ -222,7 +222,9 @@ def test_data_that_is_not_there(hub: Hub, home: Path) -> None:
 def test_another_cause_keeps_its_own_message(hub: Hub, home: Path) -> None:
     hub.put(CONFIG, PROCESSOR, WEIGHTS)
     put_data(home)
-    assert error(apply, recipe(home, "data.train.split=trian")).endswith("Should be one of ['train', 'test'].")
+    said = error(apply, recipe(home, "data.train.split=trian"))
+    assert "Should be one of ['train', 'test']. Name one" in said
+    assert "`data.train.split`" in said
     (hub.snapshot / WEIGHTS).write_text("no weights")
     assert "its weights can't be read" in error(apply, recipe(home))
     (hub.snapshot / CONFIG).write_text('{"model_type": "vitt"}')
