@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from made_up import MACHINE
+
 from vitprune.results import (
     Comparison,
     Distribution,
-    Environment,
     KeptPatches,
     Macs,
     MetricPair,
@@ -45,16 +46,7 @@ def speed(batch_size: int, speedup: float) -> Throughput:
 
 
 def report(**changes: Any) -> Report:
-    environment = Environment(
-        vitprune="0.1.0",
-        torch="2.13.0",
-        transformers="5.23.0",
-        python="3.11.7",
-        cpu="Some CPU",
-        threads=2,
-        device="cpu",
-        dtype="float32",
-    )
+    environment = MACHINE.model_copy(update={"cpu": "Some CPU", "dtype": "float32"})
     fields: dict[str, Any] = {
         "environment": environment,
         "recipe": RECIPE,

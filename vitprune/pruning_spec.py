@@ -16,6 +16,11 @@ ANCHORS = 0.5
 """By redundancy every second patch stays, since it is what the others are compared with."""
 
 
+def is_redundancy(select: str, score: str | None) -> bool:
+    """Whether tokens are judged by their likeness to others."""
+    return select == "tome" or (score == "redundancy" and select != "random")
+
+
 class PruningSpec(Spec):
     """Where, by what and how tokens are pruned."""
 
@@ -78,8 +83,8 @@ class PruningSpec(Spec):
             raise ValueError(
                 f"has {len(values)} numbers for the {len(stages)} stages {list(stages)}; give one per stage"
             )
-        by_redundancy = select == "tome" or (select == "top-k" and info.data.get("score") == "redundancy")
-        if by_redundancy and min(values, default=1.0) < ANCHORS:
+        by_redundancy = is_redundancy(select, info.data.get("score"))
+        if info.field_name == "keep_ratios" and by_redundancy and min(values, default=1.0) < ANCHORS:
             raise ValueError(
                 f"has {min(values)}, but by redundancy at most half of them leave at a stage; give 0.5 or more"
             )

@@ -70,12 +70,13 @@ def open_source(data: DataSpec, split: str, id2label: Mapping[int, str] | None, 
         raise ValueError(f"{place}: what the columns hold can't be told while streaming; set `data.streaming: false`")
     image = _image_column(rows.features, data.image_column, place)
     column = _label_column(rows.features, data.label_column, place) if labelled else None
-    if column is not None and isinstance(rows, Dataset) and _are_hidden(rows, column):
+    values = [] if column is None else _label_values(rows, column)
+    if set(values) in ({-1}, {None}):  # as test splits hide them, and folders that are splits have none
         column = None
     labels = None if column is None else _labels(rows.features, column, id2label, place)
+    if labels is not None:
+        _require_ids(labels, values, place)
     rows = rows.select_columns([image] if labels is None else [image, labels.column])
-    if labels is not None and isinstance(rows, Dataset):
-        _require_ids(labels, rows, place)
     return Source(rows.cast_column(image, Image(decode=False)), place, image, labels)
 
 
@@ -197,11 +198,11 @@ def _label_column(features: Features, named: str | None, place: str) -> str | No
     return found[0] if found else None
 
 
-def _are_hidden(rows: Dataset, column: str) -> bool:
-    """Whether a split tells no label: -1, as test splits do, or nothing, as folders that are splits, not classes."""
-    if not (isinstance(rows.features[column], ClassLabel) or _is_label_value(rows.features[column])):
-        return False
-    return set(rows.unique(column)) in ({-1}, {None})
+def _label_values(rows: Dataset | IterableDataset, column: str) -> list[Any]:
+    """The different values of a column that may hold labels; none of a stream's, which would have to be read."""
+    feature = None if rows.features is None else rows.features[column]
+    may_hold = isinstance(feature, ClassLabel) or _is_label_value(feature)
+    return rows.unique(column) if may_hold and isinstance(rows, Dataset) else []
 
 
 def _labels(features: Features, column: str, id2label: Mapping[int, str] | None, place: str) -> Labels:
@@ -223,9 +224,9 @@ def _is_label_value(feature: Any) -> bool:
     return isinstance(feature, Value) and ("int" in feature.dtype or "string" in feature.dtype)
 
 
-def _require_ids(labels: Labels, rows: Dataset, place: str) -> None:
+def _require_ids(labels: Labels, values: Sequence[Any], place: str) -> None:
     """Every value seen to be in range."""
-    for value in rows.unique(labels.column):
+    for value in values:
         try:
             labels.id_of(value)
         except ValueError as error:

@@ -19,7 +19,7 @@ from vitprune.attention import Findings
 from vitprune.cost import CostModel
 from vitprune.cost_table import Costs
 from vitprune.packed_attention import Query
-from vitprune.recipe import PruningSpec
+from vitprune.pruning_spec import PruningSpec, is_redundancy
 from vitprune.scoring import most_similar, redundancy, redundancy_weights
 from vitprune.thresholds import above_threshold, random_scores, top_counts
 from vitprune.tokens import TokenBatch
@@ -50,7 +50,7 @@ class Policy:
 
     @property
     def is_redundancy(self) -> bool:
-        return self.spec.select == "tome" or (self.spec.score == "redundancy" and self.spec.select != "random")
+        return is_redundancy(self.spec.select, self.spec.score)
 
     @property
     def exponent(self) -> float:
