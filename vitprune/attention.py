@@ -270,12 +270,9 @@ def masked_attention_weights(
     logits are a_ij + log s_j (ToMe's proportional attention).
     """
     logits = (q_BHNK @ k_BHNK.transpose(-1, -2)).float() * scaling
-    num_tokens = logits.shape[-1]
     if bias_1HNN is not None:
-        # tokens that a stage added have no position
-        added = num_tokens - bias_1HNN.shape[-1]
-        logits = logits + F.pad(bias_1HNN, (0, added, 0, added))
-    eye_NN = torch.eye(num_tokens, dtype=torch.bool, device=logits.device)
+        logits = logits + bias_1HNN
+    eye_NN = torch.eye(logits.shape[-1], dtype=torch.bool, device=logits.device)
     seen_BNN = torch.where(eye_NN, 1.0, tokens.mask_BN[:, None].float())
     return _masked_softmax(logits, seen_BNN[:, None], tokens)
 

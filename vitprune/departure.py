@@ -1,4 +1,4 @@
-"""How tokens leave a packed batch: those that stay move together, the others are left, merged or fused.
+"""How tokens leave a packed batch: those that stay move together, the others are left or merged.
 
 Knows what becomes of hidden states, sizes and carriers; leaves to `stage` who leaves and to whom, and to `ghosts` those
 that leave near their threshold in a training pass. What is given away there has the gradient of 1 − m.
@@ -37,22 +37,20 @@ class Departure:
     """Who leaves at a stage and who takes over. Tokens are numbered within their image.
 
     keep_BM: bool, tokens that stay; False where there is none.
-    takers_BM: for a token that leaves, the token that stays and takes it in (`merge`); None for `leave` and `fuse`.
-    fuse_weights_BM: weights of the mean that becomes the extra token (`fuse`); None otherwise.
+    takers_BM: for a token that leaves, the token that stays and takes it in (`merge`); None for `leave`.
     teaching: in training; None in inference.
     kept: how many tokens of each image stay, where the host knows already.
     """
 
     keep_BM: Tensor
     takers_BM: Tensor | None = None
-    fuse_weights_BM: Tensor | None = None
     teaching: Teaching | None = None
     kept: tuple[int, ...] | None = None
 
     @property
     def leaves(self) -> bool:
         """Whether what leaves is gone for good."""
-        return self.takers_BM is None and self.fuse_weights_BM is None
+        return self.takers_BM is None
 
     @property
     def linger_BM(self) -> Tensor:
@@ -95,7 +93,7 @@ def depart(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[Token
 
     Where nothing leaves, the batch and the states themselves; but in training, where thresholds may learn from it.
     """
-    if departure.teaching is None and departure.fuse_weights_BM is None and cpu_stage.can_loop(x_TD):
+    if departure.teaching is None and cpu_stage.can_loop(x_TD):
         return _depart_in_loops(batch, x_TD, departure)
     move = _plan(batch, x_TD, departure)
     if move is None:
@@ -126,7 +124,7 @@ def _depart_in_loops(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> t
 def _sources(batch: TokenBatch, move: _Move) -> Tensor:
     """Row before the stage that each row after it is a copy of, (T',).
 
-    What isn't a token that stays, fillers and tokens that `fuse` adds, begins as a copy of the image's first.
+    A filler is a copy of its image's first.
     """
     if len(batch.lengths) == 1:
         return move.put(move.before_X, 0)
@@ -139,10 +137,7 @@ def _plan(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> _Move | None
     kept = counts_BM[:, -1].tolist()
     if tuple(kept) == batch.lengths and departure.teaching is None:
         return None
-    # `fuse` adds one at the end of an image that loses something
-    fuses = departure.fuse_weights_BM is not None
-    lengths = [count + (fuses and count < length) for count, length in zip(kept, batch.lengths, strict=True)]
-    layout = Layout.fitting(lengths, x_TD, learns=departure.teaching is not None)
+    layout = Layout.fitting(kept, x_TD, learns=departure.teaching is not None)
     slots_BM = _destinations(departure, counts_BM - 1)
     rows_BM = layout.rows_of(slots_BM)
     return _Move(layout, slots_BM, rows_BM, *_select(batch, rows_BM, departure.keep_BM, sum(kept)))
@@ -153,8 +148,6 @@ def _destinations(departure: Departure, slots_BM: Tensor) -> Tensor:
     keep_BM, takers_BM = departure.keep_BM, departure.takers_BM
     if takers_BM is not None:
         return torch.where(keep_BM, slots_BM, slots_BM.gather(1, takers_BM))
-    if departure.fuse_weights_BM is not None:
-        return torch.where(keep_BM, slots_BM, slots_BM[:, -1:] + 1)
     return torch.where(keep_BM, slots_BM, NOBODY)
 
 
@@ -164,9 +157,8 @@ def _give(
     """Hands tokens that leave to their takers; returns hidden states, sizes and, in training, whose sizes learn."""
     gives_BM, takers_BM, teaching = batch.valid_BM ^ departure.keep_BM, move.rows_BM, departure.teaching
     if teaching is not None:  # those that stay give nothing, but with a gradient
-        is_fused_B1 = gives_BM.any(1, keepdim=True) | (departure.takers_BM is not None)
-        gives_BM = gives_BM | (teaching.near_BM & is_fused_B1)
-        takers_BM = _takers_of_all(departure, move)
+        assert departure.takers_BM is not None
+        gives_BM, takers_BM = gives_BM | teaching.near_BM, move.rows_BM.gather(1, departure.takers_BM)
     leave = sum(batch.lengths) - len(move.before_X) if teaching is None else None
     left, takers = _select(batch, takers_BM, gives_BM, leave)
     old_sizes_T = batch.sizes_T if batch.sizes_T is not None else x_TD.new_ones(len(x_TD), dtype=torch.float32)
@@ -176,11 +168,7 @@ def _give(
         given = given * amounts
     sizes_T = move.take_along(old_sizes_T, 0.0).index_add_(0, takers, given)
     states = x_TD.index_select(0, left)
-    if departure.fuse_weights_BM is None:
-        _merge_(y_TD, states, takers, given / sizes_T.index_select(0, takers))
-    else:
-        weights = departure.fuse_weights_BM[gives_BM] + torch.finfo(torch.float32).tiny
-        _fuse_(y_TD, states, takers, weights if amounts is None else weights * amounts)
+    _merge_(y_TD, states, takers, given / sizes_T.index_select(0, takers))
     if teaching is None:
         return y_TD, sizes_T, None
     learns_T = torch.zeros(len(y_TD), dtype=torch.bool, device=y_TD.device)
@@ -189,13 +177,6 @@ def _give(
         learns_T[move.after_X[batch.learning.learns_T.index_select(0, move.before_X)]] = True
         learns_T[takers[batch.learning.learns_T.index_select(0, left)]] = True
     return y_TD, sizes_T, learns_T
-
-
-def _takers_of_all(departure: Departure, move: _Move) -> Tensor:
-    """Row after the stage that takes each token in, or would if it left, (B, M)."""
-    if departure.takers_BM is None:  # `fuse`: the extra token behind those that stay
-        return move.layout.rows_of(departure.keep_BM.sum(1, keepdim=True)).expand_as(move.rows_BM)
-    return move.rows_BM.gather(1, departure.takers_BM)
 
 
 def _learning(departure: Departure, teaching: Teaching, move: _Move, learns_T: Tensor | None) -> Learning:
@@ -221,15 +202,6 @@ def _select(batch: TokenBatch, rows_BM: Tensor, mask_BM: Tensor, count: int | No
 def _merge_(y_TD: Tensor, left: Tensor, takers: Tensor, shares: Tensor) -> None:
     """Makes takers the mean by size; written as a change of theirs, so that only what leaves is touched."""
     y_TD.index_add_(0, takers, (left - y_TD.index_select(0, takers)) * shares[:, None].to(y_TD.dtype))
-
-
-def _fuse_(y_TD: Tensor, left: Tensor, takers: Tensor, weights: Tensor) -> None:
-    """Makes takers the weighted mean of what leaves, summed in float32 (EViT, arXiv 2202.07800)."""
-    extra, index = takers.unique_consecutive(return_inverse=True)
-    totals = weights.new_zeros(len(extra)).index_add(0, index, weights)
-    shares = weights / totals.index_select(0, index)
-    means = weights.new_zeros(len(extra), y_TD.shape[1]).index_add(0, index, left.float() * shares[:, None])
-    y_TD.index_copy_(0, extra, means.to(y_TD.dtype))
 
 
 def _redirect(batch: TokenBatch, slots_BM: Tensor, departure: Departure) -> Tensor:

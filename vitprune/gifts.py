@@ -1,6 +1,6 @@
 """What the dense sequence behind the last block tells thresholds about tokens that were given away.
 
-A patch that was merged or fused holds in the end the state of its taker (`TokenBatch.unpack`). With amount a of what is
+A patch that was merged holds in the end the state of its taker (`TokenBatch.unpack`). With amount a of what is
 given away it holds own + a·(taker − own), which in value is one or the other, and has a gradient for a. A head that
 averages patches learns by it what a token of its own would have been worth. A patch that left for good holds the mean
 of those that are seen, and learns what its own state would do to that mean. Leaves giving to `departure`.
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from vitprune.departure import Departure
 from vitprune.ghosts import Ghosts
-from vitprune.tokens import NOBODY, TokenBatch
+from vitprune.tokens import TokenBatch
 
 
 @dataclass(frozen=True)
@@ -47,12 +47,8 @@ def record(batch: TokenBatch, departure: Departure, num_earlier: int) -> Gift:
     mask_BM, near_BM = departure.teaching.mask_BM, departure.teaching.near_BM
     positions_BM = batch.positions_BM
     leave_BM = batch.valid_BM & ~departure.keep_BM
-    if departure.takers_BM is not None:
-        takers_BM = positions_BM.gather(1, departure.takers_BM)
-    else:  # `fuse`: the first that was fused and has a place in the dense sequence
-        first_B1 = (leave_BM & (positions_BM != NOBODY)).int().argmax(1, keepdim=True)
-        takers_BM = positions_BM.gather(1, first_B1).expand_as(positions_BM)
-        near_BM = near_BM & leave_BM.gather(1, first_B1)
+    assert departure.takers_BM is not None
+    takers_BM = positions_BM.gather(1, departure.takers_BM)
     near_BN = near_BM.gather(1, batch.carriers_BN.clamp(min=0)) & batch.present_BN
     images_X, members_X = near_BN.nonzero(as_tuple=True)
     place = images_X, batch.carriers_BN[images_X, members_X]

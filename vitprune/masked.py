@@ -4,7 +4,7 @@ Dropped tokens go on as ghosts that see the others but that nobody else sees (AS
 can bring them back. What the packed pass does with tokens that leave is done here in the same numbers, with 1 − m for
 what is given away.
 
-Shapes: B images, N tokens of an image (grows by one a stage under `fuse`), M tokens of an image that are seen, D width.
+Shapes: B images, N tokens of an image, M tokens of an image that are seen, D width.
 """
 
 from __future__ import annotations
@@ -16,9 +16,8 @@ from torch import Tensor
 
 from vitprune.attention import AttentionCall, Findings, MaskedTokens
 from vitprune.scoring import true_indices
-from vitprune.stage import Decision, Observer, Policy, SeenTokens, Tally, count_tokens, decide, fuse_weights
+from vitprune.stage import Decision, Observer, Policy, SeenTokens, Tally, count_tokens, decide
 from vitprune.thresholds import straight_through
-from vitprune.tokens import NOBODY
 
 
 @dataclass(frozen=True)
@@ -81,17 +80,14 @@ class MaskedPass:
             self._mask_BN = valid_BN.float()
 
     def positions(self) -> Tensor | None:
-        """As `PackedPass.positions`; here rows differ from the dense sequence where `fuse` added some."""
-        if self._mask_BN is None or self._mask_BN.shape[1] == self.num_tokens:
-            return None
-        index_N = torch.arange(self._mask_BN.shape[1], device=self._mask_BN.device)
-        return torch.where(index_N < self.num_tokens, index_N, NOBODY)
+        """As `PackedPass.positions`; here rows are the dense sequence always."""
+        return None
 
     def absent_BN(self) -> Tensor | None:
         """As `PackedPass.absent_BN`. Attention pooling gives thresholds no gradient."""
         if self._seen_BN is None or self._gifts:
             return None
-        return ~self._seen_BN[:, : self.num_tokens]
+        return ~self._seen_BN
 
     def unpack(self, hidden_states: Tensor) -> Tensor:
         """Hidden states behind the last block as the packed pass gives them out, (B, N, D) of the dense sequence."""
@@ -110,15 +106,13 @@ class MaskedPass:
             return hidden_states + (1 - mask_BN1) * (mean_B1D - hidden_states)
         for gift in reversed(self._gifts):
             index_BND = gift.takers_BN[..., None].expand(-1, -1, hidden_states.shape[-1])
-            known = gift.takers_BN.shape[1]
             amounts_BN1 = gift.amounts_BN[..., None].to(hidden_states.dtype)
-            own_BND, taker_BND = hidden_states[:, :known], hidden_states.gather(1, index_BND)
-            hidden_states = own_BND + amounts_BN1 * (taker_BND - own_BND)
-        return hidden_states[:, : self.num_tokens]
+            hidden_states = hidden_states + amounts_BN1 * (hidden_states.gather(1, index_BND) - hidden_states)
+        return hidden_states
 
     def unpack_recorded(self, block: int, hidden_states: Tensor) -> Tensor:
         """As `PackedPass.unpack_recorded`, ghosts included."""
-        return hidden_states[:, : self.num_tokens]
+        return hidden_states
 
     def _seen_B(self) -> Tensor:
         assert self.tally is not None
@@ -136,8 +130,7 @@ class MaskedPass:
         seen_BN = self._seen_BN
         index_BM = true_indices(seen_BN)
         valid_BM = seen_BN.gather(1, index_BM)
-        positions_BM = torch.where(index_BM < self.num_tokens, index_BM, NOBODY)
-        seen = SeenTokens(valid_BM, positions_BM)
+        seen = SeenTokens(valid_BM, index_BM)
         decision = decide(policy, stage, _at(self._call.findings, index_BM), seen, self.observers, learns=True)
         m_BM = decision.keep_BM.float()
         if policy.spec.select == "threshold":
@@ -149,21 +142,13 @@ class MaskedPass:
         kept_B = self._seen_B()
         # ghosts have nothing to give, not even a gradient: nobody knows who would take them in
         amounts_BN = torch.where(seen_BN, 1 - m_BN, 0.0)
-        x_BND = self._give(decision, amounts_BN, index_BM, x_BND)
+        if policy.spec.dropped == "merge":
+            x_BND = self._merge(decision, amounts_BN, index_BM, x_BND)
         if self.observers:
             assert self.tally is not None
             self.tally.add_stage(before_B, kept_B)
-            self.keep_masks.append(self._seen_BN[:, policy.num_prefix_tokens : self.num_tokens])
+            self.keep_masks.append(self._seen_BN[:, policy.num_prefix_tokens :])
         return x_BND
-
-    def _give(self, decision: Decision, amounts_BN: Tensor, index_BM: Tensor, x_BND: Tensor) -> Tensor:
-        match self.policy.spec.dropped:
-            case "leave":
-                return x_BND
-            case "merge":
-                return self._merge(decision, amounts_BN, index_BM, x_BND)
-            case "fuse":
-                return self._fuse(decision, amounts_BN, index_BM, x_BND)
 
     def _merge(self, decision: Decision, amounts_BN: Tensor, index_BM: Tensor, x_BND: Tensor) -> Tensor:
         assert decision.takers_BM is not None
@@ -177,25 +162,6 @@ class MaskedPass:
         shares_BN1 = (given_BN / self._sizes_BN.gather(1, takers_BN))[..., None].to(x_BND.dtype)
         self._gifts.append(_Gift(amounts_BN, takers_BN))
         return x_BND.scatter_add(1, index_BND, (x_BND - x_BND.gather(1, index_BND)) * shares_BN1)
-
-    def _fuse(self, decision: Decision, amounts_BN: Tensor, index_BM: Tensor, x_BND: Tensor) -> Tensor:
-        tiny = torch.finfo(torch.float32).tiny
-        assert self._mask_BN is not None
-        assert self._seen_BN is not None
-        sizes_BN = torch.ones_like(amounts_BN) if self._sizes_BN is None else self._sizes_BN
-        weights_BM = fuse_weights(self.policy, decision)
-        weights_BN = amounts_BN * (torch.zeros_like(amounts_BN).scatter(1, index_BM, weights_BM) + tiny)
-        total_B1 = weights_BN.sum(1, keepdim=True)
-        fuses_B1 = amounts_BN.detach().sum(1, keepdim=True) > 0.5
-        fused_BD = (weights_BN[..., None] * x_BND).sum(1) / torch.where(fuses_B1, total_B1, 1.0)
-        size_B1 = torch.where(fuses_B1, (amounts_BN * sizes_BN).sum(1, keepdim=True), 1.0)
-        self._sizes_BN = torch.cat([sizes_BN, size_B1], 1)
-        self._mask_BN = torch.cat([self._mask_BN, fuses_B1.float()], 1)
-        self._seen_BN = torch.cat([self._seen_BN, fuses_B1], 1)
-        # where nothing is fused there is nothing to hold instead
-        given_BN = torch.where(fuses_B1, amounts_BN, 0.0)
-        self._gifts.append(_Gift(given_BN, torch.full_like(amounts_BN, x_BND.shape[1], dtype=torch.long)))
-        return torch.cat([x_BND, fused_BD[:, None].to(x_BND.dtype)], 1)
 
 
 def _at(findings: Findings, index_BM: Tensor) -> Findings:

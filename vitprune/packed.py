@@ -18,7 +18,7 @@ from vitprune.attention import AttentionCall, Findings
 from vitprune.departure import Departure, Teaching, depart
 from vitprune.ghosts import GhostRun, Ghosts, linger
 from vitprune.gifts import Gift, average_seen, give_gradients, record
-from vitprune.stage import Decision, Observer, Policy, Tally, count_tokens, decide, find_redundancy, fuse_weights
+from vitprune.stage import Decision, Observer, Policy, Tally, count_tokens, decide, find_redundancy
 from vitprune.thresholds import near_threshold, straight_through
 from vitprune.tokens import TokenBatch
 
@@ -176,9 +176,8 @@ class PackedPass:
         policy, batch = self.policy, self._present
         assert batch is not None
         decision = decide(policy, stage, self._call.findings, batch, self.observers, learns=self.learns)
-        weights_BM = fuse_weights(policy, decision) if policy.spec.dropped == "fuse" else None
         teaching = self._teaching(stage, decision) if self.learns else None
-        departure = Departure(decision.keep_BM, decision.takers_BM, weights_BM, teaching, decision.kept)
+        departure = Departure(decision.keep_BM, decision.takers_BM, teaching, decision.kept)
         before_TD = hidden_states.flatten(0, 1)
         after, x_TD = depart(batch, before_TD, departure)
         if teaching is not None:
@@ -194,8 +193,7 @@ class PackedPass:
             counted_BM = decision.keep_BM if teaching is None else teaching.mask_BM
             kept_B = counted_BM.sum(1).double()
             self.tally.add_stage(self._tokens_B, kept_B)
-            # `fuse` adds one
-            self._tokens_B = kept_B + (after.lengths_B - decision.keep_BM.sum(1))
+            self._tokens_B = kept_B
             self.keep_masks.append(after.kept_patches())
         return hidden_states
 

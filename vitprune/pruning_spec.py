@@ -36,8 +36,8 @@ class PruningSpec(Spec):
     """One per stage, for select: threshold. A token stays where its score is above."""
     keep_ratios: KeepRatios = "calibrated"
     """One per stage, for the other selects: the part of its patches that a stage keeps."""
-    dropped: Literal["leave", "fuse", "merge"] = "merge"
-    """What becomes of dropped tokens: nothing, one extra token for all, or averaged into the most similar kept one."""
+    dropped: Literal["leave", "merge"] = "merge"
+    """What becomes of dropped tokens: they are gone, or averaged by size into the most similar kept one."""
     min_tokens: PositiveInt = 1
     """So many patches of an image always stay."""
     temperature: Positive | None = None

@@ -185,13 +185,6 @@ def find_redundancy(policy: Policy, findings: Findings, tokens: TokenBatch | See
     return redundancy(metric_BMK, tokens.valid_BM, prefix, weights_BM)
 
 
-def fuse_weights(policy: Policy, decision: Decision) -> Tensor:
-    """Weights of the mean that a stage's tokens are fused into, (B, M): their scores; even for a random choice."""
-    if policy.spec.select == "random":
-        return torch.ones_like(decision.scores_BM)
-    return torch.where(decision.scores_BM.isfinite(), decision.scores_BM, 0.0)
-
-
 def count_tokens(hidden_states: Tensor, valid_BN: Tensor | None) -> Tensor:
     """Tokens of each image of a dense sequence (B, N, D), (B,) float64; without padding where `valid_BN` tells it."""
     if valid_BN is not None:

@@ -63,5 +63,4 @@ def random_scores(positions_BM: Tensor, stage: int) -> Tensor:
     """A rival's score: a fixed pseudo-random number per stage and position, so the batch doesn't matter; (B, M)."""
     generator = torch.Generator().manual_seed(stage)
     table = torch.rand(int(positions_BM.max()) + 1, generator=generator).to(positions_BM.device)
-    # tokens that a stage added have no position; they stay longest
-    return torch.where(positions_BM < 0, 1.0, table[positions_BM.clamp(min=0)])
+    return table[positions_BM.clamp(min=0)]  # where there is no token it doesn't matter

@@ -40,7 +40,7 @@ class TokenBatch:
     Rows without a token ("fillers") hold a copy of their image's first token, so that they are finite where it is; no
     token sees them.
 
-    positions_T: index of each token in the dense sequence; `NOBODY` for fillers and tokens that a stage added (`fuse`).
+    positions_T: index of each token in the dense sequence; `NOBODY` for fillers.
     sizes_T: float32, for how many patches a token stands, 0 in fillers; None when every token stands for itself.
     carriers_BN: which of its image's tokens stands now for a token of the dense sequence, or `NOBODY`.
     learning: None in inference, and in training until tokens leave.
