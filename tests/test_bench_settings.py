@@ -29,11 +29,11 @@ def test_a_checkpoint_with_data_and_changes(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.chdir(tmp_path)
     (tmp_path / "my model").mkdir()
     (tmp_path / "data: 1").mkdir()
-    recipe, random_pixels = read_target("my model", "data: 1", ["pruning.dropped=fuse", "data.eval.split=val"])
+    recipe, random_pixels = read_target("my model", "data: 1", ["pruning.dropped=leave", "data.eval.split=val"])
     assert recipe.model.checkpoint == str(tmp_path / "my model")
     assert recipe.data.path == str(tmp_path / "data: 1")
     assert not random_pixels
-    assert (recipe.pruning.dropped, recipe.data.eval.split) == ("fuse", "val")
+    assert (recipe.pruning.dropped, recipe.data.eval.split) == ("leave", "val")
 
 
 def test_a_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -55,7 +55,7 @@ def test_is_recipe() -> None:
 @pytest.mark.parametrize(
     ("target", "data", "overrides", "message"),
     [
-        ("a/b", None, ["pruning.droped=fuse"], "--set pruning.droped=fuse: pruning.droped: unknown key"),
+        ("a/b", None, ["pruning.droped=leave"], "--set pruning.droped=leave: pruning.droped: unknown key"),
         ("a/b", None, ["pruning.dropped"], "--set pruning.dropped: write it as key=value"),
         ("./nowhere", None, [], r"\./nowhere: model.checkpoint: '\./nowhere' is not there"),
         ("a/b", "./nowhere", [], r"--data \./nowhere: data.path: '\./nowhere' is not there"),

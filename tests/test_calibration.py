@@ -24,12 +24,12 @@ EXACT = Tolerance(rtol=0.0, atol=0.0)
 FLOAT32 = Tolerance(rtol=1e-5, atol=1e-9)
 
 SPECS: dict[str, dict[str, Any]] = {
-    **{f"as-vit {dropped}": {**tiny.AS_VIT, "dropped": dropped} for dropped in ("leave", "fuse", "merge")},
-    **{f"redundancy {dropped}": {"dropped": dropped} for dropped in ("leave", "fuse", "merge")},
+    **{f"as-vit {dropped}": {**tiny.AS_VIT, "dropped": dropped} for dropped in ("leave", "merge")},
+    **{f"redundancy {dropped}": {"dropped": dropped} for dropped in ("leave", "merge")},
     **{
         f"{select} {dropped}": {**tiny.AS_VIT, "select": select, "dropped": dropped}
         for select in ("top-k", "random")
-        for dropped in ("leave", "fuse", "merge")
+        for dropped in ("leave", "merge")
     },
     "tome": {"select": "tome"},
 }

@@ -97,7 +97,7 @@ def test_verbs(heavy: Heavy, verb: str, arguments: tuple[str, ...], printed: str
 def test_bench(heavy: Heavy) -> None:
     several = ["--macs", "80%", "--macs", "0.5", "--batch-size", "1", "--batch-size", "64", "--dtype", "bfloat16"]
     sizes = ["--image-size", "224", "--image-size", "448", "--mode", "eager", "--mode", "compiled", "--repeats", "5"]
-    training = ["--training", "--training-batch-size", "8", "--output", "here", "--set", "pruning.dropped=fuse"]
+    training = ["--training", "--training-batch-size", "8", "--output", "here", "--set", "pruning.dropped=leave"]
     result = invoke("bench", "facebook/dinov2-small", *several, *sizes, *training)
     printed = "print_benchmark: result of bench\nprint_files: result of bench in here\n"
     assert (result.exit_code, result.stdout, result.stderr) == (0, printed, "")
@@ -116,7 +116,7 @@ def test_bench(heavy: Heavy) -> None:
         training_batch_size=8,
     )
     assert settings.recipe.model.checkpoint == "facebook/dinov2-small"
-    assert settings.recipe.pruning.dropped == "fuse"
+    assert settings.recipe.pruning.dropped == "leave"
 
 
 def test_bench_of_a_recipe_by_default(heavy: Heavy) -> None:

@@ -22,7 +22,7 @@ FLOAT32 = Tolerance(rtol=1e-5, atol=1e-6)
 IMAGES, TOKENS, PREFIX, WIDTH = 4, 14, 2, 3
 # no fillers, few, and more than tokens
 every_alignment = pytest.mark.parametrize("alignment", [1, 4, 16])
-every_kind = pytest.mark.parametrize("dropped", ["leave", "merge", "fuse"])
+every_kind = pytest.mark.parametrize("dropped", ["leave", "merge"])
 
 
 @pytest.fixture(autouse=True, params=["loops", "operators"])
@@ -48,7 +48,7 @@ def mean(tokens: list[Token], weights: list[float]) -> Tensor:
     return sum((w * t.state for w, t in zip(weights, tokens, strict=True)), torch.zeros(WIDTH)) / sum(weights)
 
 
-def reference_stage(tokens: list[Token], keep: list[bool], takers: list[int], weights: list[float], dropped: str):
+def reference_stage(tokens: list[Token], keep: list[bool], takers: list[int], dropped: str):
     """One image, one stage. takers: indices into `tokens`."""
     left = [i for i, stays in enumerate(keep) if not stays]
     kept = [Token(t.position, t.state, list(t.stands_for)) for t, stays in zip(tokens, keep, strict=True) if stays]
@@ -58,15 +58,12 @@ def reference_stage(tokens: list[Token], keep: list[bool], takers: list[int], we
             group = [tokens[old], *(tokens[i] for i in left if takers[i] == old)]
             kept[new].state = mean(group, [t.size for t in group])
             kept[new].stands_for = [patch for t in group for patch in t.stands_for]
-    if dropped == "fuse" and left:
-        state = mean([tokens[i] for i in left], [weights[i] for i in left])
-        kept.append(Token(NOBODY, state, [patch for i in left for patch in tokens[i].stands_for]))
     return kept
 
 
-def random_stage(images: list[list[Token]], stage: int) -> tuple[list[list[bool]], list[list[int]], list[list[float]]]:
+def random_stage(images: list[list[Token]], stage: int) -> tuple[list[list[bool]], list[list[int]]]:
     """About a third leaves; image 0 loses nothing at the first stage, image 1 all but one patch at the second."""
-    keeps, takers, weights = [], [], []
+    keeps, takers = [], []
     for number, tokens in enumerate(images):
         keep = [i < PREFIX or bool(torch.rand(()) > 0.35) for i in range(len(tokens))]
         if (number, stage) == (0, 0):
@@ -76,9 +73,8 @@ def random_stage(images: list[list[Token]], stage: int) -> tuple[list[list[bool]
         keep[PREFIX] |= not any(keep[PREFIX:])
         staying = [i for i in range(PREFIX, len(tokens)) if keep[i]]
         takers.append([staying[int(torch.randint(len(staying), ()))] for _ in tokens])
-        weights.append([float(torch.rand(())) + 0.1 for _ in tokens])
         keeps.append(keep)
-    return keeps, takers, weights
+    return keeps, takers
 
 
 def dense() -> tuple[TokenBatch, Tensor, list[list[Token]]]:
@@ -108,14 +104,10 @@ def run_stages(
     batch, x_TD, images = dense()
     x_TD = x_TD.to(dtype)
     for stage in range(stages):
-        keeps, takers, weights = random_stage(images, stage)
-        departure = Departure(
-            padded(keeps),
-            takers_BM=padded(takers) if dropped == "merge" else None,
-            fuse_weights_BM=padded(weights) if dropped == "fuse" else None,
-        )
+        keeps, takers = random_stage(images, stage)
+        departure = Departure(padded(keeps), padded(takers) if dropped == "merge" else None)
         batch, x_TD = depart(batch, x_TD, departure)
-        decisions = zip(images, keeps, takers, weights, strict=True)
+        decisions = zip(images, keeps, takers, strict=True)
         images = [reference_stage(*decision, dropped) for decision in decisions]
     return batch, x_TD, images
 
@@ -174,9 +166,8 @@ def test_a_mean_over_unpacked_patches_is_the_mean_over_tokens_by_size(dropped: s
         assert_close(means_BD[image], mean(patches, weights), **FLOAT32)
 
 
-@pytest.mark.parametrize("dropped", ["merge", "fuse"])
-def test_sizes_add_up_to_the_dense_tokens(dropped: str) -> None:
-    batch, _, _ = run_stages(dropped, 3)
+def test_sizes_add_up_to_the_dense_tokens() -> None:
+    batch, _, _ = run_stages("merge", 3)
     assert batch.sizes_T is not None
     for sizes in of_images(batch, batch.sizes_T).split(list(batch.lengths)):
         assert sizes.sum() == TOKENS
@@ -187,22 +178,10 @@ def test_sizes_add_up_to_the_dense_tokens(dropped: str) -> None:
 @pytest.mark.parametrize("stages", [0, 1])
 def test_where_nothing_leaves_nothing_is_done(dropped: str, stages: int) -> None:
     batch, x_TD, _ = run_stages(dropped, stages)
-    departure = Departure(
-        batch.valid_BM,
-        takers_BM=torch.zeros_like(batch.valid_BM, dtype=torch.long) if dropped == "merge" else None,
-        fuse_weights_BM=torch.ones(batch.valid_BM.shape) if dropped == "fuse" else None,
-    )
-    after, y_TD = depart(batch, x_TD, departure)
+    takers_BM = torch.zeros_like(batch.valid_BM, dtype=torch.long) if dropped == "merge" else None
+    after, y_TD = depart(batch, x_TD, Departure(batch.valid_BM, takers_BM))
     assert after is batch
     assert y_TD is x_TD
-
-
-def test_fusing_tokens_without_weight_gives_their_mean() -> None:
-    batch = TokenBatch.dense(1, 5, 1, torch.device("cpu"))
-    x_TD = torch.randn(5, WIDTH)
-    keep_BM = torch.tensor([[True, True, False, False, False]])
-    fused, y_TD = depart(batch, x_TD, Departure(keep_BM, fuse_weights_BM=torch.zeros(1, 5)))
-    assert_close(of_images(fused, y_TD)[-1], x_TD[2:].mean(0), **FLOAT32)
 
 
 @every_kind
@@ -210,8 +189,7 @@ def test_states_keep_their_dtype_and_sizes_are_float32(dropped: str) -> None:
     batch, x_TD, _ = dense()
     keep_BM = (torch.arange(TOKENS) < TOKENS - 2).expand(IMAGES, -1)
     takers_BM = torch.full((IMAGES, TOKENS), PREFIX) if dropped == "merge" else None
-    weights_BM = torch.rand(IMAGES, TOKENS) if dropped == "fuse" else None
-    pruned, y_TD = depart(batch, x_TD.bfloat16(), Departure(keep_BM, takers_BM, weights_BM))
+    pruned, y_TD = depart(batch, x_TD.bfloat16(), Departure(keep_BM, takers_BM))
     assert y_TD.dtype == pruned.unpack(y_TD).dtype == torch.bfloat16
     assert pruned.sizes_T is None or pruned.sizes_T.dtype == torch.float32
 
@@ -244,12 +222,8 @@ def test_an_image_that_is_not_finite_stays_alone(dropped: str, alignment: int, m
     monkeypatch.setattr("vitprune.layout.KEY_ALIGNMENT", alignment)
     batch, x_TD, images = dense()
     x_TD[TOKENS : 2 * TOKENS] = torch.nan
-    keeps, takers, weights = random_stage(images, 0)
-    departure = Departure(
-        padded(keeps),
-        takers_BM=padded(takers) if dropped == "merge" else None,
-        fuse_weights_BM=padded(weights) if dropped == "fuse" else None,
-    )
+    keeps, takers = random_stage(images, 0)
+    departure = Departure(padded(keeps), padded(takers) if dropped == "merge" else None)
     batch, y_TD = depart(batch, x_TD, departure)
     assert torch.equal(y_TD.isnan().all(1), batch.layout.images(x_TD.device) == 1)
     assert torch.equal(batch.unpack(y_TD).isnan().flatten(1).any(1), torch.arange(IMAGES) == 1)
@@ -262,16 +236,8 @@ def teach(batch: TokenBatch, x_TD: Tensor, dropped: str) -> tuple[TokenBatch, Te
     leaves_near, leaves_far = (patches & ((slots - PREFIX) % 3 == rest) for rest in (1, 2))
     keep = batch.valid_BM & ~leaves_near & ~leaves_far
     mask = keep.float().requires_grad_()
-    return depart(
-        batch,
-        x_TD,
-        Departure(
-            keep,
-            takers_BM=torch.full_like(slots, PREFIX) if dropped == "merge" else None,
-            fuse_weights_BM=torch.ones(keep.shape) if dropped == "fuse" else None,
-            teaching=Teaching(mask, leaves_near),
-        ),
-    )
+    takers = torch.full_like(slots, PREFIX) if dropped == "merge" else None
+    return depart(batch, x_TD, Departure(keep, takers, Teaching(mask, leaves_near)))
 
 
 @every_kind
@@ -280,15 +246,8 @@ def test_what_stays_is_what_inference_keeps(dropped: str) -> None:
     taught, taught_TD = teach(batch, x_TD, dropped)
     slots = torch.arange(TOKENS).expand(IMAGES, -1)
     keep = (slots < PREFIX) | ((slots - PREFIX) % 3 == 0)
-    inferred, inferred_TD = depart(
-        batch,
-        x_TD,
-        Departure(
-            keep,
-            torch.full_like(slots, PREFIX) if dropped == "merge" else None,
-            torch.ones(keep.shape) if dropped == "fuse" else None,
-        ),
-    )
+    takers = torch.full_like(slots, PREFIX) if dropped == "merge" else None
+    inferred, inferred_TD = depart(batch, x_TD, Departure(keep, takers))
     assert_close(of_images(taught, taught_TD), of_images(inferred, inferred_TD), **FLOAT32)
     assert_close(taught.unpack(taught_TD), inferred.unpack(inferred_TD), **FLOAT32)
 

@@ -76,7 +76,7 @@ def test_a_training_step_reaches_what_it_should(family: str, policy: str, execut
 
 
 @every_family
-@pytest.mark.parametrize("policy", ["as-vit-merge", "redundancy-merge", "as-vit-fuse"])
+@pytest.mark.parametrize("policy", ["as-vit-merge", "redundancy-merge"])
 @pytest.mark.parametrize("execution", get_args(Execution))
 def test_gradient_checkpointing_changes_nothing(family: str, policy: str, execution: Execution) -> None:
     found = []

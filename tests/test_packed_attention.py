@@ -37,7 +37,7 @@ from vitprune import varlen
 from vitprune.layout import Layout
 from vitprune.packed_attention import Kernel, PackedAttention, kernel_for
 from vitprune.pruner import prune_
-from vitprune.tokens import NOBODY, TokenBatch
+from vitprune.tokens import TokenBatch
 from vitprune.tracing import pruning_of
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
@@ -119,8 +119,6 @@ def test_in_packed_attention_the_bias_goes_by_position(
     kernel: Kernel, alignment: int, sized: bool, lengths: tuple[int, ...]
 ) -> None:
     batch, qkv, sizes = packed(sized, lengths, alignment)
-    if sized:  # a token that a stage added, at the end of the first image
-        batch.positions_T[batch.layout.starts[0] + lengths[0] - 1] = NOBODY
     bias = relative_positions()
     attention = PackedAttention(*qkv, batch, SCALING, bias, kernel)
     for ours, score_M, image, positions in zip(

@@ -134,6 +134,11 @@ BROKEN: dict[str, tuple[str | bytes, str, str]] = {
         "should be 'head-weighted-class-attention', 'head-weighted-mean-attention' or 'redundancy' "
         "(did you mean 'redundancy'?)",
     ),
+    "removed-choice": (
+        HEAD + "pruning: {dropped: fuse}\n",
+        ":5: pruning.dropped: ",
+        "is 'fuse', should be 'leave' or 'merge'",
+    ),
     "unknown-choice-in-a-list": (
         HEAD + "evaluate:\n  metrics:\n  - accuracy\n  - top5-accuracy\n",
         ":8: evaluate.metrics[1]: ",

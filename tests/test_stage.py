@@ -16,7 +16,7 @@ from vitprune.attention import Findings
 from vitprune.cost import CostModel
 from vitprune.departure import Departure, depart
 from vitprune.recipe import PruningSpec
-from vitprune.stage import Decision, Policy, SeenTokens, decide, fuse_weights, stage_macs
+from vitprune.stage import Decision, Policy, SeenTokens, decide, stage_macs
 from vitprune.tokens import TokenBatch
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
@@ -68,7 +68,6 @@ def kept(decision: Decision) -> list[list[int]]:
     ("spec", "redundancy", "attention", "metric"),
     [
         ({**AS_VIT, "dropped": "leave"}, False, "class", False),
-        ({**AS_VIT, "dropped": "fuse"}, False, "class", False),
         ({**AS_VIT, "dropped": "merge"}, False, "class", True),
         ({**AS_VIT, "select": "top-k", "dropped": "merge"}, False, "class", True),
         ({**AS_VIT, "select": "random", "dropped": "leave"}, False, None, False),
@@ -231,22 +230,11 @@ def test_observers_are_asked_in_turn_and_the_last_one_has_the_say() -> None:
     assert [len(row) for row in kept(decision)] == [2, 2]
 
 
-def test_fusing_weighs_by_score_but_a_random_choice_evenly() -> None:
-    found = findings()
-    weights = fuse_weights(ours := policy(**AS_VIT, dropped="fuse"), ask(ours, found))
-    assert found.attention_scores_BM is not None
-    assert_close(weights[0, PREFIX:], found.attention_scores_BM[0, PREFIX:], **EXACT)
-    assert weights.isfinite().all()
-    ours = policy(**AS_VIT, select="random", dropped="fuse")
-    assert_close(fuse_weights(ours, ask(ours, found)), torch.ones(2, M), **EXACT)
-
-
 @pytest.mark.parametrize(
     ("spec", "expected"),
     [
         # 9 tokens of width 8, head width 4; 8 patches, of which 5 stay
         ({**AS_VIT, "dropped": "leave"}, 8 * 9),
-        ({**AS_VIT, "dropped": "fuse"}, 8 * 9),
         ({**AS_VIT, "dropped": "merge"}, 8 * 9 + 4 * 3 * 5),
         ({**MEAN, "dropped": "leave"}, 8 * 9),
         ({"select": "random", "dropped": "leave"}, 0),

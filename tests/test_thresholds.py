@@ -107,11 +107,6 @@ def test_random_scores_leave_the_global_generator_alone() -> None:
     assert_close(torch.rand(1), expected, **EXACT)
 
 
-def test_random_scores_keep_tokens_that_a_stage_added() -> None:
-    scores = random_scores(torch.tensor([[0, 1, 2, 3, -1]]), stage=1)
-    assert scores[0].argmax() == 4
-
-
 def test_ties_among_those_that_always_stay_do_not_depend_on_the_batch() -> None:
     alone = torch.full((1, 20), 0.1)
     beside_a_longer_image = torch.cat([alone, torch.full((1, 60), -INF)], 1)

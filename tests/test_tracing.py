@@ -24,13 +24,13 @@ FLOAT32 = Tolerance(rtol=1e-5, atol=1e-5)
 
 
 def test_the_submodule_says_what_it_does() -> None:
-    assert repr(pruned("vit", "as-vit-fuse").get_submodule("vitprune")) == (
-        "Pruning(head-weighted-class-attention, threshold, fuse, before blocks (2, 4))"
+    assert repr(pruned("vit", "as-vit-merge").get_submodule("vitprune")) == (
+        "Pruning(head-weighted-class-attention, threshold, merge, before blocks (2, 4))"
     )
 
 
 def test_thresholds_are_learned_and_keep_ratios_are_not() -> None:
-    by_threshold, by_count = pruning_of(pruned("vit", "as-vit")), pruning_of(pruned("vit", "top-k-fuse"))
+    by_threshold, by_count = pruning_of(pruned("vit", "as-vit")), pruning_of(pruned("vit", "top-k-merge"))
     assert [name for name, _ in by_threshold.named_parameters()] == ["thresholds"]
     assert list(by_count.parameters()) == []
     assert_close(by_threshold.levels.detach(), torch.tensor([0.008, 0.012]), **EXACT)
@@ -46,7 +46,7 @@ def test_until_they_are_calibrated_levels_keep_everything() -> None:
         assert all(mask.all() for mask in trace.keep_masks)
 
 
-@pytest.mark.parametrize("policy", ["as-vit", "top-k-fuse"])
+@pytest.mark.parametrize("policy", ["as-vit", "top-k-merge"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
 def test_levels_and_temperatures_stay_float32_in_any_dtype(policy: str, dtype: torch.dtype) -> None:
     model = pruned("vit", policy)

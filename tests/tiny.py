@@ -123,17 +123,16 @@ AS_VIT: dict[str, Any] = {"score": "head-weighted-class-attention", "before_bloc
 POLICIES: dict[str, PruningSpec] = {
     "as-vit": PruningSpec(**AS_VIT, thresholds=[0.008, 0.012], dropped="leave"),
     "as-vit-merge": PruningSpec(**AS_VIT, thresholds=[0.008, 0.012], dropped="merge"),
-    "as-vit-fuse": PruningSpec(**AS_VIT, thresholds=[0.008, 0.012], dropped="fuse"),
     "redundancy-merge": PruningSpec(thresholds=[0.01, 0.01, 0.012, 0.014, 0.018], dropped="merge"),
     "redundancy-leave": PruningSpec(thresholds=[0.01, 0.01, 0.012, 0.014, 0.018], dropped="leave"),
-    "top-k-fuse": PruningSpec(**AS_VIT, select="top-k", keep_ratios=[0.7, 0.7], dropped="fuse"),
+    "top-k-merge": PruningSpec(**AS_VIT, select="top-k", keep_ratios=[0.7, 0.7], dropped="merge"),
     "random-merge": PruningSpec(**AS_VIT, select="random", keep_ratios=[0.7, 0.7], dropped="merge"),
     "random-leave": PruningSpec(**AS_VIT, select="random", keep_ratios=[0.7, 0.7], dropped="leave"),
     "tome": PruningSpec(select="tome", keep_ratios=[0.85] * 5),
 }
 
 
-REPRESENTATIVE = ("as-vit", "as-vit-fuse", "redundancy-merge")
+REPRESENTATIVE = ("as-vit", "as-vit-merge", "redundancy-merge")
 FAMILIES_AND_POLICIES = [
     (family, policy) for family in FAMILIES for policy in (POLICIES if family in CORE else REPRESENTATIVE)
 ]
