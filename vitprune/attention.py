@@ -10,7 +10,7 @@ K head width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -45,14 +45,10 @@ class MaskedTokens:
 
 @dataclass
 class Findings:
-    """What a block's attention says about its tokens; padded to the longest image.
-
-    redundancy: what `AttentionCall.digest` makes of the other two: `scoring.redundancy`.
-    """
+    """What a block's attention says about its tokens: scores, padded to the longest image, and keys of length one."""
 
     attention_scores_BM: Tensor | None = None
-    metric_BMK: Tensor | None = None
-    redundancy: tuple[Tensor, Tensor] | None = None
+    metric_TK: Tensor | None = None
 
 
 @dataclass
@@ -60,8 +56,8 @@ class AttentionCall:
     """One block's attention within one forward: the tokens, what the next stage wants to know, and the answer.
 
     tokens: None while all tokens of all images are there.
+    loops: as in `TokenBatch`.
     scores_of: whose attention the next stage scores tokens by: the class token's, or that of the mean of all queries.
-    digest: makes of what is found what the next stage needs of it, so that the rest isn't kept while the block goes on.
     read: of how many tokens of an image, the first, the block's output is wanted; None: of all. Such a block runs
         twice: for `keys_and_values` of all tokens as far as its attention, which ends it by `KeysAndValuesFound`; then
         to its end on those few.
@@ -73,7 +69,7 @@ class AttentionCall:
     tokens: TokenBatch | MaskedTokens | None = None
     scores_of: Query | None = None
     wants_metric: bool = False
-    digest: Callable[[Findings], Findings] | None = None
+    loops: bool = False
     read: int | None = None
     ghost_run: GhostRun | None = None
     findings: Findings = field(default_factory=Findings)
@@ -92,10 +88,9 @@ class AttentionCall:
             self.take(*self.packed.find(self.scores_of, wants_metric=self.wants_metric))
         self.packed = None
 
-    def take(self, attention_scores_BM: Tensor | None, metric_BMK: Tensor | None) -> None:
+    def take(self, attention_scores_BM: Tensor | None, metric_TK: Tensor | None) -> None:
         """What was found, for the next stage."""
-        found = Findings(attention_scores_BM, metric_BMK)
-        self.findings = found if self.digest is None else self.digest(found)
+        self.findings = Findings(attention_scores_BM, metric_TK)
 
 
 class KeysAndValuesFound(Exception):
@@ -191,7 +186,7 @@ def attend(
                     row_BHN.transpose(1, 2), context_norms(output)
                 )
             if call.wants_metric:
-                call.findings.metric_BMK = key_metric(key.transpose(1, 2))
+                call.findings.metric_TK = key_metric(key.transpose(1, 2)).flatten(0, 1)
         case TokenBatch() as batch:
             require_no_dropout(dropout)
             if query.dtype != value.dtype:  # rotary tables stay in float32 under autocast
@@ -225,15 +220,14 @@ def _find(
         asking_BHK = mean_query(q_BNHK, torch.ones_like(q_BNHK[..., 0, 0]))
     elif call.scores_of == "class":
         asking_BHK = q_BHNK[:, :, 0]
-    if bias is None and cpu_stage.can_loop(k_BNHK, contexts_BNHK):
-        layout = Layout((k_BNHK.shape[1],) * len(k_BNHK))
-        rows = k_BNHK.flatten(0, 1), contexts_BNHK.flatten(0, 1)
+    if bias is None and call.loops:
+        layout, rows = Layout((k_BNHK.shape[1],) * len(k_BNHK)), (k_BNHK.flatten(0, 1), contexts_BNHK.flatten(0, 1))
         return cpu_stage.find(asking_BHK, *rows, None, scaling, layout, wants_metric=call.wants_metric)
-    metric_BNK = key_metric(k_BNHK) if call.wants_metric else None
+    metric_TK = key_metric(k_BNHK).flatten(0, 1) if call.wants_metric else None
     if asking_BHK is None:
-        return None, metric_BNK
+        return None, metric_TK
     row_BNH = attention_row(asking_BHK, k_BNHK, scaling, None if bias is None else bias[:, :, 0].mT)
-    return head_weighted_attention(row_BNH, context_norms(contexts_BNHK)), metric_BNK
+    return head_weighted_attention(row_BNH, context_norms(contexts_BNHK)), metric_TK
 
 
 def _ghosts(query: Tensor, key: Tensor, value: Tensor, call: AttentionCall, run: GhostRun) -> Tensor:

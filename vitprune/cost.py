@@ -63,8 +63,16 @@ class CostModel:
         """The class token's attention row, all heads."""
         return self.width * tokens
 
-    def redundancy(self, patches: Count) -> Count:
-        """Candidates against anchors: every second patch against the others."""
+    def density_peaks(self, patches: Count, tile: int) -> Count:
+        """Each patch against those that are more important, so many rows at a time, each row as long as the last one's.
+
+        Between whole numbers of patches a straight line goes on, so that a budget has a gradient.
+        """
+        tiles = patches.detach().round() // tile if isinstance(patches, Tensor) else patches // tile
+        return self.head_width * (tile * tile * tiles * (tiles + 1) / 2 + (patches - tiles * tile) * patches)
+
+    def bipartite(self, patches: Count) -> Count:
+        """ToMe's candidates against anchors: every second patch against the others."""
         odd = patches.detach().round() % 2 if isinstance(patches, Tensor) else patches % 2
         return self.head_width * (patches * patches - odd) / 4
 

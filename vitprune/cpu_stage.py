@@ -36,12 +36,11 @@ def has_loops() -> bool:
     return importlib.util.find_spec("numba") is not None
 
 
-def can_loop(*tensors: Tensor) -> bool:
-    """Whether loops may do what is to be done with such tensors."""
-    for x in tensors:
-        if not x.is_cpu or x.dtype not in _DTYPES or (x.requires_grad and torch.is_grad_enabled()):
-            return False
-    return _loops() is not None
+def can_loop(x: Tensor) -> bool:
+    """Whether loops may do the stages of a forward on such hidden states."""
+    if not x.is_cpu or x.dtype not in _DTYPES or torch.is_autocast_enabled("cpu"):
+        return False
+    return not (x.requires_grad and torch.is_grad_enabled()) and _loops() is not None
 
 
 def find(
@@ -58,45 +57,51 @@ def find(
 
     asking_BHK: the query of each image whose row scores its tokens; None: no scores.
 
-    Returns AS-ViT's scores (B, M), `scoring.head_weighted_attention`, and what similarity is measured on, (B, M, K),
+    Returns AS-ViT's scores (B, M), `scoring.head_weighted_attention`, and what similarity is measured on, (T, K),
     `scoring.key_metric`; both float32.
     """
-    shape_BM = len(layout.lengths), max(layout.lengths)
-    scores_BM = None if asking_BHK is None else np.empty(shape_BM, np.float32)
-    metric_BMK = np.empty((*shape_BM, k_THK.shape[2]), np.float32) if wants_metric else None
+    images = len(layout.lengths)
+    scores_BM = None if asking_BHK is None else np.empty((images, max(layout.lengths)), np.float32)
+    metric_TK = np.empty((k_THK.shape[0], k_THK.shape[2]), np.float32) if wants_metric else None
     known = (_array(asking_BHK), _array(k_THK), _array(contexts_THK), _array(key_bias_T), np.float32(scaling))
-    _run(_loops().find, *known, layout.spans_3B, scores_BM, metric_BMK, images=shape_BM[0])
-    return _tensor(scores_BM), _tensor(metric_BMK)
+    _run(_loops().find, *known, layout.spans_3B, scores_BM, metric_TK, images=images)
+    return _tensor(scores_BM), _tensor(metric_TK)
 
 
-def redundancy(
-    metric_BMK: Tensor, scores_BM: Tensor | None, exponent: float, num_prefix_tokens: int, layout: Layout
-) -> tuple[Tensor, Tensor]:
-    """`scoring.redundancy`, weighed by S^α where there are scores S: (B, M) and the anchors' indices (B, M)."""
-    shape_BM = metric_BMK.shape[:2]
-    redundancy_BM, anchors_BM = np.empty(shape_BM, np.float32), np.empty(shape_BM, np.int64)
-    known = _array(metric_BMK), _array(scores_BM), np.float32(exponent), num_prefix_tokens, layout.spans_3B
-    _run(_loops().redundancy, *known, redundancy_BM, anchors_BM, images=shape_BM[0])
-    return _tensor(redundancy_BM), _tensor(anchors_BM)
+def density_peaks(
+    metric_TK: Tensor,
+    scores_BM: Tensor,
+    num_patches: int | Tensor,
+    exponent: float,
+    num_prefix_tokens: int,
+    layout: Layout,
+) -> Tensor:
+    """`scoring.density_peaks`, weighed by (n·S)^α, (B, M): +inf for prefix tokens, −inf beyond an image's tokens."""
+    redundancy_BM, images = np.empty(scores_BM.shape, np.float32), len(scores_BM)
+    patches = _array(num_patches.flatten()) if isinstance(num_patches, Tensor) else num_patches
+    patches_B = np.broadcast_to(np.asarray(patches, np.float32), images)
+    known = _array(metric_TK), _array(scores_BM), patches_B.copy(), np.float32(exponent), num_prefix_tokens
+    _run(_loops().density_peaks, *known, layout.spans_3B, redundancy_BM, images=images)
+    return _tensor(redundancy_BM)
 
 
 def select(
     scores_BM: Tensor,
     threshold: float,
     at_least: int,
-    metric_BMK: Tensor | None,
+    metric_TK: Tensor | None,
     num_prefix_tokens: int,
     layout: Layout,
 ) -> tuple[Tensor, tuple[int, ...], Tensor | None]:
     """Which tokens stay, how many of each image, and for each that leaves the most similar patch that stays.
 
-    `thresholds.above_threshold`, bool (B, M), and by a metric, if there is one, `scoring.most_similar`, (B, M) long.
+    `thresholds.above_threshold`, bool (B, M), and by a metric, if there is one, `scoring.nearest`, (B, M) long.
     scores_BM: those of prefix tokens don't matter, nor what lies beyond an image's tokens.
     """
     shape_BM = scores_BM.shape
     keep_BM, kept_B = np.empty(shape_BM, np.bool_), np.empty(shape_BM[0], np.int64)
-    takers_BM = None if metric_BMK is None else np.empty(shape_BM, np.int64)
-    known = _array(scores_BM), np.float32(threshold), at_least, _array(metric_BMK), num_prefix_tokens, layout.spans_3B
+    takers_BM = None if metric_TK is None else np.empty(shape_BM, np.int64)
+    known = _array(scores_BM), np.float32(threshold), at_least, _array(metric_TK), num_prefix_tokens, layout.spans_3B
     _run(_loops().select, *known, keep_BM, kept_B, takers_BM, images=shape_BM[0])
     return _tensor(keep_BM), tuple(kept_B.tolist()), _tensor(takers_BM)
 

@@ -21,9 +21,9 @@ from torch import Tensor
 KEY_ALIGNMENT = 4
 # with AMX tiles fused attention in half precision takes up to 2.5 times as long for 191 keys as for 192
 TILE_KEY_ALIGNMENT = 16
-# what one more attention call costs on a CPU beside its work, in multiply-accumulates that would take as long; in a
-# step of training with all that gives masks their gradient
-CALL_MACS, LEARNING_CALL_MACS = 1_500_000, 50_000_000
+# what one more attention call costs on a CPU beside its work (30 µs), in multiply-accumulates that would take as long;
+# in half precision with AMX's tiles; in a step of training with all that gives masks their gradient
+CALL_MACS, TILE_CALL_MACS, LEARNING_CALL_MACS = 2_500_000, 9_000_000, 50_000_000
 # half-precision matrix products on a CPU are compiled for their shape (up to milliseconds each): keep to few
 HALF_PRECISION_ROWS = 64
 # but of fewer rows no more than this part may be nobody's
@@ -43,14 +43,11 @@ def needs_tiles(x: Tensor) -> bool:
 def _alignment(counts: Sequence[int], width: int, least: int, call_macs: int) -> int:
     """Fewer buckets are fewer attention calls, and more fillers for the 12·D² MACs of a row: what costs least."""
 
-    if len(counts) == 1:
-        return least
-
     def macs(alignment: int) -> int:
         rows = [count + -count % alignment for count in counts]
         return len(set(rows)) * call_macs + (sum(rows) - sum(counts)) * 12 * width * width
 
-    return min((least, 2 * least, 4 * least), key=macs)
+    return min((least, 2 * least, 4 * least, 8 * least), key=macs)
 
 
 def row_multiple_for(rows: int, x_TD: Tensor) -> int:
@@ -66,9 +63,16 @@ def row_multiple_for(rows: int, x_TD: Tensor) -> int:
     return multiple
 
 
-def on_device(values: Sequence[int], device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
-    """Numbers that the host knows; doesn't wait for what the device still has to do."""
-    return torch.tensor(values, dtype=dtype).to(device, non_blocking=True)
+def on_device(values: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
+    """Whole numbers that the host knows; doesn't wait for what the device still has to do. Not to be written to."""
+    known = torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.tensor(values, dtype=torch.int64)
+    return known if device.type == "cpu" else known.to(device, non_blocking=True)
+
+
+def ranges(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """For numbers laid end to end, so many of each image: the image of each, and its place among its image's."""
+    images_X = np.repeat(np.arange(len(lengths)), lengths)
+    return images_X, np.arange(len(images_X)) - np.repeat(lengths.cumsum() - lengths, lengths)
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,12 @@ class Layout:
         if x_TD.device.type != "cpu":
             return cls(tuple(lengths))
         least = TILE_KEY_ALIGNMENT if needs_tiles(x_TD) else KEY_ALIGNMENT
-        alignment = _alignment(lengths, x_TD.shape[-1], least, LEARNING_CALL_MACS if learns else CALL_MACS)
-        return cls(tuple(lengths), alignment, row_multiple_for(sum(lengths), x_TD))
+        row_multiple = row_multiple_for(sum(lengths), x_TD)
+        if len(lengths) == 1:  # all rows are its own
+            return cls(tuple(lengths), max(least, row_multiple))
+        call_macs = LEARNING_CALL_MACS if learns else TILE_CALL_MACS if least == TILE_KEY_ALIGNMENT else CALL_MACS
+        alignment = _alignment(lengths, x_TD.shape[-1], least, call_macs)
+        return cls(tuple(lengths), alignment, row_multiple)
 
     @cached_property
     def rows(self) -> list[int]:
@@ -141,6 +149,44 @@ class Layout:
         """Of each image the first row, the number of tokens, and of `all_rows`; int64."""
         return np.array([self.starts, self.lengths, self.all_rows])
 
+    @cached_property
+    def is_even(self) -> bool:
+        """Whether all images have equally many tokens."""
+        return len(set(self.lengths)) == 1
+
+    @cached_property
+    def is_plain(self) -> bool:
+        """Whether tokens lie image by image, with no filler."""
+        return self.num_rows == sum(self.lengths) and self.order == list(range(len(self.order)))
+
+    @cached_property
+    def valid_BM(self) -> np.ndarray:
+        """Where images, padded to the longest, have a token."""
+        return np.arange(max(self.lengths)) < np.array(self.lengths)[:, None]
+
+    @cached_property
+    def index_BM(self) -> np.ndarray:
+        """Row of each place of images padded to the longest; padding repeats the image's last token."""
+        slots_BM = np.minimum(np.arange(max(self.lengths)), np.array(self.lengths)[:, None] - 1)
+        return np.array(self.starts)[:, None] + slots_BM
+
+    @cached_property
+    def slot_of_row_T(self) -> tuple[np.ndarray, np.ndarray]:
+        """Image of each row, and which of its tokens it is; a filler is its image's first."""
+        lengths_B, order_B = np.array(self.lengths), np.array(self.order)
+        images_T, slots_T = ranges(np.array(self.all_rows)[order_B])
+        images_T = order_B[images_T]
+        return images_T, np.where(slots_T < lengths_B[images_T], slots_T, 0)
+
+    @cached_property
+    def fillers(self) -> np.ndarray:
+        """Rows without a token."""
+        if self.num_rows == sum(self.lengths):
+            return np.empty(0, np.int64)
+        has_token_T = np.zeros(self.num_rows, np.bool_)
+        has_token_T[self.index_BM[self.valid_BM]] = True
+        return np.flatnonzero(~has_token_T)
+
     def rows_of(self, slots_BM: Tensor) -> Tensor:
         """Rows of tokens that are numbered within their image."""
         if len(self.lengths) == 1:
@@ -171,6 +217,18 @@ class Layout:
         parts = values_T.split([*(images * rows for images, rows in self.buckets), self.padding])
         shape = values_T.shape[1:]  # a view is made in half the time that unflatten takes
         return [part.view(*bucket, *shape) for part, bucket in zip(parts, self.buckets, strict=False)]
+
+    def split_heads(self, values_1HTK: Tensor) -> list[Tensor]:
+        """(1, H, T, K) as one view (G, H, L, K) a bucket."""
+        sizes = [images * rows for images, rows in self.buckets]
+        if len(sizes) == 1 and not self.padding:
+            parts: Sequence[Tensor] = (values_1HTK,)
+        else:
+            parts = values_1HTK.split([*sizes, self.padding], 2)
+        return [
+            part if images == 1 else part[0].unflatten(1, (images, rows)).transpose(0, 1)
+            for part, (images, rows) in zip(parts, self.buckets, strict=False)
+        ]
 
     def join(self, values: list[Tensor]) -> Tensor:
         """What `split` took apart, with zeros behind the last image."""

@@ -81,28 +81,27 @@ def find(
     scaling: Any,
     spans_3B: Any,
     scores_BM: Any,
-    metric_BMK: Any,
+    metric_TK: Any,
 ) -> None:
     """What a block's attention says about its tokens; `scoring.head_weighted_attention` and `scoring.key_metric`.
 
-    scores_BM, metric_BMK: None where nobody asks for it. key_bias_T: None where no token has a size.
+    scores_BM, metric_TK: None where nobody asks for it. key_bias_T: None where no token has a size.
     """
     heads, width = keys_THK.shape[1], keys_THK.shape[2]
     for b in numba.prange(spans_3B.shape[1]):
         first, length = spans_3B[0, b], spans_3B[1, b]
-        if metric_BMK is not None:
-            metric_BMK[b, length:] = 0
-            for i in range(length):
-                metric_BMK[b, i] = 0
+        if metric_TK is not None:
+            for i in range(first, first + length):
+                metric_TK[i] = 0
                 for h in range(heads):
                     for c in range(width):
-                        metric_BMK[b, i, c] += _wide(keys_THK[first + i, h, c])
+                        metric_TK[i, c] += _wide(keys_THK[i, h, c])
                 square = np.float32(0)
                 for c in range(width):
-                    square += metric_BMK[b, i, c] * metric_BMK[b, i, c]
+                    square += metric_TK[i, c] * metric_TK[i, c]
                 norm = max(np.float32(math.sqrt(square)), np.float32(1e-12))
                 for c in range(width):
-                    metric_BMK[b, i, c] /= norm
+                    metric_TK[i, c] /= norm
         if scores_BM is not None:
             scores_BM[b, length:] = 0
             query_HK = np.empty((heads, width), np.float32)
@@ -159,29 +158,32 @@ def _nearest(row_K: Any, columns_KA: Any, cosines_A: Any) -> Any:
 
 
 @Loop
-def redundancy(
-    metric_BMK: Any,
+def density_peaks(
+    metric_TK: Any,
     scores_BM: Any,
+    num_patches_B: Any,
     exponent: Any,
     num_prefix_tokens: Any,
     spans_3B: Any,
     redundancy_BM: Any,
-    anchors_BM: Any,
 ) -> None:
-    """How little each candidate resembles its most similar anchor, times S^α, and that anchor; `scoring.redundancy`."""
+    """How little each patch resembles those that are more important, times (n·S)^α; `scoring.density_peaks`."""
     for b in numba.prange(spans_3B.shape[1]):
         length = spans_3B[1, b]
-        anchors_BM[b, :] = 0
-        redundancy_BM[b, :length] = np.inf
+        first, patches = spans_3B[0, b] + num_prefix_tokens, length - num_prefix_tokens
+        redundancy_BM[b, :num_prefix_tokens] = np.inf
         redundancy_BM[b, length:] = -np.inf
-        anchors_KA = np.ascontiguousarray(metric_BMK[b, num_prefix_tokens:length:2].T)
-        cosines_A = np.empty(anchors_KA.shape[1], np.float32)
-        for i in range(num_prefix_tokens + 1, length, 2):
-            nearest, cosine = _nearest(metric_BMK[b, i], anchors_KA, cosines_A)
-            anchors_BM[b, i] = num_prefix_tokens + 2 * nearest
-            redundancy_BM[b, i] = max(np.float32(1) - cosine, np.float32(0))
-            if scores_BM is not None:
-                redundancy_BM[b, i] *= max(scores_BM[b, i], np.float32(1e-12)) ** exponent
+        order_N = np.argsort(-scores_BM[b, num_prefix_tokens:length], kind="mergesort")
+        sorted_KN = np.empty((metric_TK.shape[1], patches), np.float32)
+        for n in range(patches):
+            for c in range(sorted_KN.shape[0]):
+                sorted_KN[c, n] = metric_TK[first + order_N[n], c]
+        cosines_N = np.empty(patches, np.float32)
+        for n in range(patches):
+            i = order_N[n]
+            cosine = _nearest(metric_TK[first + i], sorted_KN, cosines_N[:n])[1]
+            weight = (num_patches_B[b] * scores_BM[b, num_prefix_tokens + i]) ** exponent
+            redundancy_BM[b, num_prefix_tokens + i] = max(np.float32(1) - cosine, np.float32(0)) * weight
 
 
 @Loop
@@ -189,19 +191,19 @@ def select(
     scores_BM: Any,
     threshold: Any,
     at_least: Any,
-    metric_BMK: Any,
+    metric_TK: Any,
     num_prefix_tokens: Any,
     spans_3B: Any,
     keep_BM: Any,
     kept_B: Any,
     takers_BM: Any,
 ) -> None:
-    """Which tokens stay, `thresholds.above_threshold`, how many, and who takes in the others, `scoring.most_similar`.
+    """Which tokens stay, `thresholds.above_threshold`, how many, and who takes in the others, `scoring.nearest`.
 
-    at_least: tokens that an image keeps whatever their scores. metric_BMK, takers_BM: None where nobody asks for it.
+    at_least: tokens that an image keeps whatever their scores. metric_TK, takers_BM: None where nobody asks for it.
     """
     for b in numba.prange(spans_3B.shape[1]):
-        length = spans_3B[1, b]
+        first, length = spans_3B[0, b], spans_3B[1, b]
         keep_BM[b, :num_prefix_tokens] = True
         keep_BM[b, length:] = False
         kept = min(num_prefix_tokens, length)
@@ -216,14 +218,17 @@ def select(
             keep_BM[b, best] = True
             kept += 1
         kept_B[b] = kept
-        if metric_BMK is not None:
+        if metric_TK is not None:
             takers_BM[b, :] = 0
             stay_A = np.nonzero(keep_BM[b, num_prefix_tokens:length])[0] + num_prefix_tokens
-            stay_KA = np.ascontiguousarray(metric_BMK[b][stay_A].T)
+            stay_KA = np.empty((metric_TK.shape[1], len(stay_A)), np.float32)
+            for a in range(len(stay_A)):
+                for c in range(stay_KA.shape[0]):
+                    stay_KA[c, a] = metric_TK[first + stay_A[a], c]
             cosines_A = np.empty(len(stay_A), np.float32)
             for i in range(num_prefix_tokens, length):
                 if not keep_BM[b, i]:
-                    takers_BM[b, i] = stay_A[_nearest(metric_BMK[b, i], stay_KA, cosines_A)[0]]
+                    takers_BM[b, i] = stay_A[_nearest(metric_TK[first + i], stay_KA, cosines_A)[0]]
 
 
 @Loop

@@ -9,7 +9,7 @@ Shapes: B images, N tokens of an image, M tokens of an image that are seen, D wi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -120,6 +120,11 @@ class MaskedPass:
             return self.tally.dense_tokens_B
         return self._mask_BN.sum(1).double()
 
+    def _num_patches(self) -> int | Tensor:
+        """Patches of the dense image, (B, 1) where images are padded."""
+        tokens = self.num_tokens if self._valid_BN is None else self._valid_BN.sum(1, keepdim=True)
+        return tokens - self.policy.num_prefix_tokens
+
     def _prune(self, stage: int, x_BND: Tensor) -> Tensor:
         policy, before_B = self.policy, self._seen_B()
         if self._mask_BN is None:
@@ -130,7 +135,8 @@ class MaskedPass:
         seen_BN = self._seen_BN
         index_BM = true_indices(seen_BN)
         valid_BM = seen_BN.gather(1, index_BM)
-        seen = SeenTokens(valid_BM, index_BM)
+        rows_BM = index_BM + torch.arange(0, seen_BN.numel(), seen_BN.shape[1], device=seen_BN.device)[:, None]
+        seen = SeenTokens(valid_BM, index_BM, rows_BM, self._num_patches())
         decision = decide(policy, stage, _at(self._call.findings, index_BM), seen, self.observers, learns=True)
         m_BM = decision.keep_BM.float()
         if policy.spec.select == "threshold":
@@ -165,8 +171,5 @@ class MaskedPass:
 
 
 def _at(findings: Findings, index_BM: Tensor) -> Findings:
-    scores, metric = findings.attention_scores_BM, findings.metric_BMK
-    return Findings(
-        None if scores is None else scores.gather(1, index_BM),
-        None if metric is None else metric.gather(1, index_BM[..., None].expand(-1, -1, metric.shape[-1])),
-    )
+    scores = findings.attention_scores_BM
+    return replace(findings, attention_scores_BM=None if scores is None else scores.gather(1, index_BM))

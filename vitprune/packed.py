@@ -10,15 +10,17 @@ Shapes: B images, N tokens of an image in the dense sequence, T tokens of the ba
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from vitprune.attention import AttentionCall, Findings
+from vitprune import cpu_stage
+from vitprune.attention import AttentionCall
 from vitprune.departure import Departure, Teaching, depart
 from vitprune.ghosts import GhostRun, Ghosts, linger
 from vitprune.gifts import Gift, average_seen, give_gradients, record
-from vitprune.stage import Decision, Observer, Policy, Tally, count_tokens, decide, find_redundancy
+from vitprune.stage import Decision, Observer, Policy, Tally, count_tokens, decide
 from vitprune.thresholds import near_threshold, straight_through
 from vitprune.tokens import TokenBatch
 
@@ -48,6 +50,7 @@ class PackedPass:
             for stage, (block, level) in enumerate(zip(policy.before_blocks, policy.levels.tolist(), strict=True))
             if watched or not policy.keeps_all(level)
         }
+        self._loops = False
         self._tokens_B = torch.empty(0)  # that are seen; with gradient where the pass learns
         self._batch: TokenBatch | None = None
         self._present: TokenBatch | None = None  # the tokens that the next stage decides about
@@ -84,7 +87,7 @@ class PackedPass:
             tokens=self._batch,
             scores_of=policy.scores_of if stage_follows else None,
             wants_metric=stage_follows and policy.needs_metric,
-            digest=self._digest if stage_follows and policy.is_redundancy and not self.learns else None,
+            loops=self._loops,
             read=self.read if block + 1 == len(policy.cost.linear) else None,
         )
         if self._ghosts is not None:
@@ -103,10 +106,6 @@ class PackedPass:
         stage = self._stages.get(block + 1)
         return hidden_states if stage is None else self._prune(stage, hidden_states)
 
-    def _digest(self, findings: Findings) -> Findings:
-        assert self._present is not None
-        return Findings(redundancy=find_redundancy(self.policy, findings, self._present))
-
     @property
     def _ghosts_last(self) -> bool:
         """Whether ghosts stay to the end, since what they would have become matters there."""
@@ -114,12 +113,15 @@ class PackedPass:
 
     def _begin(self, hidden_states: Tensor, valid_BN: Tensor | None) -> Tensor:
         self.num_tokens = hidden_states.shape[1]
+        self._loops = not self.learns and cpu_stage.can_loop(hidden_states)
         self._tokens_B = count_tokens(hidden_states, valid_BN)
         self.tally = Tally(self.policy, self._tokens_B)
         if valid_BN is None:
             return hidden_states
         self._valid_BN = valid_BN
-        self._batch, x_TD = depart(self._dense(hidden_states), hidden_states.flatten(0, 1), Departure(valid_BN))
+        batch, x_TD = depart(self._dense(hidden_states), hidden_states.flatten(0, 1), Departure(valid_BN))
+        own_patches_B1 = valid_BN.sum(1, keepdim=True) - self.policy.num_prefix_tokens
+        self._batch = replace(batch, num_patches=own_patches_B1)
         return x_TD[None]
 
     def positions(self) -> Tensor | None:
@@ -170,14 +172,15 @@ class PackedPass:
 
     def _dense(self, hidden_states: Tensor) -> TokenBatch:
         images, tokens = hidden_states.shape[:2]
-        return TokenBatch.dense(images, tokens, self.policy.num_prefix_tokens, hidden_states.device)
+        prefix, device = self.policy.num_prefix_tokens, hidden_states.device
+        return TokenBatch.dense(images, tokens, prefix, device, loops=self._loops)
 
     def _prune(self, stage: int, hidden_states: Tensor) -> Tensor:
         policy, batch = self.policy, self._present
         assert batch is not None
         decision = decide(policy, stage, self._call.findings, batch, self.observers, learns=self.learns)
         teaching = self._teaching(stage, decision) if self.learns else None
-        departure = Departure(decision.keep_BM, decision.takers_BM, teaching, decision.kept)
+        departure = Departure(decision.keep_BM, decision.takers_BM, decision.metric_TK, teaching, decision.kept)
         before_TD = hidden_states.flatten(0, 1)
         after, x_TD = depart(batch, before_TD, departure)
         if teaching is not None:

@@ -25,10 +25,9 @@ from torch.nn import functional as F
 from vitprune import cpu_stage
 from vitprune.ghost_attention import GhostKeys, SeenKeys, ghosts_among_others, learning_attention
 from vitprune.ghosts import GhostRun
-from vitprune.layout import is_half
+from vitprune.layout import is_half, on_device
 from vitprune.rectangles import PairBias, Rectangles
 from vitprune.scoring import (
-    at_least_float32,
     context_norms,
     head_weighted_attention,
     key_metric,
@@ -72,10 +71,20 @@ class PackedAttention:
         """Context vectors: every image attends to its own tokens only."""
         if self.kernel == "varlen":
             return varlen_attention(self._q_THK, self._k_THK, self._v_THK, self.batch, self.scaling)
-        if len(self.batch.lengths) == 1 and self.batch.learning is None and self._pairs is None:
-            return self._alone()
+        if self.kernel == "buckets" and self._pairs is None and self.batch.learning is None:
+            return self._in_buckets()
         attend = self._fused if self.batch.learning is None else self._learning
         return self._rectangles.join([attend(i).transpose(1, 2) for i in range(len(self._rectangles.images))])
+
+    def _in_buckets(self) -> Tensor:
+        """A fused call a bucket, on views and with masks that serve all blocks."""
+        layout, qkv = self.batch.layout, (self._q_1HTK, self._k_1HTK, self._v_1HTK)
+        masks = [None] * len(layout.buckets) if self.batch.is_bare else self.batch.bucket_masks(qkv[0].dtype)
+        contexts = []
+        for bucket, mask in zip(zip(*map(layout.split_heads, qkv), strict=True), masks, strict=True):
+            output = F.scaled_dot_product_attention(*bucket, attn_mask=mask, scale=self.scaling)
+            contexts.append(output.transpose(1, 2))
+        return layout.join(contexts)
 
     def ghost_contexts(self, q_1HXK: Tensor, k_1HXK: Tensor, v_1HXK: Tensor) -> Tensor:
         """Context vectors of ghosts, (1, X, H, K): each sees itself and its image's tokens."""
@@ -99,54 +108,38 @@ class PackedAttention:
         return contexts_XHK[None]
 
     def find(self, query: Query | None, *, wants_metric: bool) -> tuple[Tensor | None, Tensor | None]:
-        """Scores by what that query pays to each token, and the metric; None where not asked for."""
-        batch, keys_THK = self.batch, self._k_THK
-        has_bias = query == "class" and self._pairs is not None  # the mean query stands nowhere
-        if batch.learning is None and not has_bias and cpu_stage.can_loop(keys_THK, self.contexts_THK):
-            asking_BHK = None if query is None else self._asking_in_loops(query)
+        """Scores by what that query pays to each token, (B, M), and keys of length one, (T, K); None if unwanted."""
+        batch = self.batch
+        if batch.loops and not (query == "class" and self._pairs):  # the mean query stands nowhere
             bias_T = None if batch.sizes_T is None else batch.key_bias_T
-            known = asking_BHK, keys_THK, self.contexts_THK, bias_T, self.scaling, batch.layout
-            return cpu_stage.find(*known, wants_metric=wants_metric)
-        return None if query is None else self.scores(query), self.metric() if wants_metric else None
+            known = None if query is None else self._asking(query), self._k_THK, self.contexts_THK, bias_T
+            return cpu_stage.find(*known, self.scaling, batch.layout, wants_metric=wants_metric)
+        return None if query is None else self.scores(query), key_metric(self._k_THK) if wants_metric else None
 
     def scores(self, query: Query) -> Tensor:
         """AS-ViT's score of each token, (B, M): by what the class token, or the mean query, of its image pays to it."""
         batch = self.batch
-        asking = [self._asking(i, query) for i in range(len(self._rectangles.images))]
-        keys = self._rectangles.split(self._float_keys_THK)
-        logits = [row_logits(q, k, self.scaling) for q, k in zip(asking, keys, strict=True)]
+        asking_BHK = self._asking(query)
+        images_T = on_device(batch.layout.slot_of_row_T[0], asking_BHK.device)
+        logits_TH = row_logits(asking_BHK.index_select(0, images_T), self._k_THK[:, None], self.scaling)[:, 0]
+        if batch.sizes_T is not None:
+            logits_TH = logits_TH + batch.key_bias_T[:, None]
+        logits_BMH = batch.hide(batch.pad(logits_TH))
         if query == "class" and self._pairs:  # the mean query stands nowhere
-            biases = (self._pairs.between(positions[:, :1], positions) for positions in self._positions)
-            logits = [x_GLH + bias[:, :, 0].mT for x_GLH, bias in zip(logits, biases, strict=True)]
-        logits_BMH = batch.pad(self._rectangles.join(logits)) + batch.key_bias_BM[..., None]
+            logits_BMH = logits_BMH + self._pairs.between(self._first_B1, batch.positions_BM)[:, :, 0].mT
         norms_BMH = batch.pad(context_norms(self.contexts_THK))
         if batch.learning is None:
             return head_weighted_attention(row_weights(logits_BMH), norms_BMH)
         mask_BM = batch.pad(batch.learning.mask_T)
         if self.ghost_run is not None:
-            ghosts_BCH, mask_BC = self._ghosts_in_row(self._rectangles.by_image(asking), query)
+            ghosts_BCH, mask_BC = self._ghosts_in_row(asking_BHK, query)
             logits_BMH, mask_BM = torch.cat([logits_BMH, ghosts_BCH], 1), torch.cat([mask_BM, mask_BC], 1)
         return head_weighted_attention(row_weights(logits_BMH, mask_BM)[:, : norms_BMH.shape[1]], norms_BMH)
-
-    def metric(self) -> Tensor:
-        """What similarity of tokens is measured on, (B, M, K)."""
-        return self.batch.pad(key_metric(self._float_keys_THK))
-
-    @cached_property
-    def _float_keys_THK(self) -> Tensor:
-        return at_least_float32(self._k_THK)
-
-    def _alone(self) -> Tensor:
-        """Context vectors of a single image, with rows that are nobody's as keys that nobody sees, (T, H, K)."""
-        bias_T = self.batch.key_bias_T.to(self._q_1HTK.dtype)
-        q, k, v = self._q_1HTK, self._k_1HTK, self._v_1HTK
-        mask = bias_T.expand(len(bias_T), -1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scaling)[0].transpose(0, 1)
 
     def _fused(self, i: int) -> Tensor:
         """Context vectors of a rectangle, (G, H, L, K)."""
         q, k, v = self._qkv(i)
-        mask = self._mask(i, q)
+        mask = None if self.batch.is_bare and not self._pairs else self._mask(i, q)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scaling)
 
     def _learning(self, i: int) -> Tensor:
@@ -168,28 +161,25 @@ class PackedAttention:
 
         return GhostKeys(in_backward, places.take(ghosts.bias_X, -torch.inf), places.take(ghosts.mask_X, 0.0))
 
-    def _asking(self, i: int, query: Query) -> Tensor:
-        """Of each image of a rectangle the query whose row scores the tokens, (G, H, K)."""
-        q_GLHK = self._queries[i]
+    def _asking(self, query: Query) -> Tensor:
+        """Of each image the query whose row scores the tokens, (B, H, K)."""
+        batch, q_THK = self.batch, self._q_THK
         if query == "class":
-            return q_GLHK[:, 0]
-        weights_GL = self._key_biases[i].exp()
-        if self.batch.learning is not None:
-            weights_GL = weights_GL * self._masks[i]
+            return q_THK[:1] if len(batch.lengths) == 1 else q_THK.index_select(0, batch.starts_B)
+        weights_BM, q_BMHK = batch.key_bias_BM.exp(), batch.pad(q_THK)
+        if batch.learning is not None:
+            weights_BM = weights_BM * batch.pad(batch.learning.mask_T)
         if self.ghost_run is not None:
-            ghosts, places = self.ghost_run.ghosts, self.ghost_run.ghosts.teachers.of_images(self._rectangles.images[i])
-            queries_XHK = self.ghost_run.found.queries_XHK
+            ghosts, places = self.ghost_run.ghosts, self.ghost_run.ghosts.teachers
             ghost_weights = places.take(ghosts.bias_X, -torch.inf).exp() * places.take(ghosts.mask_X, 0.0)
-            weights_GL = torch.cat([weights_GL, ghost_weights], 1)
-            q_GLHK = torch.cat([q_GLHK, places.take(queries_XHK, 0.0)], 1)
-        return mean_query(q_GLHK, weights_GL)
+            weights_BM = torch.cat([weights_BM, ghost_weights], 1)
+            q_BMHK = torch.cat([q_BMHK, places.take(self.ghost_run.found.queries_XHK, 0.0)], 1)
+        return mean_query(q_BMHK, weights_BM)
 
-    def _asking_in_loops(self, query: Query) -> Tensor:
-        """The same of each image, (B, H, K)."""
-        if query == "class":
-            alone = len(self.batch.lengths) == 1
-            return self._q_1HTK[:, :, 0] if alone else self._q_THK.index_select(0, self.batch.starts_B)
-        return self._rectangles.by_image([self._asking(i, query) for i in range(len(self._rectangles.images))])
+    @property
+    def _first_B1(self) -> Tensor:
+        """Position of each image's first token."""
+        return self.batch.positions_T.index_select(0, self.batch.starts_B)[:, None]
 
     def _ghosts_in_row(self, asking_BHK: Tensor, query: Query) -> tuple[Tensor, Tensor]:
         """Logits (B, C, H) and masks (B, C) of ghosts, which score nothing but would lower the others' scores."""
@@ -197,8 +187,7 @@ class PackedAttention:
         ghosts, places = self.ghost_run.ghosts, self.ghost_run.ghosts.teachers
         logits_BCH = row_logits(asking_BHK, places.take(self.ghost_run.found.keys_XHK, 0.0), self.scaling)
         if query == "class" and self._pairs:
-            first_B1 = self.batch.positions_T.index_select(0, self.batch.starts_B)[:, None]
-            logits_BCH = logits_BCH + self._pairs.between(first_B1, places.take(ghosts.positions_X))[:, :, 0].mT
+            logits_BCH = logits_BCH + self._pairs.between(self._first_B1, places.take(ghosts.positions_X))[:, :, 0].mT
         bias_BC = places.take(ghosts.bias_X, -torch.inf)
         return logits_BCH + bias_BC[..., None], places.take(ghosts.mask_X, 0.0)
 
@@ -212,10 +201,11 @@ class PackedAttention:
 
         positions_GQ: of the queries; None: they are the rectangle's own.
         """
-        bias = self._key_biases[i][:, None, None]
-        if self._pairs:
-            own_GL = self._positions[i]
-            bias = bias + self._pairs.between(own_GL if positions_GQ is None else positions_GQ, own_GL)
+        if not self._pairs:
+            return self._key_biases[i][:, None, None].to(q_GHQK.dtype).expand(-1, -1, q_GHQK.shape[2], -1)
+        own_GL = self._positions[i]
+        pairs = self._pairs.between(own_GL if positions_GQ is None else positions_GQ, own_GL)
+        bias = self._key_biases[i][:, None, None] + pairs
         return bias.to(q_GHQK.dtype).expand(-1, -1, q_GHQK.shape[2], -1)
 
     # in memory tokens before heads, as linear layers and the kernels have it

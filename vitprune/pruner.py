@@ -219,8 +219,8 @@ class _EnterBlock:
             valid_BN = None if mask is None else mask[:, 0, 0]
             rest = (None, *rest)
         hidden_states, call = state.enter_block(self.block, args[0], valid_BN)
-        positions = state.positions()
-        if self.rope and positions is not None:
+        positions = state.positions() if self.rope else None
+        if positions is not None:
             tables, prefix = kwargs["position_embeddings"], state.policy.num_prefix_tokens
             kwargs = {**kwargs, "position_embeddings": pack_rope(tables, positions, prefix)}
             if call.ghost_run is not None:

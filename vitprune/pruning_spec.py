@@ -13,12 +13,7 @@ from vitprune.recipe_values import Blocks, KeepRatios, NonNegative, Positive, Th
 from vitprune.spec import Spec
 
 ANCHORS = 0.5
-"""By redundancy every second patch stays, since it is what the others are compared with."""
-
-
-def is_redundancy(select: str, score: str | None) -> bool:
-    """Whether tokens are judged by their likeness to others."""
-    return select == "tome" or (score == "redundancy" and select != "random")
+"""By ToMe every second patch stays, since it is what the others are compared with."""
 
 
 class PruningSpec(Spec):
@@ -27,7 +22,8 @@ class PruningSpec(Spec):
     before_blocks: Blocks = "every"
     """Prune before these blocks, counted from 0, or before every block from 1 on."""
     score: Literal["head-weighted-class-attention", "head-weighted-mean-attention", "redundancy"] = "redundancy"
-    """What a token is judged by: what the class token sees in it (AS-ViT), or how little another one resembles it."""
+    """What a token is judged by: what the class token sees in it (AS-ViT), or how little it resembles those in which
+    the class token sees more (redundancy)."""
     redundancy_exponent: NonNegative = 0.5
     """How much class attention counts beside redundancy: r * S^exponent, 0 for redundancy alone."""
     select: Literal["threshold", "top-k", "random", "tome"] = "threshold"
@@ -83,11 +79,8 @@ class PruningSpec(Spec):
             raise ValueError(
                 f"has {len(values)} numbers for the {len(stages)} stages {list(stages)}; give one per stage"
             )
-        by_redundancy = is_redundancy(select, info.data.get("score"))
-        if info.field_name == "keep_ratios" and by_redundancy and min(values, default=1.0) < ANCHORS:
-            raise ValueError(
-                f"has {min(values)}, but by redundancy at most half of them leave at a stage; give 0.5 or more"
-            )
+        if info.field_name == "keep_ratios" and select == "tome" and min(values, default=1.0) < ANCHORS:
+            raise ValueError(f"has {min(values)}, but by ToMe at most half of them leave at a stage; give 0.5 or more")
         return values
 
     def stages(self, num_blocks: int) -> tuple[int, ...]:

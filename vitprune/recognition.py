@@ -135,6 +135,6 @@ def _look(backbone: PreTrainedModel, image_size: int) -> _Look | None:
         return None
     look.macs = counter.get_total_flops() // 2
     for call in calls:
-        metric_BMK = call.findings.metric_BMK
-        look.lengths.add(0 if metric_BMK is None or metric_BMK.shape[0] != 1 else metric_BMK.shape[1])
+        metric_TK = call.findings.metric_TK
+        look.lengths.add(0 if metric_TK is None or metric_TK.shape[0] != 1 else metric_TK.shape[1])
     return look

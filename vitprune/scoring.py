@@ -1,18 +1,28 @@
 """How much an image needs each of its patches: pure functions of what one block's attention computed anyway.
 
-Shapes: B images, M tokens of an image (prefix first), H heads, K head width, A anchors, C candidates.
+Shapes: B images, M tokens of an image (prefix first), N patches of an image, H heads, K head width, A who answers (at
+ToMe's matching the anchors), C who asks (the candidates).
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+# so many patches at a time are compared with others, so that memory grows with the patches and not with their square
+TILE = 256
+
 
 def at_least_float32(x: Tensor) -> Tensor:
     """Half precision is too coarse for scores; a float64 model's stay what they are."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    return x.to(_at_least_float32(x.dtype))
+
+
+def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
 def attention_row(q_BHK: Tensor, k_BMHK: Tensor, scaling: float, bias_BMH: Tensor | None = None) -> Tensor:
@@ -25,7 +35,7 @@ def row_logits(q_BHK: Tensor, k_BMHK: Tensor, scaling: float) -> Tensor:
     """What one query has to do with each key before the softmax, (B, M, H), at least float32."""
     with torch.autocast(q_BHK.device.type, enabled=False):
         # element by element: a matrix product of one row takes three times as long
-        return torch.linalg.vecdot(at_least_float32(k_BMHK), at_least_float32(q_BHK)[:, None] * scaling)
+        return torch.linalg.vecdot(at_least_float32(k_BMHK), at_least_float32(q_BHK)[:, None]) * scaling
 
 
 def row_weights(logits_BMH: Tensor, mask_BM: Tensor | None = None) -> Tensor:
@@ -67,37 +77,71 @@ def key_metric(k_THK: Tensor) -> Tensor:
 
     (…, T, H, K) to (…, T, K), at least float32.
     """
-    return F.normalize(k_THK.sum(-2, dtype=torch.promote_types(k_THK.dtype, torch.float32)), dim=-1)
+    return F.normalize(k_THK.sum(-2, dtype=_at_least_float32(k_THK.dtype)), dim=-1)
 
 
-def redundancy(
-    metric_BMK: Tensor, valid_BM: Tensor, num_prefix_tokens: int, weights_BM: Tensor | None = None
-) -> tuple[Tensor, Tensor]:
-    """How little each candidate resembles its most similar anchor: r(i) = 1 − max cosine, and that anchor.
+def density_peaks(metric_TK: Tensor, rows_BN: Tensor, importance_BN: Tensor) -> Tensor:
+    """How little each patch resembles those that are more important than itself, (B, N).
 
-    Patches 0, 2, 4, … of an image are anchors, the others candidates. Returns r (B, M), with weights r(i)·w(i), and
-    the anchors' indices (B, M); what is no candidate has r = +inf (it stays) or, where not valid, −inf.
+    δ(i) = 1 − max { cos(k_i, k_j) : S(j) > S(i) }, at least 0, and of equal patches the first is the more important one
+    (clustering by density peaks, Rodriguez & Laio, Science 2014, with S as the density). δ of the most important patch
+    is +inf. rows_BN: each patch's row of the metric. What is no patch has to come last and be no more important than
+    any; its δ means nothing.
+    """
+    order_BN = importance_BN.sort(dim=1, descending=True, stable=True).indices
+    sorted_rows_BN = rows_BN.gather(1, order_BN)
+    sorted_BNK = _rows(metric_TK, sorted_rows_BN)
+    learns = torch.is_grad_enabled() and metric_TK.requires_grad
+    tiles = []
+    with torch.no_grad(), torch.autocast(metric_TK.device.type, enabled=False):
+        for start in range(0, order_BN.shape[1], TILE):
+            tile_BCK, columns_BAK = sorted_BNK[:, start : start + TILE], sorted_BNK[:, : start + TILE]
+            later_CA = _later(metric_TK.device)[: tile_BCK.shape[1], : tile_BCK.shape[1]]
+            later_CA = F.pad(later_CA, (start, 0), value=1.0) if start else later_CA
+            distances_BCA = torch.baddbmm(later_CA, tile_BCK, columns_BAK.mT, alpha=-1)
+            tiles.append(distances_BCA.argmin(-1) if learns else distances_BCA.amin(-1))
+    found_BN = tiles[0] if len(tiles) == 1 else torch.cat(tiles, 1)
+    if learns:  # which patch it is has no gradient, and how alike the two are needs no matrix of all
+        distances_BN = 1.0 - torch.linalg.vecdot(sorted_BNK, _rows(metric_TK, sorted_rows_BN.gather(1, found_BN)))
+        first_BN = torch.arange(found_BN.shape[1], device=found_BN.device) == 0
+        found_BN = distances_BN.masked_fill(first_BN, torch.inf)
+    delta_BN = found_BN.clamp(min=0.0)
+    return delta_BN.scatter(1, order_BN, delta_BN)  # each place is written to
+
+
+@cache
+def _later(device: torch.device) -> Tensor:
+    """1 where, of a tile's patches by importance, one comes before another, else +inf; (`TILE`, `TILE`)."""
+    with torch.inference_mode(False):
+        before_CA = torch.ones(TILE, TILE, dtype=torch.bool, device=device).tril(-1)
+        return torch.where(before_CA, 1.0, torch.inf)
+
+
+def importance_weights(attention_score_BN: Tensor, num_patches: int | Tensor, exponent: float) -> Tensor:
+    """(n·S(i))^α, (B, N), n the patches of the dense image: so an S spread over more patches means the same."""
+    weights_BN = attention_score_BN * num_patches
+    if weights_BN.requires_grad:  # also at 0 a finite one
+        weights_BN = weights_BN.clamp(min=1e-12)
+    return weights_BN**exponent
+
+
+def bipartite(metric_BMK: Tensor, valid_BM: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+    """ToMe's matching (arXiv 2210.09461 §3): how little each candidate resembles its most similar anchor, and which.
+
+    Patches 0, 2, 4, … of an image are anchors, the others candidates. Returns 1 − max cosine (B, M) and the anchors'
+    indices (B, M); what is no candidate has +inf (it stays) or, where not valid, −inf.
     """
     first = num_prefix_tokens
-    anchors_BAK, candidates_BCK = metric_BMK[:, first::2], metric_BMK[:, first + 1 :: 2]
-    cosines_BCA = _cosines(candidates_BCK, anchors_BAK)
+    cosines_BCA = _cosines(metric_BMK[:, first + 1 :: 2], metric_BMK[:, first::2])
     if len(valid_BM) > 1:  # one image alone has no padding
         # added, not filled: half the time
         cosines_BCA = cosines_BCA.add_(torch.where(valid_BM, 0.0, -torch.inf)[:, None, first::2])
     best = cosines_BCA.max(-1)
-    r_BC = (1.0 - best.values).clamp(min=0.0)
-    if weights_BM is not None:  # infinities stay out of it: their product would have a NaN for a gradient
-        r_BC = r_BC * weights_BM[:, first + 1 :: 2]
-    r_BM = metric_BMK.new_full(valid_BM.shape, torch.inf)
-    r_BM[:, first + 1 :: 2] = r_BC
+    distance_BM = metric_BMK.new_full(valid_BM.shape, torch.inf)
+    distance_BM[:, first + 1 :: 2] = (1.0 - best.values).clamp(min=0.0)
     anchors_BM = torch.zeros_like(valid_BM, dtype=torch.long)
     anchors_BM[:, first + 1 :: 2] = best.indices * 2 + first
-    return r_BM if len(valid_BM) == 1 else r_BM.masked_fill(~valid_BM, -torch.inf), anchors_BM
-
-
-def redundancy_weights(attention_score_BM: Tensor, exponent: float) -> Tensor:
-    """S(i)^α, (B, M): of two equally redundant patches the one that matters less goes first."""
-    return attention_score_BM.clamp(min=1e-12) ** exponent  # also at 0 with a finite gradient
+    return distance_BM if len(valid_BM) == 1 else distance_BM.masked_fill(~valid_BM, -torch.inf), anchors_BM
 
 
 def most_similar(metric_BMK: Tensor, asks_BM: Tensor, answers_BM: Tensor) -> Tensor:
@@ -106,12 +150,25 @@ def most_similar(metric_BMK: Tensor, asks_BM: Tensor, answers_BM: Tensor) -> Ten
     Elsewhere the result means nothing. Only asking rows and answering columns are compared.
     """
     rows_BC, columns_BA = true_indices(asks_BM), true_indices(answers_BM)
-    rows = _take(metric_BMK, rows_BC)
-    columns = _take(metric_BMK, columns_BA)
-    cosines_BCA = _cosines(rows, columns)
-    impossible = ~answers_BM.gather(1, columns_BA)[:, None] | (rows_BC[..., None] == columns_BA[:, None])
-    nearest_BC = cosines_BCA.masked_fill(impossible, -torch.inf).argmax(-1)
+    columns_BAK, absent_BA = _take(metric_BMK, columns_BA), ~answers_BM.gather(1, columns_BA)
+    tiles = []
+    for part_BC in rows_BC.split(TILE, 1):
+        impossible = absent_BA[:, None] | (part_BC[..., None] == columns_BA[:, None])
+        cosines_BCA = _cosines(_take(metric_BMK, part_BC), columns_BAK)
+        tiles.append(cosines_BCA.masked_fill(impossible, -torch.inf).argmax(-1))
+    nearest_BC = torch.cat(tiles, 1)
     return torch.zeros_like(asks_BM, dtype=torch.long).scatter(1, rows_BC, columns_BA.gather(1, nearest_BC))
+
+
+def nearest(metric_TK: Tensor, rows_BC: Tensor, columns_BA: Tensor, absent_BA: Tensor | None) -> Tensor:
+    """For each row of the metric the number of the most similar column, (B, C); absent_BA: columns that are none."""
+    columns_BAK, tiles = _rows(metric_TK, columns_BA), []
+    for part_BC in rows_BC.split(TILE, 1):
+        cosines_BCA = _cosines(_rows(metric_TK, part_BC), columns_BAK)
+        if absent_BA is not None:
+            cosines_BCA = cosines_BCA.masked_fill_(absent_BA[:, None], -torch.inf)
+        tiles.append(cosines_BCA.argmax(-1))
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles, 1)
 
 
 def true_indices(mask_BM: Tensor) -> Tensor:
@@ -123,8 +180,12 @@ def true_indices(mask_BM: Tensor) -> Tensor:
 def _cosines(rows_BCK: Tensor, columns_BAK: Tensor) -> Tensor:
     """(B, C, A) of vectors of length one; float32 also under autocast, as 1 − cosine near one needs it."""
     with torch.autocast(rows_BCK.device.type, enabled=False):
-        return rows_BCK @ columns_BAK.transpose(1, 2)
+        return torch.bmm(rows_BCK, columns_BAK.mT)
 
 
 def _take(x_BMK: Tensor, index_BC: Tensor) -> Tensor:
     return x_BMK.gather(1, index_BC[..., None].expand(-1, -1, x_BMK.shape[-1]))
+
+
+def _rows(x_TK: Tensor, rows_BN: Tensor) -> Tensor:
+    return x_TK.index_select(0, rows_BN.flatten()).view(*rows_BN.shape, x_TK.shape[-1])

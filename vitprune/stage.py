@@ -12,15 +12,17 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from typing_extensions import assert_never
 
 from vitprune import cpu_stage
 from vitprune.attention import Findings
 from vitprune.cost import CostModel
 from vitprune.cost_table import Costs
+from vitprune.layout import on_device
 from vitprune.packed_attention import Query
-from vitprune.pruning_spec import PruningSpec, is_redundancy
-from vitprune.scoring import most_similar, redundancy, redundancy_weights
+from vitprune.pruning_spec import PruningSpec
+from vitprune.scoring import TILE, bipartite, density_peaks, importance_weights, most_similar
 from vitprune.thresholds import above_threshold, random_scores, top_counts
 from vitprune.tokens import TokenBatch
 
@@ -49,17 +51,18 @@ class Policy:
         return self.cost.read is None
 
     @property
-    def is_redundancy(self) -> bool:
-        return is_redundancy(self.spec.select, self.spec.score)
+    def is_tome(self) -> bool:
+        return self.spec.select == "tome"
 
     @property
-    def exponent(self) -> float:
-        return 0.0 if self.spec.select == "tome" else self.spec.redundancy_exponent
+    def is_redundancy(self) -> bool:
+        """Whether tokens are judged by their likeness to more important ones."""
+        return self.spec.score == "redundancy" and self.spec.select in ("threshold", "top-k")
 
     @property
     def scores_of(self) -> Query | None:
         """Whose attention the score is made of; None where the score needs no attention."""
-        if self.spec.select == "random" or (self.is_redundancy and self.exponent == 0):
+        if self.spec.select in ("random", "tome"):
             return None
         if self.spec.score == "head-weighted-mean-attention" or not self.has_class_token:
             return "mean"
@@ -67,7 +70,7 @@ class Policy:
 
     @property
     def needs_metric(self) -> bool:
-        return self.is_redundancy or self.spec.dropped == "merge"
+        return self.is_redundancy or self.is_tome or self.spec.dropped == "merge"
 
     def keeps_all(self, level: float) -> bool:
         """Whether nothing can leave at a stage of such a level; no score is negative."""
@@ -84,24 +87,30 @@ class Observer(Protocol):
 class Decision:
     """What a stage decided.
 
-    keep_BM: bool. scores_BM: +inf always stays, −inf isn't there. takers_BM: who takes in what leaves (`merge`).
+    keep_BM: bool. scores_BM: +inf always stays, −inf isn't there. takers_BM: who takes in what leaves (`merge`), where
+    the decision says so: in training, in loops, and by ToMe. metric_TK: elsewhere what tells who it is.
     kept: tokens that each image keeps, where the host knows already.
     """
 
     keep_BM: Tensor
     scores_BM: Tensor
     level: Tensor
-    takers_BM: Tensor | None
+    takers_BM: Tensor | None = None
+    metric_TK: Tensor | None = None
     kept: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
 class SeenTokens:
-    """The tokens of a masked pass that are seen at a stage; how many the device alone knows."""
+    """The tokens of a masked pass that are seen at a stage; how many the device alone knows.
+
+    index_BM: row of each in what a block found. num_patches: of the dense image, (B, 1) where images differ.
+    """
 
     valid_BM: Tensor
     positions_BM: Tensor
-    lengths: None = None
+    index_BM: Tensor
+    num_patches: int | Tensor
     layout: None = None
 
 
@@ -118,28 +127,26 @@ def decide(
 
     learns: find a taker for tokens that stay, too, as the gradient of a mask asks what would be if they left.
     """
-    spec, prefix = policy.spec, policy.num_prefix_tokens
-    scores_BM, anchors_BM = _scores(policy, stage, findings, tokens)
-    loops = spec.select == "threshold" and not learns and tokens.layout is not None and cpu_stage.can_loop(scores_BM)
+    prefix = policy.num_prefix_tokens
+    scores_BM, takers_BM = _scores(policy, stage, findings, tokens)
     level = policy.levels[stage]
     for observer in observers:
         level = observer.level(stage, scores_BM.detach(), tokens.valid_BM, level)
-    takers_BM = anchors_BM if spec.dropped == "merge" else None
-    metric_BMK = None
-    if spec.dropped == "merge" and takers_BM is None:
-        assert findings.metric_BMK is not None
-        metric_BMK = findings.metric_BMK.detach()
-    if loops:
-        assert tokens.layout is not None
-        known = scores_BM, level.item(), prefix + spec.min_tokens, metric_BMK, prefix, tokens.layout
-        keep_BM, kept, found_BM = cpu_stage.select(*known)
-        return Decision(keep_BM, scores_BM, level, takers_BM if found_BM is None else found_BM, kept)
+    if isinstance(tokens, TokenBatch) and tokens.loops and policy.spec.select == "threshold":
+        metric_TK = findings.metric_TK if policy.spec.dropped == "merge" else None
+        known = scores_BM, level.item(), prefix + policy.spec.min_tokens, metric_TK, prefix, tokens.layout
+        keep_BM, kept, takers_BM = cpu_stage.select(*known)
+        return Decision(keep_BM, scores_BM, level, takers_BM, kept=kept)
     keep_BM = _select(policy, scores_BM, level, tokens)
-    if metric_BMK is not None:
-        patches_BM = tokens.valid_BM.clone()
-        patches_BM[:, :prefix] = False
-        asks_BM = patches_BM if learns else patches_BM & ~keep_BM
-        takers_BM = most_similar(metric_BMK, asks_BM, patches_BM & keep_BM)
+    if policy.spec.dropped == "leave" or takers_BM is not None:
+        return Decision(keep_BM, scores_BM, level, takers_BM if policy.spec.dropped == "merge" else None)
+    assert findings.metric_TK is not None
+    metric_TK = findings.metric_TK.detach()
+    if not learns:
+        return Decision(keep_BM, scores_BM, level, metric_TK=metric_TK)
+    patches_BM = tokens.valid_BM.clone()
+    patches_BM[:, :prefix] = False
+    takers_BM = most_similar(metric_TK[tokens.index_BM], patches_BM, patches_BM & keep_BM)
     return Decision(keep_BM, scores_BM, level, takers_BM)
 
 
@@ -147,9 +154,9 @@ def _select(policy: Policy, scores_BM: Tensor, level: Tensor, tokens: TokenBatch
     spec, prefix = policy.spec, policy.num_prefix_tokens
     match spec.select:
         case "threshold":
-            fewest = min(tokens.lengths) if tokens.lengths else 0
-            anchors = (max(fewest - prefix, 0) + 1) // 2 if policy.is_redundancy else 0
-            return above_threshold(scores_BM, level, prefix + spec.min_tokens, certain=prefix + anchors)
+            # the most important patch stays whatever its score
+            certain = prefix + int(policy.is_redundancy)
+            return above_threshold(scores_BM, level, prefix + spec.min_tokens, certain=certain)
         case "top-k" | "random" | "tome":
             counts_B = (level * (tokens.valid_BM.sum(1) - prefix)).round().long().clamp(min=spec.min_tokens)
             return top_counts(scores_BM, counts_B + prefix) | (scores_BM == torch.inf)
@@ -160,29 +167,47 @@ def _select(policy: Policy, scores_BM: Tensor, level: Tensor, tokens: TokenBatch
 def _scores(
     policy: Policy, stage: int, findings: Findings, tokens: TokenBatch | SeenTokens
 ) -> tuple[Tensor, Tensor | None]:
-    """Scores (B, M), and under redundancy each candidate's anchor (B, M)."""
-    if policy.is_redundancy:
-        return findings.redundancy or find_redundancy(policy, findings, tokens)
+    """Scores (B, M), and by ToMe each candidate's anchor (B, M)."""
+    prefix, metric_TK = policy.num_prefix_tokens, findings.metric_TK
+    if policy.is_tome:
+        assert metric_TK is not None
+        return bipartite(metric_TK[tokens.index_BM], tokens.valid_BM, prefix)
     if policy.spec.select == "random":
-        scores_BM = random_scores(tokens.positions_BM, stage)
+        scores_BN = random_scores(tokens.positions_BM[:, prefix:], stage)
     else:
         assert findings.attention_scores_BM is not None
-        scores_BM = findings.attention_scores_BM
-    scores_BM = scores_BM.masked_fill(~tokens.valid_BM, -torch.inf)
-    scores_BM[:, : policy.num_prefix_tokens] = torch.inf
-    return scores_BM, None
+        scores_BN = findings.attention_scores_BM[:, prefix:]
+    if policy.is_redundancy and isinstance(tokens, TokenBatch) and tokens.loops:
+        assert metric_TK is not None
+        assert findings.attention_scores_BM is not None
+        known = metric_TK, findings.attention_scores_BM, tokens.num_patches, policy.spec.redundancy_exponent, prefix
+        return cpu_stage.density_peaks(*known, tokens.layout), None
+    if policy.is_redundancy:
+        assert metric_TK is not None
+        scores_BN = _redundancy(policy, scores_BN, metric_TK, tokens)
+    scores_BM = F.pad(scores_BN, (prefix, 0), value=torch.inf)
+    if tokens.layout is None:
+        return scores_BM.masked_fill(~tokens.valid_BM, -torch.inf), None
+    if tokens.layout.is_even:
+        return scores_BM, None
+    return scores_BM.masked_fill_(on_device(~tokens.layout.valid_BM, tokens.device), -torch.inf), None
 
 
-def find_redundancy(policy: Policy, findings: Findings, tokens: TokenBatch | SeenTokens) -> tuple[Tensor, Tensor]:
-    """`scoring.redundancy` under a policy: (B, M) and each candidate's anchor (B, M)."""
-    metric_BMK, exponent, prefix = findings.metric_BMK, policy.exponent, policy.num_prefix_tokens
-    attention_BM = findings.attention_scores_BM if exponent > 0 else None
-    assert metric_BMK is not None
-    assert exponent == 0 or attention_BM is not None
-    if tokens.layout is not None and cpu_stage.can_loop(metric_BMK):
-        return cpu_stage.redundancy(metric_BMK, attention_BM, exponent, prefix, tokens.layout)
-    weights_BM = None if attention_BM is None else redundancy_weights(attention_BM, exponent)
-    return redundancy(metric_BMK, tokens.valid_BM, prefix, weights_BM)
+def _redundancy(policy: Policy, attention_BN: Tensor, metric_TK: Tensor, tokens: TokenBatch | SeenTokens) -> Tensor:
+    """δ(i)·(n·S(i))^α, (B, N); the most important patch of an image has +inf."""
+    prefix, exponent = policy.num_prefix_tokens, policy.spec.redundancy_exponent
+    importance_BN = attention_BN.detach()
+    if tokens.layout is None:  # where a layout says what is padding, nobody sees it, and it lies behind the patches
+        importance_BN = importance_BN.masked_fill(~tokens.valid_BM[:, prefix:], -torch.inf)
+    delta_BN = density_peaks(metric_TK, tokens.index_BM[:, prefix:], importance_BN)
+    if exponent == 0:
+        return delta_BN
+    weights_BN = importance_weights(attention_BN, tokens.num_patches, exponent)
+    if not (torch.is_grad_enabled() and (weights_BN.requires_grad or delta_BN.requires_grad)):
+        return delta_BN * weights_BN
+    # where δ is infinite the product's gradient would be, too
+    always_BN = delta_BN == torch.inf
+    return (delta_BN.masked_fill(always_BN, 0.0) * weights_BN).masked_fill(always_BN, torch.inf)
 
 
 def count_tokens(hidden_states: Tensor, valid_BN: Tensor | None) -> Tensor:
@@ -227,7 +252,9 @@ def stage_macs(policy: Policy, tokens_B: Tensor, kept_B: Tensor) -> Tensor:
     if policy.scores_of is not None:
         macs_B = macs_B + cost.attention_row(tokens_B)
     if policy.is_redundancy:
-        macs_B = macs_B + cost.redundancy(patches_B)
+        macs_B = macs_B + cost.density_peaks(patches_B, TILE)
+    if policy.is_tome:
+        macs_B = macs_B + cost.bipartite(patches_B)
     elif policy.spec.dropped == "merge":
         kept_patches_B = kept_B - policy.num_prefix_tokens
         macs_B = macs_B + cost.merge(patches_B - kept_patches_B, kept_patches_B)

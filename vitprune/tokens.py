@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +34,49 @@ class Learning:
     learns_T: Tensor
 
 
+class Origin(Protocol):
+    """Where a batch's tokens come from; worked out when somebody asks.
+
+    positions_T: index of each token in the dense sequence; `NOBODY` for fillers.
+    carriers_BN: which of its image's tokens stands now for a token of the dense sequence, or `NOBODY`.
+    """
+
+    @property
+    def positions_T(self) -> Tensor: ...
+
+    @property
+    def carriers_BN(self) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Known:
+    """An origin that is there already."""
+
+    positions_T: Tensor
+    carriers_BN: Tensor
+
+
+@dataclass(frozen=True)
+class _Dense:
+    """Every image has all of its tokens."""
+
+    batch_size: int
+    num_tokens: int
+    device: torch.device
+
+    @property
+    def carriers_BN(self) -> Tensor:
+        return self._index_BN
+
+    @property
+    def positions_T(self) -> Tensor:
+        return self._index_BN.flatten()
+
+    @cached_property
+    def _index_BN(self) -> Tensor:
+        return torch.arange(self.num_tokens, device=self.device).repeat(self.batch_size, 1)
+
+
 @dataclass(frozen=True)
 class TokenBatch:
     """A packed batch; its hidden states (T, D) travel beside it.
@@ -40,32 +84,46 @@ class TokenBatch:
     Rows without a token ("fillers") hold a copy of their image's first token, so that they are finite where it is; no
     token sees them.
 
-    positions_T: index of each token in the dense sequence; `NOBODY` for fillers.
+    num_patches: of the dense image; (B, 1) where images differ.
     sizes_T: float32, for how many patches a token stands, 0 in fillers; None when every token stands for itself.
-    carriers_BN: which of its image's tokens stands now for a token of the dense sequence, or `NOBODY`.
     learning: None in inference, and in training until tokens leave.
     has_carriers: somebody stands for each token of the dense sequence.
+    loops: stages are loops of `cpu_stage`, not operators.
     """
 
     layout: Layout
     num_prefix_tokens: int
-    positions_T: Tensor
+    num_patches: int | Tensor
     sizes_T: Tensor | None
-    carriers_BN: Tensor
+    origin: Origin
+    device: torch.device
     learning: Learning | None = None
     has_carriers: bool = False
+    loops: bool = False
 
     @classmethod
-    def dense(cls, batch_size: int, num_tokens: int, num_prefix_tokens: int, device: torch.device) -> TokenBatch:
+    def dense(
+        cls, batch_size: int, num_tokens: int, num_prefix_tokens: int, device: torch.device, *, loops: bool = False
+    ) -> TokenBatch:
         """The batch before anything left: every image has all of its tokens."""
-        positions_BN = torch.arange(num_tokens, device=device).repeat(batch_size, 1)
-        layout = Layout((num_tokens,) * batch_size)
-        return cls(layout, num_prefix_tokens, positions_BN.flatten(), None, positions_BN, has_carriers=True)
+        layout, origin = Layout((num_tokens,) * batch_size), _Dense(batch_size, num_tokens, device)
+        patches = num_tokens - num_prefix_tokens
+        return cls(layout, num_prefix_tokens, patches, None, origin, device, has_carriers=True, loops=loops)
 
     @property
     def lengths(self) -> tuple[int, ...]:
         """Tokens of each image, prefix included."""
         return self.layout.lengths
+
+    @property
+    def positions_T(self) -> Tensor:
+        """Index of each token in the dense sequence; `NOBODY` for fillers."""
+        return self.origin.positions_T
+
+    @property
+    def carriers_BN(self) -> Tensor:
+        """Which of its image's tokens stands now for a token of the dense sequence, or `NOBODY`."""
+        return self.origin.carriers_BN
 
     @property
     def positions_BM(self) -> Tensor:
@@ -74,32 +132,30 @@ class TokenBatch:
 
     @cached_property
     def lengths_B(self) -> Tensor:
-        return on_device(self.lengths, self.positions_T.device)
+        return on_device(self.lengths, self.device)
 
     @cached_property
     def starts_B(self) -> Tensor:
         """Row of each image's first token."""
-        return on_device(self.layout.starts, self.positions_T.device)
+        return on_device(self.layout.starts, self.device)
 
     @cached_property
     def valid_BM(self) -> Tensor:
         """True where the padded view holds a token."""
-        if len(set(self.lengths)) == 1:
-            return self.positions_T.new_ones((len(self.lengths), self.lengths[0]), dtype=torch.bool)
-        return self._slots(self.lengths) < self.lengths_B[:, None]
+        return on_device(self.layout.valid_BM, self.device)
 
     @cached_property
     def index_BM(self) -> Tensor:
         """Row of each place of the padded view; padding repeats the image's last token."""
-        return self.layout.rows_of(self._slots(self.lengths).minimum(self.lengths_B[:, None] - 1))
+        return on_device(self.layout.index_BM, self.device)
 
     def _slots(self, counts: Sequence[int]) -> Tensor:
         """Places of one image, padded to the largest of the counts."""
-        return torch.arange(max(counts), device=self.positions_T.device)
+        return torch.arange(max(counts), device=self.device)
 
     @cached_property
     def _rows_B1(self) -> Tensor:
-        return on_device(self.layout.rows, self.positions_T.device)[:, None]
+        return on_device(self.layout.rows, self.device)[:, None]
 
     @cached_property
     def has_row_BM(self) -> Tensor:
@@ -114,7 +170,7 @@ class TokenBatch:
     @cached_property
     def places_T(self) -> Tensor:
         """Place of each row, numbered through, in images padded to the most rows."""
-        images_T, slots_T = self.layout.places(self.positions_T.device)
+        images_T, slots_T = self.layout.places(self.device)
         most = max(self.layout.rows)  # behind the last image are rows that go on beyond it
         return images_T * most + slots_T.clamp(max=most - 1)
 
@@ -126,16 +182,41 @@ class TokenBatch:
     def key_bias_T(self) -> Tensor:
         """What is added to a key's logits, float32: the log of its size, −inf for fillers."""
         if self.sizes_T is None:
-            return torch.where(self.positions_T == NOBODY, -torch.inf, 0.0)
+            bias_T = torch.zeros(self.layout.num_rows, device=self.device)
+            return bias_T.index_fill_(0, on_device(self.layout.fillers, self.device), -torch.inf)
         if not self.sizes_T.requires_grad:
             return self.sizes_T.log()
         fillers_T = self.sizes_T == 0  # the logarithm of 0 would have a NaN for a gradient
         return self.sizes_T.masked_fill(fillers_T, 1.0).log().masked_fill(fillers_T, -torch.inf)
 
+    @cached_property
+    def _bucket_masks(self) -> dict[torch.dtype, list[Tensor]]:
+        return {}
+
+    def bucket_masks(self, dtype: torch.dtype) -> list[Tensor]:
+        """The same for each bucket as a kernel of such a precision takes it, (G, 1, L, L); made once for all blocks."""
+        if dtype not in self._bucket_masks:
+            biases = self.layout.split(self.key_bias_T.to(dtype))
+            masks = [bias_GL[:, None, None].expand(-1, -1, bias_GL.shape[1], -1) for bias_GL in biases]
+            self._bucket_masks[dtype] = masks
+        return self._bucket_masks[dtype]
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether nothing is added to any key's logits."""
+        return self.sizes_T is None and not len(self.layout.fillers)
+
     @property
     def key_bias_BM(self) -> Tensor:
         """The same in the padded view; −inf beyond an image's tokens. Not kept: checkpointing must make it again."""
-        return self.pad(self.key_bias_T).masked_fill(~self.valid_BM, -torch.inf)
+        return self.hide(self.pad(self.key_bias_T))
+
+    def hide(self, logits_BM: Tensor) -> Tensor:
+        """−inf beyond an image's tokens, (B, M, …)."""
+        if self.layout.is_even:
+            return logits_BM
+        beyond_BM = on_device(~self.layout.valid_BM, self.device)
+        return logits_BM.masked_fill(beyond_BM.view(*beyond_BM.shape, *(1 for _ in logits_BM.shape[2:])), -torch.inf)
 
     def pad(self, values_T: Tensor) -> Tensor:
         """(T, …) to (B, M, …); what lies beyond an image's tokens is a copy of one of them or a filler of its own."""

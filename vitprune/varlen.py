@@ -41,7 +41,7 @@ def varlen_attention(q_THK: Tensor, k_THK: Tensor, v_THK: Tensor, batch: TokenBa
         q_THK, k_THK, v_THK = _with_sizes(q_THK, k_THK, v_THK, batch.key_bias_T, scaling)
     rows = batch.layout.rows
     bounds = list(accumulate((rows[image] for image in batch.layout.order), initial=0))
-    bounds_X = on_device(bounds, q_THK.device, torch.int32)
+    bounds_X = on_device(bounds, q_THK.device).int()
     longest = max(rows)
     output = varlen_attn(q_THK, k_THK, v_THK, bounds_X, bounds_X, longest, longest, scale=scaling)
     assert isinstance(output, Tensor)
