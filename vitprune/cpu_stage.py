@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vitprune.layout import Layout
+from vitprune.scoring import more_important
 
 _DTYPES = (torch.float32, torch.bfloat16)
 
@@ -76,12 +77,22 @@ def density_peaks(
     num_prefix_tokens: int,
     layout: Layout,
 ) -> Tensor:
-    """`scoring.density_peaks`, weighed by (n·S)^α, (B, M): +inf for prefix tokens, −inf beyond an image's tokens."""
-    redundancy_BM, images = np.empty(scores_BM.shape, np.float32), len(scores_BM)
-    patches = _array(num_patches.flatten()) if isinstance(num_patches, Tensor) else num_patches
-    patches_B = np.broadcast_to(np.asarray(patches, np.float32), images)
-    known = _array(metric_TK), _array(scores_BM), patches_B.copy(), np.float32(exponent), num_prefix_tokens
-    _run(_loops().density_peaks, *known, layout.spans_3B, redundancy_BM, images=images)
+    """`scoring.density_peaks`, weighed by (n·S)^α, (B, M): +inf for prefix tokens, −inf beyond an image's tokens.
+
+    Matrices are torch's, which is faster at them.
+    """
+    images, patches = len(scores_BM), scores_BM.shape[1] - num_prefix_tokens
+    order_BN, sorted_BNK = (
+        np.empty((images, patches), np.int64),
+        metric_TK.new_empty(images, patches, metric_TK.shape[1]),
+    )
+    known = num_prefix_tokens, layout.spans_3B
+    _run(_loops().sort, _array(metric_TK), _array(scores_BM), *known, order_BN, _array(sorted_BNK), images=images)
+    distances_BN, redundancy_BM = more_important(sorted_BNK), np.empty(scores_BM.shape, np.float32)
+    dense = num_patches if isinstance(num_patches, int) else _array(num_patches.flatten())
+    patches_B = np.full(images, dense, np.float32)
+    weights = _array(distances_BN), order_BN, _array(scores_BM), patches_B, np.float32(exponent)
+    _run(_loops().weigh, *weights, *known, redundancy_BM, images=images)
     return _tensor(redundancy_BM)
 
 

@@ -158,8 +158,28 @@ def _nearest(row_K: Any, columns_KA: Any, cosines_A: Any) -> Any:
 
 
 @Loop
-def density_peaks(
+def sort(
     metric_TK: Any,
+    scores_BM: Any,
+    num_prefix_tokens: Any,
+    spans_3B: Any,
+    order_BN: Any,
+    sorted_BNK: Any,
+) -> None:
+    """Patches by importance, of equals the first one first, and their metric in that order; zeros beyond them."""
+    for b in numba.prange(spans_3B.shape[1]):
+        length = spans_3B[1, b]
+        first, patches = spans_3B[0, b] + num_prefix_tokens, length - num_prefix_tokens
+        order_BN[b, :patches] = np.argsort(-scores_BM[b, num_prefix_tokens:length], kind="mergesort")
+        for n in range(patches):
+            sorted_BNK[b, n] = metric_TK[first + order_BN[b, n]]
+        sorted_BNK[b, patches:] = 0
+
+
+@Loop
+def weigh(
+    distances_BN: Any,
+    order_BN: Any,
     scores_BM: Any,
     num_patches_B: Any,
     exponent: Any,
@@ -167,23 +187,15 @@ def density_peaks(
     spans_3B: Any,
     redundancy_BM: Any,
 ) -> None:
-    """How little each patch resembles those that are more important, times (n·S)^α; `scoring.density_peaks`."""
+    """δ, by importance, times (n·S)^α, in the order of the tokens; +inf for prefix tokens, −inf beyond an image's."""
     for b in numba.prange(spans_3B.shape[1]):
         length = spans_3B[1, b]
-        first, patches = spans_3B[0, b] + num_prefix_tokens, length - num_prefix_tokens
         redundancy_BM[b, :num_prefix_tokens] = np.inf
         redundancy_BM[b, length:] = -np.inf
-        order_N = np.argsort(-scores_BM[b, num_prefix_tokens:length], kind="mergesort")
-        sorted_KN = np.empty((metric_TK.shape[1], patches), np.float32)
-        for n in range(patches):
-            for c in range(sorted_KN.shape[0]):
-                sorted_KN[c, n] = metric_TK[first + order_N[n], c]
-        cosines_N = np.empty(patches, np.float32)
-        for n in range(patches):
-            i = order_N[n]
-            cosine = _nearest(metric_TK[first + i], sorted_KN, cosines_N[:n])[1]
-            weight = (num_patches_B[b] * scores_BM[b, num_prefix_tokens + i]) ** exponent
-            redundancy_BM[b, num_prefix_tokens + i] = max(np.float32(1) - cosine, np.float32(0)) * weight
+        for n in range(length - num_prefix_tokens):
+            i = num_prefix_tokens + order_BN[b, n]
+            distance = max(distances_BN[b, n], np.float32(0))
+            redundancy_BM[b, i] = distance * (num_patches_B[b] * scores_BM[b, i]) ** exponent
 
 
 @Loop

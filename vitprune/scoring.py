@@ -92,21 +92,27 @@ def density_peaks(metric_TK: Tensor, rows_BN: Tensor, importance_BN: Tensor) -> 
     sorted_rows_BN = rows_BN.gather(1, order_BN)
     sorted_BNK = _rows(metric_TK, sorted_rows_BN)
     learns = torch.is_grad_enabled() and metric_TK.requires_grad
-    tiles = []
-    with torch.no_grad(), torch.autocast(metric_TK.device.type, enabled=False):
-        for start in range(0, order_BN.shape[1], TILE):
-            tile_BCK, columns_BAK = sorted_BNK[:, start : start + TILE], sorted_BNK[:, : start + TILE]
-            later_CA = _later(metric_TK.device)[: tile_BCK.shape[1], : tile_BCK.shape[1]]
-            later_CA = F.pad(later_CA, (start, 0), value=1.0) if start else later_CA
-            distances_BCA = torch.baddbmm(later_CA, tile_BCK, columns_BAK.mT, alpha=-1)
-            tiles.append(distances_BCA.argmin(-1) if learns else distances_BCA.amin(-1))
-    found_BN = tiles[0] if len(tiles) == 1 else torch.cat(tiles, 1)
+    found_BN = more_important(sorted_BNK, wants_index=learns)
     if learns:  # which patch it is has no gradient, and how alike the two are needs no matrix of all
         distances_BN = 1.0 - torch.linalg.vecdot(sorted_BNK, _rows(metric_TK, sorted_rows_BN.gather(1, found_BN)))
         first_BN = torch.arange(found_BN.shape[1], device=found_BN.device) == 0
         found_BN = distances_BN.masked_fill(first_BN, torch.inf)
     delta_BN = found_BN.clamp(min=0.0)
     return delta_BN.scatter(1, order_BN, delta_BN)  # each place is written to
+
+
+@torch.no_grad()
+def more_important(sorted_BNK: Tensor, *, wants_index: bool = False) -> Tensor:
+    """1 − cosine of each patch to the most similar one before it, +inf for the first; or its index, (B, N)."""
+    tiles = []
+    with torch.autocast(sorted_BNK.device.type, enabled=False):
+        for start in range(0, sorted_BNK.shape[1], TILE):
+            tile_BCK, columns_BAK = sorted_BNK[:, start : start + TILE], sorted_BNK[:, : start + TILE]
+            later_CA = _later(sorted_BNK.device)[: tile_BCK.shape[1], : tile_BCK.shape[1]]
+            later_CA = F.pad(later_CA, (start, 0), value=1.0) if start else later_CA
+            distances_BCA = torch.baddbmm(later_CA, tile_BCK, columns_BAK.mT, alpha=-1)
+            tiles.append(distances_BCA.argmin(-1) if wants_index else distances_BCA.amin(-1))
+    return tiles[0] if len(tiles) == 1 else torch.cat(tiles, 1)
 
 
 @cache
