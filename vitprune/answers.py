@@ -5,7 +5,7 @@ Knows where each kind of model keeps its answer; leaves what is done with it to 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from vitprune.anatomy import examine
+from vitprune.anatomy import Inputs, examine
 
 _KINDS = {True: "has classes", False: "has none"}
 _WAY_OUT = "name the dense model that the pruned one was made of"
@@ -45,11 +45,13 @@ class Answers(nn.Module):
     def are_logits(self) -> bool:
         return self.classes_CE is not None or "Classification" in type(self.model).__name__
 
-    def forward(self, pixel_values: Tensor) -> Tensor:
+    def forward(self, pixel_values: Inputs) -> Tensor:
+        """pixel_values: (B, C, H, W), or by name all that the model takes of images, videos or sounds."""
         model: Any = self.model
+        sees = model.get_image_features if is_two_towers(model) else model
+        output = sees(**pixel_values) if isinstance(pixel_values, Mapping) else sees(pixel_values)
         if is_two_towers(model):
-            return self._classified(model.get_image_features(pixel_values=pixel_values).pooler_output)
-        output = model(pixel_values)
+            return self._classified(output.pooler_output)
         for name in ("logits", "image_embeds", "pooler_output"):
             if output.get(name) is not None:
                 return output[name]

@@ -24,7 +24,6 @@ from vitprune.evaluation import compare, describe_environment, measure_throughpu
 from vitprune.finetuning import NonFiniteLoss, finetune
 from vitprune.latency import budget_latency, check_latency, meet_latency, shortfall
 from vitprune.model_card import model_card
-from vitprune.planning import is_calibrated
 from vitprune.recipe import Recipe
 from vitprune.results import Comparison, Latency, Report
 from vitprune.run_folder import RunFolder, was_saved
@@ -58,7 +57,7 @@ def apply(recipe: Recipe, *, restart: bool = False) -> Report:
         calibrated = None
         if recipe.budget.latency is not None and run.train is not None:
             run.measure_latency(folder)
-        if is_calibrated(recipe):
+        if recipe.pruning.is_calibrated:
             run.calibrate(folder)
         if recipe.finetune is not None:
             calibrated = folder.stage("calibrated", Comparison, run.compare)

@@ -6,15 +6,18 @@ calibrates on the same images gets the same levels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from vitprune.anatomy import Inputs, first_image, run_on_images
-from vitprune.cost import CostModel
+from vitprune.answers import Answers
+from vitprune.schedule import STRONGEST, Schedule, Tried, search
 from vitprune.tracing import Pruning, Trace, eval_mode, pruning_of, trace, watching
 
 # how near the calibrated ratio of costs has to come to the budget
@@ -29,16 +32,25 @@ NEIGHBOURHOOD = 0.1
 
 @dataclass(frozen=True)
 class Calibration:
-    """levels: one a stage. ratio: cost of pruned ÷ dense, averaged over the images. passes: over all images."""
+    """levels: one a stage. ratio: cost of pruned ÷ dense, averaged over the images. passes: over all images.
+
+    tried: where stages were searched, the schedules that were tried, the one that was taken first. measure: what the
+        distance of their answers to the dense model's is: "KL" or "1 - cosine".
+    """
 
     levels: tuple[float, ...]
     ratio: float
     images: int
     passes: int
+    tried: tuple[Tried, ...] = ()
+    measure: str = ""
 
 
 def calibrate(model: nn.Module, batches: Sequence[Inputs], budget: float, *, progress: bool = True) -> Calibration:
     """Sets the levels of a pruned model so that it meets a budget, in place.
+
+    With `before_blocks: auto` it looks for the stages, too: of the schedules that meet the budget the one whose answers
+    to these images are nearest to the dense model's, by KL divergence of its classes or cosine of its embeddings.
 
     batches: pixel values (B, C, H, W) of a random sample of images, a few hundred in all; processed as the model
         expects them. budget: MACs of the pruned pass ÷ MACs of the dense pass, in (0, 1]; seconds where the model has
@@ -49,19 +61,31 @@ def calibrate(model: nn.Module, batches: Sequence[Inputs], budget: float, *, pro
     """
     pruning = pruning_of(model)
     _check(batches, budget)
-    if pruning.spec.select != "threshold":
+    if pruning.spec.select != "threshold" and not pruning.spec.is_searched:
         batches = [first_image(batches[0])]  # the counts of one image are those of all
     with tqdm(desc="calibrating", unit="pass", disable=not progress, leave=False) as bar:
         passes = _Passes(model, batches, bar)
-        start = uniform_rate(pruning.cost, pruning.before_blocks, passes.patches(), pruning.num_prefix_tokens, budget)
+        patches = passes.patches()
+        if pruning.spec.select == "threshold" and not pruning.spec.is_redundancy:
+            pruning.settle(patches=patches)
+        tried, measure = [], ""
+        if pruning.spec.is_searched:
+            tried, measure = find_schedule(passes, patches, budget)
+        schedule = tried[0].schedule if tried else Schedule.even(pruning.before_blocks)
+        pruning.settle(before_blocks=schedule.before_blocks)
 
-        def ratio_at(rate: float) -> float:
-            return _set_rate(pruning, passes, rate)
+        def ratio_at(strength: float) -> float:
+            return _set_rates(pruning, passes, schedule.rates(strength))
 
+        def found(ratio: float) -> Calibration:
+            levels = tuple(pruning.levels.tolist())
+            return Calibration(levels, ratio, passes.images, passes.count, tuple(tried), measure)
+
+        start = schedule.strength(pruning.cost, patches, pruning.num_prefix_tokens, budget)
         if start == 0.0 and (ratio := _keep_everything(pruning, passes)) <= budget:
-            return Calibration(tuple(pruning.levels.tolist()), ratio, passes.images, passes.count)
-        # of a stage's patches, `rate` leave; the more, the less it costs
-        _search(ratio_at, budget, start=start, top=0.95)
+            return found(ratio)
+        # the stronger, the less it costs
+        _search(ratio_at, budget, start=start, top=STRONGEST)
         if pruning.spec.select == "threshold":
             # each batch had thresholds of its own; now with the averages
             ratio = _scale(pruning, passes, budget)
@@ -73,7 +97,44 @@ def calibrate(model: nn.Module, batches: Sequence[Inputs], budget: float, *, pro
             f"budget.{key}: {budget:.1%} can't be met by pruning before blocks {list(pruning.before_blocks)}: "
             f"the nearest is {ratio:.1%}; allow more {unit} or prune before earlier blocks"
         )
-    return Calibration(tuple(pruning.levels.tolist()), ratio, passes.images, passes.count)
+    return found(ratio)
+
+
+def find_schedule(passes: _Passes, patches: int, budget: float) -> tuple[list[Tried], str]:
+    """The schedules that were tried at a budget, the one to take first, and what their distance is measured in."""
+    model, bar = passes.model, passes.bar
+    pruning, answers = pruning_of(model), Answers.of(model)
+    prefix, num_blocks = pruning.num_prefix_tokens, len(pruning.cost.linear)
+    bar.set_description("looking for a schedule")
+    pruning.settle(before_blocks=pruning.before_blocks)
+    dense = passes.answers(Trace(pruning, pruning.before_blocks), answers)
+    # how far the formula is off, which other schedules will be, too
+    error = 0.0
+
+    def try_(schedule: Schedule) -> Tried | None:
+        nonlocal error
+        pruning.settle(before_blocks=schedule.before_blocks)
+        ratio = distance = math.inf
+        for _ in range(2):
+            strength = schedule.strength(pruning.cost, patches, prefix, budget - error)
+            setter = _LevelSetter(pruning, schedule.before_blocks, rates=schedule.rates(strength))
+            distance = _distance(dense, passes.answers(setter, answers), are_logits=answers.are_logits)
+            ratio = setter.ratio
+            if abs(ratio - budget) <= 2 * TOLERANCE:
+                break
+            error += ratio - budget
+        return Tried(schedule, ratio, distance) if abs(ratio - budget) <= 5 * TOLERANCE else None
+
+    tried = search(try_, num_blocks)
+    bar.set_description("calibrating")
+    return tried, "KL" if answers.are_logits else "1 - cosine"
+
+
+def _distance(dense: Tensor, pruned: Tensor, *, are_logits: bool) -> float:
+    """Mean over images (B, C) of KL(dense, pruned) of classes, or of 1 − cosine of embeddings."""
+    if are_logits:
+        return F.kl_div(pruned.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="batchmean").item()
+    return (1 - F.cosine_similarity(dense, pruned, dim=-1)).mean().item()
 
 
 def scale_to_budget(model: nn.Module, batches: Sequence[Inputs], budget: float, *, progress: bool = True) -> float:
@@ -102,7 +163,7 @@ def mean_ratio(model: nn.Module, batches: Sequence[Inputs]) -> float:
     with trace(model) as watched:
         for inputs in batches:
             run_on_images(model, inputs)
-    return (watched.costs / watched.dense_costs).mean().item()
+    return watched.ratio
 
 
 @dataclass
@@ -128,28 +189,40 @@ class _Passes:
             run_on_images(self.model, first_image(self.batches[0]))
         return watched.keep_masks[0].shape[1]
 
-    @torch.no_grad()
     def run(self, watched: Trace) -> float:
+        """The ratio of costs over all images."""
+        self._run(watched, lambda inputs: run_on_images(self.model, inputs))
+        return watched.ratio
+
+    def answers(self, watched: Trace, answers: Answers) -> Tensor:
+        """What the model answers to all images, float32."""
+        found: list[Tensor] = []
+        self._run(watched, lambda inputs: found.append(answers(inputs).float()))
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def _run(self, watched: Trace, call: Callable[[Inputs], object]) -> None:
         with watching(watched), eval_mode(self.model):
             for inputs in self.batches:
-                run_on_images(self.model, inputs)
+                call(inputs)
         self.count += 1
-        ratio = (watched.costs / watched.dense_costs).mean().item()
         self.bar.update()
-        self.bar.set_postfix_str(f"{ratio:.1%}")
-        return ratio
+        self.bar.set_postfix_str(f"{watched.ratio:.1%}")
 
 
 @dataclass(eq=False)
 class _LevelSetter(Trace):
-    """At each stage the level at which `rate` of the stage's patches leave, stage after stage within one pass."""
+    """At each stage the level at which a part of the stage's patches leaves, stage after stage within one pass.
 
-    rate: float = 0.0
+    rates: the part, one a stage.
+    """
+
+    rates: tuple[float, ...] = ()
     found: dict[int, list[Tensor]] = field(default_factory=dict)
     temperatures: dict[int, list[Tensor]] = field(default_factory=dict)
 
     def level(self, stage: int, scores_BM: Tensor, valid_BM: Tensor, current: Tensor) -> Tensor:
-        rate = torch.tensor(self.rate, device=scores_BM.device)
+        rate = torch.tensor(self.rates[stage], device=scores_BM.device)
         scores = scores_BM[scores_BM.isfinite()]
         if self.pruning.spec.select == "threshold":
             if not len(scores):  # anchors only: nothing can leave, whatever the level
@@ -183,11 +256,12 @@ def _temperature(scores: Tensor, place: Tensor) -> Tensor:
 def set_rate(model: nn.Module, batches: Sequence[Inputs], rate: float) -> None:
     """Gives a pruned model the levels at which the part `rate` of its patches leaves at each stage, in place."""
     with tqdm(disable=True) as bar:
-        _set_rate(pruning_of(model), _Passes(model, batches, bar), rate)
+        pruning = pruning_of(model)
+        _set_rates(pruning, _Passes(model, batches, bar), (rate,) * len(pruning.before_blocks))
 
 
-def _set_rate(pruning: Pruning, passes: _Passes, rate: float) -> float:
-    setter = _LevelSetter(pruning, pruning.before_blocks, rate=rate)
+def _set_rates(pruning: Pruning, passes: _Passes, rates: tuple[float, ...]) -> float:
+    setter = _LevelSetter(pruning, pruning.before_blocks, rates=rates)
     ratio = passes.run(setter)
     setter.apply()
     return ratio
@@ -195,7 +269,7 @@ def _set_rate(pruning: Pruning, passes: _Passes, rate: float) -> float:
 
 def _keep_everything(pruning: Pruning, passes: _Passes) -> float:
     """The highest levels at which nothing leaves that anybody would miss, from where training can go on."""
-    _set_rate(pruning, passes, 0.0)  # for the temperatures
+    _set_rates(pruning, passes, (0.0,) * len(pruning.before_blocks))  # for the temperatures
     with torch.no_grad():
         pruning.levels.fill_(0.0 if pruning.spec.select == "threshold" else 1.0)
     return passes.run(Trace(pruning, pruning.before_blocks))
@@ -252,23 +326,3 @@ def _search(ratio_at: Callable[[float], float], budget: float, *, start: float, 
     if best != x:
         ratio_at(best)
     return seen[best]
-
-
-def uniform_tokens(
-    before_blocks: tuple[int, ...], num_blocks: int, patches: int, prefix: int, rate: float
-) -> list[float]:
-    """Tokens of each block if every stage took the part `rate` of the patches it finds."""
-    return [
-        prefix + patches * (1 - rate) ** sum(stage <= block for stage in before_blocks) for block in range(num_blocks)
-    ]
-
-
-def uniform_rate(cost: CostModel, before_blocks: tuple[int, ...], patches: int, prefix: int, budget: float) -> float:
-    """The `rate` of `uniform_tokens` whose blocks cost the budget: where a search for levels starts."""
-    low, high = 0.0, 0.95
-    for _ in range(30):
-        rate = (low + high) / 2
-        tokens = uniform_tokens(before_blocks, len(cost.linear), patches, prefix, rate)
-        macs = sum(cost.pruned_block(block, n) for block, n in enumerate(tokens)) + cost.outside(patches)
-        low, high = (rate, high) if macs > budget * cost.dense(patches, prefix) else (low, rate)
-    return low

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from vitprune.anatomy import Anatomy, count_tokens
-from vitprune.calibration import uniform_rate, uniform_tokens
 from vitprune.checkpoint import load_config, load_processor, model_class, outline
 from vitprune.reading import blank_image
 from vitprune.recipe import Recipe
 from vitprune.results import Plan, PlanRow
+from vitprune.schedule import MOST_TRIES, Schedule
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -23,8 +23,9 @@ def plan(recipe: Recipe) -> Plan:
     patches = count_tokens(anatomy, pixels.to("meta")) - prefix
     expected: list[float | None] = [None] * len(cost.linear)
     if recipe.budget.macs is not None and _meets_budget(recipe):  # what takes some time is known when it was measured
-        rate = uniform_rate(cost, stages, patches, prefix, recipe.budget.macs)
-        expected = [*uniform_tokens(stages, len(cost.linear), patches, prefix, rate)]
+        schedule = Schedule.even(stages)
+        strength = schedule.strength(cost, patches, prefix, recipe.budget.macs)
+        expected = [*schedule.tokens(strength, len(cost.linear), patches, prefix)]
     rows = tuple(
         PlanRow(
             block=block,
@@ -58,22 +59,22 @@ def require_images(checkpoint: str, anatomy: Anatomy) -> None:
         )
 
 
-def is_calibrated(recipe: Recipe) -> bool:
-    spec = recipe.pruning
-    return (spec.thresholds if spec.select == "threshold" else spec.keep_ratios) == "calibrated"
-
-
 def _meets_budget(recipe: Recipe) -> bool:
     """Whether levels are found for the budget; those that are given are as they are."""
-    return is_calibrated(recipe) or (recipe.finetune is not None and recipe.pruning.select == "threshold")
+    return recipe.pruning.is_calibrated or (recipe.finetune is not None and recipe.pruning.select == "threshold")
 
 
 def _steps(recipe: Recipe) -> tuple[str, ...]:
     steps = []
     counts = "MACs" if recipe.budget.latency is None else "dense model's time"
-    if recipe.budget.latency is not None and (is_calibrated(recipe) or recipe.finetune is not None):
+    if recipe.budget.latency is not None and (recipe.pruning.is_calibrated or recipe.finetune is not None):
         steps.append(f"measure what blocks and stages take by tokens, in batches of {recipe.budget.timed_batch}")
-    if is_calibrated(recipe):
+    if recipe.pruning.is_searched:
+        steps.append(
+            f"try up to {MOST_TRIES} schedules, the first of which is shown above, on {recipe.calibration.images} "
+            "training images"
+        )
+    if recipe.pruning.is_calibrated:
         steps.append(
             f"calibrate on {recipe.calibration.images} training images to {recipe.budget.part:.0%} of the {counts}"
         )

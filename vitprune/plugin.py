@@ -13,10 +13,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from vitprune.recipe import PruningSpec
+from vitprune.pruning_spec import FORMAT, METHOD, PruningSpec
 
-METHOD = "vitprune"
-FORMAT = 1
 # where weights wait that accelerate brings to the device that a model runs on
 OFFLOADED = {"cpu", "disk"}
 
@@ -26,14 +24,27 @@ class PruningConfig(QuantizationConfigMixin):
     """The entry `quantization_config` of a pruned checkpoint's config.json: a `PruningSpec` and a format number."""
 
     def __init__(self, pruning: dict[str, Any], format: int = FORMAT, quant_method: str = METHOD) -> None:
-        if format != FORMAT:
+        if format not in (1, FORMAT):
             raise ValueError(
-                f"config.json: quantization_config.format is {format}, this vitprune reads {FORMAT}; "
+                f"config.json: quantization_config.format is {format}, this vitprune reads up to {FORMAT}; "
                 "install the version of vitprune that the checkpoint's model card names"
             )
+        if format == 1:
+            _require_readable(pruning)
         self.quant_method = quant_method  # pyright: ignore[reportAttributeAccessIssue] — an enum of their own methods
         self.format = format
         self.pruning = pruning
+
+
+def _require_readable(pruning: dict[str, Any]) -> None:
+    """Raises ValueError for a checkpoint of format 1 whose thresholds would mean something else now."""
+    by_redundancy = pruning.get("score") == "redundancy" and pruning.get("select") in ("threshold", "top-k")
+    if by_redundancy or pruning.get("dropped") == "fuse":
+        what = "score 'redundancy' in its first form" if by_redundancy else "dropped: fuse, which is gone"
+        raise ValueError(
+            f"config.json: quantization_config is of format 1, with {what}; prune the dense model again with "
+            "`vitprune apply` and the checkpoint's recipe.yaml, or load the weights dense, without `import vitprune`"
+        )
 
 
 @register_quantizer(METHOD)

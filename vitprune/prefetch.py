@@ -29,7 +29,7 @@ from vitprune.hub import (
     shard_names,
     weights_in_cache,
 )
-from vitprune.planning import is_calibrated, plan
+from vitprune.planning import plan
 from vitprune.recipe import DataSpec, ModelSpec, Recipe
 from vitprune.recipe_errors import first_line
 from vitprune.sources import open_source, require_found
@@ -121,7 +121,7 @@ def _cached(spec: ModelSpec, what: str, files: Sequence[Path]) -> Piece:
 def _fetch_data(recipe: Recipe) -> Iterator[Piece]:
     """The training split where `apply` reads it, and the one that is compared on."""
     data, splits = recipe.data, [recipe.data.eval.split]
-    if recipe.finetune is not None or is_calibrated(recipe):
+    if recipe.finetune is not None or recipe.pruning.is_calibrated:
         splits.insert(0, data.train.split)
     for split in splits:
         yield Piece("data.path", data.path, f"split {split!r}", _fetch_split(data, split))

@@ -24,11 +24,11 @@ from vitprune.anatomy import Anatomy, examine, find_backbone
 from vitprune.blocks import BlockForward, Removable, RunningForward, pack_rope, running_forward
 from vitprune.masked import MaskedPass
 from vitprune.packed import PackedPass
-from vitprune.recipe import PruningSpec
+from vitprune.pruning_spec import METHOD, PruningSpec
 from vitprune.tokens import TokenBatch
-from vitprune.tracing import Pruning, Trace, is_pruned, pruning_of, watched_traces
+from vitprune.tracing import Pruning, Trace, as_config, is_pruned, pruning_of, watched_traces
 
-SUBMODULE = "vitprune"
+SUBMODULE = METHOD
 # whether nobody but the model's own head sees what the backbone gives out
 _for_head: ContextVar[bool] = ContextVar("vitprune_for_head", default=False)
 _QUANTIZER_MARKS = ("hf_quantizer", "quantization_method", "is_quantized")
@@ -61,8 +61,8 @@ def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
     pruning.handles = _attach(model, pruning, anatomy)
     if anatomy.family.has_interface:
         anatomy.backbone.set_attn_implementation(attention.NAME)
-    # what `plugin` reads when the model comes back through from_pretrained
-    model.config.quantization_config = {"quant_method": SUBMODULE, "format": 1, "pruning": spec.model_dump(mode="json")}
+    pruning.config = model.config
+    model.config.quantization_config = as_config(spec)
     return model
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Literal
 
@@ -12,15 +13,29 @@ from vitprune.recipe_errors import Problem, RecipeError
 from vitprune.recipe_values import Blocks, KeepRatios, NonNegative, Positive, Thresholds
 from vitprune.spec import Spec
 
+METHOD = "vitprune"
+"""The name by which transformers knows a pruned checkpoint."""
+FORMAT = 2
+"""Of its entry in config.json. 1 had another score by the name of `redundancy`."""
 ANCHORS = 0.5
 """By ToMe every second patch stays, since it is what the others are compared with."""
+
+
+FIRST_DEPTHS = (1 / 12, 4 / 12, 7 / 12)
+"""Where stages lie until they are searched, as parts of the depth."""
+
+
+def at_depths(depths: Iterable[float], num_blocks: int) -> tuple[int, ...]:
+    """The blocks at such parts of the depth; from 1 on, no block twice."""
+    return tuple(sorted({min(max(round(depth * num_blocks), 1), num_blocks - 1) for depth in depths}))
 
 
 class PruningSpec(Spec):
     """Where, by what and how tokens are pruned."""
 
-    before_blocks: Blocks = "every"
-    """Prune before these blocks, counted from 0, or before every block from 1 on."""
+    before_blocks: Blocks = "auto"
+    """Prune before these blocks, counted from 0; before every block from 1 on; or, auto, where calibration finds that
+    answers change least."""
     score: Literal["head-weighted-class-attention", "head-weighted-mean-attention", "redundancy"] = "redundancy"
     """What a token is judged by: what the class token sees in it (AS-ViT), or how little it resembles those in which
     the class token sees more (redundancy)."""
@@ -38,12 +53,14 @@ class PruningSpec(Spec):
     """So many patches of an image always stay."""
     temperature: Positive | None = None
     """Softness of the threshold in training; if left out 1e-4, or fitted to the scores where those are calibrated."""
+    patches: PositiveInt | None = None
+    """With a score of attention: patches of an image at which the thresholds were found, for images of other sizes."""
 
     @check("before_blocks")
     @classmethod
-    def _increasing(cls, stages: tuple[int, ...] | Literal["every"]) -> tuple[int, ...] | Literal["every"]:
+    def _increasing(cls, stages: tuple[int, ...] | str) -> tuple[int, ...] | str:
         if not stages:
-            raise ValueError("names no block; write 'every' or a list such as [4, 7, 10]")
+            raise ValueError("names no block; write 'auto', 'every' or a list such as [4, 7, 10]")
         if isinstance(stages, tuple) and any(first >= second for first, second in pairwise(stages)):
             raise ValueError(f"is {list(stages)}, which does not increase; write {sorted(set(stages))}")
         return stages
@@ -75,6 +92,8 @@ class PruningSpec(Spec):
             right = "thresholds" if select == "threshold" else "keep_ratios"
             raise ValueError(f"has no meaning with select: {select}; leave it out or use {right}")
         stages = info.data.get("before_blocks")
+        if stages == "auto":
+            raise ValueError("has numbers, but before_blocks doesn't say for which stages; name the blocks there")
         if isinstance(stages, tuple) and len(values) != len(stages):
             raise ValueError(
                 f"has {len(values)} numbers for the {len(stages)} stages {list(stages)}; give one per stage"
@@ -83,9 +102,35 @@ class PruningSpec(Spec):
             raise ValueError(f"has {min(values)}, but by ToMe at most half of them leave at a stage; give 0.5 or more")
         return values
 
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether levels are found for a budget."""
+        return (self.thresholds if self.select == "threshold" else self.keep_ratios) == "calibrated"
+
+    @property
+    def is_redundancy(self) -> bool:
+        """Whether tokens are judged by their likeness to more important ones."""
+        return self.score == "redundancy" and self.select in ("threshold", "top-k")
+
+    @property
+    def is_searched(self) -> bool:
+        """Whether calibration looks for the stages, too. ToMe's are those that were published: every block."""
+        return self.before_blocks == "auto" and self.select != "tome"
+
     def stages(self, num_blocks: int) -> tuple[int, ...]:
-        """The blocks of a model of `num_blocks` before which it is pruned. ValueError where that cannot be."""
-        stages = tuple(range(1, num_blocks) if self.before_blocks == "every" else self.before_blocks)
+        """The blocks of a model of `num_blocks` before which it is pruned, or, where they are searched, until then.
+
+        ValueError where that cannot be.
+        """
+        match self.before_blocks:
+            case "auto" if not self.is_searched:
+                stages = tuple(range(1, num_blocks))
+            case "auto":
+                stages = at_depths(FIRST_DEPTHS, num_blocks)
+            case "every":
+                stages = tuple(range(1, num_blocks))
+            case _:
+                stages = tuple(self.before_blocks)
         for stage in stages:
             if stage >= num_blocks:
                 text = f"stage {stage} is outside the model's {num_blocks} blocks (1 to {num_blocks - 1})"

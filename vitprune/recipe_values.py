@@ -67,11 +67,11 @@ def _existing(value: str, info: ValidationInfo) -> str:
     return value
 
 
-def _either(word: str, form: str) -> Discriminator:
+def _either(*words: str, form: str) -> Discriminator:
     def branch(value: object) -> str | None:
-        return WORD if value == word else LIST if isinstance(value, list | tuple) else None
+        return WORD if value in words else LIST if isinstance(value, list | tuple) else None
 
-    message = f"should be {word!r} or a list {form}"
+    message = f"should be {', '.join(map(repr, words))} or a list {form}"
     return Discriminator(branch, custom_error_type="wrong_form", custom_error_message=message)
 
 
@@ -124,12 +124,12 @@ LISTS_TOO = Field(strict=False)
 """For tuples: a list will do as well."""
 
 # Typed as sequences, so that type checkers let Python users write lists too. What is stored is always a tuple.
-_Every = Annotated[Literal["every"], Tag(WORD)]
+_AutoOrEvery = Annotated[Literal["auto", "every"], Tag(WORD)]
 _Calibrated = Annotated[Literal["calibrated"], Tag(WORD)]
 _Ints = Annotated[Sequence[PositiveInt], AfterValidator(tuple), Tag(LIST)]
 _Numbers = Annotated[Sequence[NonNegative], AfterValidator(tuple), Tag(LIST)]
 _Fractions = Annotated[Sequence[Fraction], AfterValidator(tuple), Tag(LIST)]
 
-Blocks = Annotated[_Ints | _Every, _either("every", "of block numbers such as [4, 7, 10]")]
-Thresholds = Annotated[_Numbers | _Calibrated, _either("calibrated", "with a number for every stage")]
-KeepRatios = Annotated[_Fractions | _Calibrated, _either("calibrated", "with a part such as 65% for every stage")]
+Blocks = Annotated[_Ints | _AutoOrEvery, _either("auto", "every", form="of block numbers such as [4, 7, 10]")]
+Thresholds = Annotated[_Numbers | _Calibrated, _either("calibrated", form="with a number for every stage")]
+KeepRatios = Annotated[_Fractions | _Calibrated, _either("calibrated", form="with a part such as 65% for every stage")]

@@ -24,7 +24,7 @@ from vitprune.answers import Answers, embed_classes, is_two_towers
 from vitprune.checkpoint import digest_weights, load, load_processor, load_tokenizer
 from vitprune.data import Images, load_images
 from vitprune.finetuning import require_trainable
-from vitprune.planning import is_calibrated, require_images
+from vitprune.planning import require_images
 from vitprune.pruner import prune_
 from vitprune.recipe import Recipe, SplitSpec
 from vitprune.recipe_errors import Problem, RecipeError
@@ -73,7 +73,7 @@ class RunInputs:
         tokenizer = load_tokenizer(spec.checkpoint, spec.revision) if is_two_towers(dense) else None
         read = partial(_load_images, recipe, processor, dense)
         train = holdout = None
-        if pruned is None and (recipe.finetune is not None or is_calibrated(recipe)):
+        if pruned is None and (recipe.finetune is not None or recipe.pruning.is_calibrated):
             train = read(recipe.data.train)
             if recipe.finetune is not None:
                 require_trainable(train, recipe.finetune, dense, has_classes=_has_classes(recipe, dense))

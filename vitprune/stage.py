@@ -56,8 +56,7 @@ class Policy:
 
     @property
     def is_redundancy(self) -> bool:
-        """Whether tokens are judged by their likeness to more important ones."""
-        return self.spec.score == "redundancy" and self.spec.select in ("threshold", "top-k")
+        return self.spec.is_redundancy
 
     @property
     def scores_of(self) -> Query | None:
@@ -177,6 +176,9 @@ def _scores(
     else:
         assert findings.attention_scores_BM is not None
         scores_BN = findings.attention_scores_BM[:, prefix:]
+        if policy.spec.patches is not None and not policy.is_redundancy:
+            # the more patches share what a class token sees, the less each has of it
+            scores_BN = scores_BN * (tokens.num_patches / policy.spec.patches)
     if policy.is_redundancy and isinstance(tokens, TokenBatch) and tokens.loops:
         assert metric_TK is not None
         assert findings.attention_scores_BM is not None

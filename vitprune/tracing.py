@@ -9,15 +9,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from vitprune.anatomy import Anatomy
 from vitprune.blocks import Removable
 from vitprune.cost_table import Costs
 from vitprune.masked import MaskedPass
 from vitprune.packed import PackedPass
+from vitprune.pruning_spec import FORMAT, METHOD
 from vitprune.recipe import Execution, PruningSpec
 from vitprune.stage import Policy
 
@@ -33,6 +36,7 @@ class Pruning(nn.Module):
 
     levels: parameter `thresholds` (stages,) for `select: threshold`, else buffer `keep_ratios` (stages,).
     temperatures: (stages,), τ of the straight-through gradient.
+    config: the model's, which says how it is pruned; None while there is none.
     execution: how it trains: `masked` as published, or `packed`, where tokens leave that no threshold learns from.
     latency: a measured table that the budget counts by, instead of MACs; isn't saved with the model.
     All tensors stay float32 whatever the model's dtype: thresholds live near 1/N.
@@ -43,6 +47,7 @@ class Pruning(nn.Module):
     def __init__(self, spec: PruningSpec, anatomy: Anatomy) -> None:
         super().__init__()
         self.spec = spec
+        self.config: PreTrainedConfig | None = None
         self.before_blocks = anatomy.stages(spec)
         self.num_prefix_tokens = anatomy.num_prefix_tokens
         self.has_class_token = anatomy.has_class_token
@@ -51,15 +56,36 @@ class Pruning(nn.Module):
         self.execution: Execution = "masked"
         self.latency: Costs | None = None
         self.handles: list[Removable] = []
-        count = len(self.before_blocks)
+        self._make_levels(torch.device("cpu"))
+
+    def _make_levels(self, device: torch.device) -> None:
+        """Those of the spec; where they are to be calibrated, such that everything stays."""
+        spec, count = self.spec, len(self.before_blocks)
         if spec.select == "threshold":
             given = [KEEPS_ALL] * count if spec.thresholds == "calibrated" else list(spec.thresholds)
-            self.thresholds = nn.Parameter(torch.tensor(given, dtype=torch.float32))
+            self.thresholds = nn.Parameter(torch.tensor(given, dtype=torch.float32, device=device))
         else:
             given = [1.0] * count if spec.keep_ratios == "calibrated" else list(spec.keep_ratios)
-            self.register_buffer("keep_ratios", torch.tensor(given, dtype=torch.float32))
+            self.register_buffer("keep_ratios", torch.tensor(given, dtype=torch.float32, device=device))
         temperature = spec.temperature or PUBLISHED_TEMPERATURE
-        self.register_buffer("temperatures", torch.full((count,), temperature, dtype=torch.float32))
+        self.register_buffer("temperatures", torch.full((count,), temperature, dtype=torch.float32, device=device))
+
+    def settle(self, *, before_blocks: tuple[int, ...] | None = None, patches: int | None = None) -> None:
+        """Takes over what was found out about where to prune and at which image size; it is saved with the model.
+
+        before_blocks: other stages than before begin with levels that keep everything. patches: of a dense image.
+        """
+        found: dict[str, object] = {} if patches is None else {"patches": patches}
+        if before_blocks is not None and (before_blocks != self.before_blocks or self.spec.before_blocks == "auto"):
+            found["before_blocks"] = before_blocks
+        if not found:
+            return
+        self.spec = self.spec.model_copy(update=found)
+        if before_blocks is not None and before_blocks != self.before_blocks:
+            self.before_blocks = before_blocks
+            self._make_levels(self.levels.device)
+        if self.config is not None:
+            self.config.quantization_config = as_config(self.spec)
 
     @property
     def levels(self) -> Tensor:
@@ -89,28 +115,42 @@ class Pruning(nn.Module):
         return f"{self.spec.score}, {self.spec.select}, {self.spec.dropped}, before blocks {self.before_blocks}"
 
 
+def as_config(spec: PruningSpec) -> dict[str, object]:
+    """The entry of a config.json that `plugin` reads when the model comes back through `from_pretrained`."""
+    return {"quant_method": METHOD, "format": FORMAT, "pruning": spec.model_dump(mode="json")}
+
+
 @dataclass(frozen=True)
 class Levels:
-    """What a `Pruning` has learned: levels and temperatures, (stages,) float32 each."""
+    """What a `Pruning` has learned: where it prunes, levels and temperatures, (stages,) float32 each.
 
+    patches: of a dense image they were found at, where they depend on it.
+    """
+
+    before_blocks: tuple[int, ...]
     levels: Tensor
     temperatures: Tensor
+    patches: int | None = None
 
     @classmethod
     def of(cls, pruning: Pruning) -> Levels:
-        return cls(pruning.levels.detach().cpu().clone(), pruning.temperatures.cpu().clone())
+        levels, temperatures = pruning.levels.detach().cpu().clone(), pruning.temperatures.cpu().clone()
+        return cls(pruning.before_blocks, levels, temperatures, pruning.spec.patches)
 
     @classmethod
-    def from_lists(cls, lists: Mapping[str, list[float]]) -> Levels:
+    def from_lists(cls, lists: Mapping[str, Any]) -> Levels:
         """Of what `to_lists` gave, exactly."""
-        return cls(**{name: torch.tensor(values, dtype=torch.float32) for name, values in lists.items()})
+        levels, temperatures = (torch.tensor(lists[name], dtype=torch.float32) for name in ("levels", "temperatures"))
+        return cls(tuple(lists["before_blocks"]), levels, temperatures, lists["patches"])
 
-    def to_lists(self) -> dict[str, list[float]]:
-        return {"levels": self.levels.tolist(), "temperatures": self.temperatures.tolist()}
+    def to_lists(self) -> dict[str, Any]:
+        numbers = {"levels": self.levels.tolist(), "temperatures": self.temperatures.tolist()}
+        return {"before_blocks": list(self.before_blocks), "patches": self.patches, **numbers}
 
     @torch.no_grad()
     def give(self, pruning: Pruning) -> None:
         """Makes them those of `pruning`."""
+        pruning.settle(before_blocks=self.before_blocks, patches=self.patches)
         pruning.levels.copy_(self.levels)
         pruning.temperatures.copy_(self.temperatures)
 
@@ -154,6 +194,11 @@ class Trace:
     @property
     def dense_costs(self) -> Tensor:
         return torch.cat(self._dense_costs)
+
+    @property
+    def ratio(self) -> float:
+        """Cost of the pruned pass ÷ that of the dense pass, averaged over the images."""
+        return (self.costs / self.dense_costs).mean().item()
 
     def level(self, stage: int, scores_BM: Tensor, valid_BM: Tensor, current: Tensor) -> Tensor:
         """Called at each stage; a subclass may answer with a level of its own (calibration does)."""
