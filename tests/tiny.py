@@ -120,11 +120,12 @@ WITHOUT_CLASS_TOKEN = {"siglip", "siglip-zero-shot", "siglip-tower", "siglip2", 
 
 AS_VIT: dict[str, Any] = {"score": "head-weighted-class-attention", "before_blocks": [2, 4]}
 # thresholds that drop about a third a stage on these models
+REDUNDANCY: dict[str, Any] = {"before_blocks": [1, 3, 4], "thresholds": [0.15, 0.12, 0.15]}
 POLICIES: dict[str, PruningSpec] = {
     "as-vit": PruningSpec(**AS_VIT, thresholds=[0.008, 0.012], dropped="leave"),
     "as-vit-merge": PruningSpec(**AS_VIT, thresholds=[0.008, 0.012], dropped="merge"),
-    "redundancy-merge": PruningSpec(thresholds=[0.01, 0.01, 0.012, 0.014, 0.018], dropped="merge"),
-    "redundancy-leave": PruningSpec(thresholds=[0.01, 0.01, 0.012, 0.014, 0.018], dropped="leave"),
+    "redundancy-merge": PruningSpec(**REDUNDANCY, dropped="merge"),
+    "redundancy-leave": PruningSpec(**REDUNDANCY, dropped="leave"),
     "top-k-merge": PruningSpec(**AS_VIT, select="top-k", keep_ratios=[0.7, 0.7], dropped="merge"),
     "random-merge": PruningSpec(**AS_VIT, select="random", keep_ratios=[0.7, 0.7], dropped="merge"),
     "random-leave": PruningSpec(**AS_VIT, select="random", keep_ratios=[0.7, 0.7], dropped="leave"),

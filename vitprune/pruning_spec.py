@@ -92,7 +92,7 @@ class PruningSpec(Spec):
             right = "thresholds" if select == "threshold" else "keep_ratios"
             raise ValueError(f"has no meaning with select: {select}; leave it out or use {right}")
         stages = info.data.get("before_blocks")
-        if stages == "auto":
+        if stages == "auto" and select != "tome":
             raise ValueError("has numbers, but before_blocks doesn't say for which stages; name the blocks there")
         if isinstance(stages, tuple) and len(values) != len(stages):
             raise ValueError(
