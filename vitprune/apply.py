@@ -7,15 +7,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from vitprune import preemption, processes
 from vitprune.augmentation import pixel_scale
-from vitprune.calibration import calibrate, scale_to_budget
+from vitprune.calibration import Calibration, calibrate, scale_to_budget
 from vitprune.checkpoint import require_free, save
 from vitprune.cost_measurement import measure_latency
 from vitprune.cost_table import CostTable
@@ -25,7 +27,7 @@ from vitprune.finetuning import NonFiniteLoss, finetune
 from vitprune.latency import budget_latency, check_latency, meet_latency, shortfall
 from vitprune.model_card import model_card
 from vitprune.recipe import Recipe
-from vitprune.results import Comparison, Latency, Report
+from vitprune.results import Comparison, Latency, Report, ScheduleSearch, TriedSchedule
 from vitprune.run_folder import RunFolder, was_saved
 from vitprune.run_inputs import RunInputs, flat, moved
 from vitprune.tracing import Levels, pruning_of
@@ -55,6 +57,7 @@ def apply(recipe: Recipe, *, restart: bool = False) -> Report:
         run = _Run.load(recipe)
         folder = RunFolder.open(output, run.fingerprint, restart=restart)
         calibrated = None
+        search = run.find_schedule(folder) if recipe.pruning.is_searched else None
         if recipe.budget.latency is not None and run.train is not None:
             run.measure_latency(folder)
         if recipe.pruning.is_calibrated:
@@ -63,7 +66,7 @@ def apply(recipe: Recipe, *, restart: bool = False) -> Report:
             calibrated = folder.stage("calibrated", Comparison, run.compare)
             run.finetune(output, folder)
         comparison = folder.stage("comparison", Comparison, run.compare)
-        report = folder.stage("report", Report, lambda: run.report(comparison, calibrated))
+        report = folder.stage("report", Report, lambda: run.report(comparison, calibrated, search))
         if run.is_main:
             run.save(report, output)
         folder.remove()
@@ -78,7 +81,7 @@ def _require_free(recipe: Recipe, output: Path) -> None:
 def evaluate(checkpoint: str, recipe: Recipe) -> Report:
     """Compares a pruned checkpoint with the recipe's dense one on the recipe's images."""
     run = _Run.load(recipe, pruned=checkpoint)
-    return run.report(run.compare(), None)
+    return run.report(run.compare(), None, None)
 
 
 class _Run(RunInputs):
@@ -95,14 +98,40 @@ class _Run(RunInputs):
         measure = partial(processes.on_main, lambda: measure_latency(*answers, timed, size))
         budget_latency(self.pruned, folder.stage("latency-table", CostTable, measure))
 
+    def find_schedule(self, folder: RunFolder) -> ScheduleSearch:
+        """Finds stages, and levels for the budget, which is one of MACs here even where it will be one of time."""
+        found: list[Calibration] = []
+        settle = partial(calibrate, self.pruned, self._calibration_batches, self._part, progress=self.is_main)
+        self._settle(folder, "schedule", lambda: found.append(settle()))
+
+        def search() -> ScheduleSearch:
+            tried = tuple(
+                TriedSchedule(**asdict(one.schedule), ratio=one.ratio, distance=one.distance) for one in found[0].tried
+            )
+            return ScheduleSearch(images=found[0].images, measure=found[0].measure, tried=tried)
+
+        return folder.stage("search", ScheduleSearch, lambda: processes.on_main(search))
+
     def calibrate(self, folder: RunFolder) -> None:
-        recipe, spec = self.recipe, self.recipe.calibration
-        assert self.train is not None
-        batches = self._batches(self.train.sample(spec.images, recipe.seed), spec.batch_size)
-        settle = partial(calibrate, self.pruned, batches, recipe.budget.part, progress=self.is_main)
+        """Finds levels for the budget; those that a search came with are scaled, which keeps how stages share."""
+        recipe, is_scaled = self.recipe, self.recipe.pruning.is_searched and self.recipe.pruning.select == "threshold"
+        if recipe.pruning.is_searched and recipe.budget.latency is None:
+            return
+        adjust = scale_to_budget if is_scaled else calibrate
+        settle = partial(adjust, self.pruned, self._calibration_batches, self._part, progress=self.is_main)
         # where training only starts from needn't be met in time
         met = settle if recipe.finetune is not None else self._until_met(settle)
         self._settle(folder, "calibration", met)
+
+    @property
+    def _part(self) -> float:
+        return self.recipe.budget.part
+
+    @property
+    def _calibration_batches(self) -> list[Tensor]:
+        spec = self.recipe.calibration
+        assert self.train is not None
+        return self._batches(self.train.sample(spec.images, self.recipe.seed), spec.batch_size)
 
     def finetune(self, output: Path, folder: RunFolder) -> None:
         """Fine-tunes and scales the thresholds to the budget on images held out."""
@@ -159,11 +188,11 @@ class _Run(RunInputs):
         """The main process settles on levels, and all have those."""
         pruning = pruning_of(self.pruned)
 
-        def found() -> dict[str, list[float]]:
+        def found() -> dict[str, Any]:
             settle()
             return Levels.of(pruning).to_lists()
 
-        lists = folder.stage(stage, dict[str, list[float]], lambda: processes.on_main(found))
+        lists = folder.stage(stage, dict[str, Any], lambda: processes.on_main(found))
         Levels.from_lists(lists).give(pruning)
 
     def _timed(self, images: Images | None, batch_size: int) -> Tensor:
@@ -190,7 +219,7 @@ class _Run(RunInputs):
     def compare(self) -> Comparison:
         return compare(*self.answers, self.eval, self.recipe.evaluate, progress=self.is_main)
 
-    def report(self, comparison: Comparison, calibrated: Comparison | None) -> Report:
+    def report(self, comparison: Comparison, calibrated: Comparison | None, search: ScheduleSearch | None) -> Report:
         """Measures throughput on images by chance and puts everything together."""
         spec = self.recipe.evaluate
         throughput = []
@@ -209,6 +238,7 @@ class _Run(RunInputs):
             budget=self.recipe.budget.macs,
             comparison=comparison,
             calibrated=calibrated,
+            schedule=search,
             throughput=tuple(throughput),
             latency=latency,
             notes=notes,

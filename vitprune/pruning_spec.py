@@ -39,8 +39,8 @@ class PruningSpec(Spec):
     score: Literal["head-weighted-class-attention", "head-weighted-mean-attention", "redundancy"] = "redundancy"
     """What a token is judged by: what the class token sees in it (AS-ViT), or how little it resembles those in which
     the class token sees more (redundancy)."""
-    redundancy_exponent: NonNegative = 0.5
-    """How much class attention counts beside redundancy: r * S^exponent, 0 for redundancy alone."""
+    redundancy_exponent: NonNegative = 0.25
+    """How much class attention counts beside redundancy: r * (patches * S)^exponent, 0 for redundancy alone."""
     select: Literal["threshold", "top-k", "random", "tome"] = "threshold"
     """By a threshold, so that images keep different numbers of tokens, or one of the rivals with fixed numbers."""
     thresholds: Thresholds = "calibrated"

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from vitprune.results import Comparison, Latency, Plan, Report, Throughput
+from vitprune.results import Comparison, Latency, Plan, Report, ScheduleSearch, Throughput
 from vitprune.tables import Cells, count, percent, rich_table
 
 PAYS = 1.05  # a speed-up worth having: less is lost in the noise
 BUDGET_TOLERANCE = 0.01
+SHOWN_SCHEDULES = 5
 
 
 def print_report(report: Report, console: Console) -> None:
@@ -39,6 +40,8 @@ def findings(report: Report) -> list[str]:
         )
     if report.latency is not None:
         sentences.append(_latency(report.latency))
+    if report.schedule is not None:
+        sentences.append(_schedule(report.schedule))
     sentences += [_quality(name, pair.dense, pair.pruned) for name, pair in result.metrics.items()]
     if result.agreement is not None:
         sentences.append(
@@ -62,6 +65,18 @@ def _latency(latency: Latency) -> str:
         f"At batch size {latency.batch_size} pruned takes {percent(latency.measured)} of the dense model's "
         f"time{expected}: the latency budget of {percent(latency.asked)} is {met}."
     )
+
+
+def _schedule(search: ScheduleSearch) -> str:
+    taken, *others = search.tried
+    blocks = ", ".join(map(str, taken.before_blocks))
+    sentence = (
+        f"Pruning before blocks {blocks} was chosen among {len(search.tried)} schedules at the budget: its answers to "
+        f"{search.images} calibration images are nearest to the dense model's ({search.measure} {taken.distance:.2g}"
+    )
+    if not others:
+        return f"{sentence})."
+    return f"{sentence}; others {others[0].distance:.2g} to {others[-1].distance:.2g})."
 
 
 def _quality(name: str, dense: float, pruned: float) -> str:
@@ -106,6 +121,9 @@ def tables_of(report: Report) -> list[tuple[str, Cells]]:
     where = f"{machine.cpu if machine.device == 'cpu' else machine.device}, {machine.threads} threads, {machine.dtype}"
     tables = [(f"Quality and work, {report.comparison.images} images", _quality_cells(report))]
     tables.append(("Patches kept", _kept_cells(report.comparison)))
+    if report.schedule is not None:
+        title = f"Schedules tried, {report.schedule.measure} to dense on {report.schedule.images} calibration images"
+        tables.append((title, _schedule_cells(report.schedule)))
     if report.throughput:
         tables.append((f"Speed on {where}", _speed_cells(report.throughput)))
     if report.latency is not None:
@@ -138,6 +156,19 @@ def _kept_cells(result: Comparison) -> Cells:
         kept = (f"{value:.0f}" for value in (stage.kept.q05, stage.kept.q50, stage.kept.q95))
         cells.append((str(stage.before_block), str(stage.patches), f"{stage.kept.mean:.1f}", *kept))
     return cells
+
+
+def _schedule_cells(search: ScheduleSearch) -> Cells:
+    """The one that was taken and the nearest of the others."""
+    cells: Cells = [("before blocks", "shares of the work", "MACs", search.measure)]
+    for tried in search.tried[:SHOWN_SCHEDULES]:
+        blocks, shares = (" ".join(map(str, values)) for values in (tried.before_blocks, _rounded(tried.shares)))
+        cells.append((blocks, shares, percent(tried.ratio), f"{tried.distance:.3g}"))
+    return cells
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 2) for value in values]
 
 
 def _speed_cells(throughput: Sequence[Throughput]) -> Cells:

@@ -85,6 +85,29 @@ class Comparison(Result):
     kept: tuple[KeptPatches, ...]
 
 
+class TriedSchedule(Result):
+    """Stages before these blocks, sharing the work so, at the budget: `ratio` of the dense model's cost.
+
+    `distance`: of its answers to the dense model's, in the search's `measure`.
+    """
+
+    before_blocks: tuple[int, ...]
+    shares: tuple[float, ...]
+    ratio: float
+    distance: float
+
+
+class ScheduleSearch(Result):
+    """The schedules that were tried on so many calibration images; the first was taken.
+
+    `measure`: "KL" of the classes, dense to pruned, or "1 - cosine" of the embeddings.
+    """
+
+    images: int
+    measure: str
+    tried: tuple[TriedSchedule, ...]
+
+
 class Timing(Result):
     """Seconds for one batch, over the repeats."""
 
@@ -207,6 +230,7 @@ class Document(Result):
 class Report(Document):
     """Everything that a run found out. `calibrated`: the comparison before fine-tuning, where there was one.
 
+    `schedule`: how the stages were found, where the recipe leaves them open.
     `budget`: of MACs; `latency`: of time. One of them is what was asked for.
     """
 
@@ -215,6 +239,7 @@ class Report(Document):
     budget: float | None
     comparison: Comparison
     calibrated: Comparison | None = None
+    schedule: ScheduleSearch | None = None
     throughput: tuple[Throughput, ...] = ()
     latency: Latency | None = None
     notes: tuple[str, ...] = ()
