@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from vitprune import PruningSpec, calibrate, load, prune_, trace
@@ -25,20 +26,24 @@ from vitprune.data import Images, load_images
 from vitprune.recipe import DataSpec, SplitSpec
 
 PAPER = {"score": "head-weighted-class-attention", "before_blocks": [4, 7, 10]}
-DROPPED = ("leave", "fuse", "merge")
+FIRST = {"before_blocks": [1, 4, 7]}
+DROPPED = ("leave", "merge")
 CALIBRATION_IMAGES = 256
 BATCH_SIZE = 32
 
 
 def policies() -> Iterator[tuple[str, PruningSpec]]:
+    yield "vitprune's default: redundancy, stages searched, merge", spec()
+    for select, dropped in itertools.product(("threshold", "top-k"), DROPPED):
+        yield f"redundancy, stages 1 4 7, {select}, {dropped}", spec(**FIRST, select=select, dropped=dropped)
+    yield "redundancy, every block, threshold, merge", spec(before_blocks="every")
+    for exponent in (0.0, 0.5, 1.0):
+        yield f"redundancy, exponent {exponent:g}, stages 1 4 7, merge", spec(**FIRST, redundancy_exponent=exponent)
+    yield "ToMe, every block", spec(select="tome")
     for select, dropped in itertools.product(("threshold", "top-k"), DROPPED):
         yield f"class attention, stages 4 7 10, {select}, {dropped}", spec(**PAPER, select=select, dropped=dropped)
     for dropped in DROPPED:
         yield f"random, stages 4 7 10, {dropped}", spec(**PAPER, select="random", dropped=dropped)
-    for select, dropped in itertools.product(("threshold", "top-k"), DROPPED):
-        yield f"redundancy · S^½, every block, {select}, {dropped}", spec(select=select, dropped=dropped)
-    yield "redundancy, every block, threshold, merge", spec(redundancy_exponent=0.0)
-    yield "ToMe, every block", spec(select="tome")
 
 
 def spec(**settings: object) -> PruningSpec:
@@ -51,7 +56,12 @@ def batches(images: Images, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
 
 @torch.inference_mode()
 def answers(model: PreTrainedModel, images: list[tuple[Tensor, Tensor]]) -> Tensor:
-    return torch.cat([model(pixel_values=x).logits.argmax(-1) for x, _ in images])
+    """Logits (B, C), float32."""
+    return torch.cat([model(pixel_values=x).logits.float() for x, _ in images])
+
+
+def accuracy(logits: Tensor, labels: Tensor) -> float:
+    return (logits.argmax(-1) == labels).double().mean().item()
 
 
 def main() -> None:
@@ -74,10 +84,10 @@ def main() -> None:
     labels = torch.cat([y for _, y in evaluation])
     truth = answers(dense, evaluation)
     lines = [
-        f"dense: top-1 {(truth == labels).double().mean():.1%}, {len(labels)} images, {args.dtype}",
+        f"dense: top-1 {accuracy(truth, labels):.1%}, {len(labels)} images, {args.dtype}",
         "",
-        "| policy | budget | MACs | top-1 | agreement |",
-        "|---|---|---|---|---|",
+        "| policy | budget | stages before | MACs | top-1 | agreement | KL |",
+        "|---|---|---|---|---|---|---|",
     ]
     print("\n".join(lines), flush=True)
     for budget, (name, policy) in itertools.product(args.budgets, policies()):
@@ -85,12 +95,20 @@ def main() -> None:
             continue
         start = time.perf_counter()
         model = prune_(copy.deepcopy(dense), policy)
-        calibrate(model, calibration, budget, progress=False)
+        try:
+            calibrate(model, calibration, budget, progress=False)
+        except ValueError as error:
+            print(f"| {name} | {budget:.0%} | can't be met: {error} |", flush=True)
+            continue
         with trace(model) as watched:
             got = answers(model, evaluation)
         ratio = (watched.macs / watched.dense_macs).mean()
-        top1, agreement = (got == labels).double().mean(), (got == truth).double().mean()
-        lines.append(f"| {name} | {budget:.0%} | {ratio:.1%} | {100 * top1:.1f} | {agreement:.3f} |")
+        top1, agreement = accuracy(got, labels), accuracy(got, truth.argmax(-1))
+        kl = F.kl_div(got.log_softmax(-1), truth.log_softmax(-1), log_target=True, reduction="batchmean")
+        stages = " ".join(map(str, watched.before_blocks)) if len(watched.before_blocks) < 5 else "every"
+        lines.append(
+            f"| {name} | {budget:.0%} | {stages} | {ratio:.1%} | {100 * top1:.1f} | {agreement:.3f} | {kl:.4f} |"
+        )
         print(lines[-1], f"  ({time.perf_counter() - start:.0f} s)", flush=True)
         if args.output is not None:
             args.output.write_text("\n".join(lines) + "\n", encoding="utf-8")

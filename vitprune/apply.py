@@ -230,7 +230,13 @@ class _Run(RunInputs):
             )
         latency = self._check_latency()
         missed = None if latency is None else shortfall(latency)
-        notes = () if missed is None else (missed,)
+        notes = [] if missed is None else [missed]
+        found_at, shown = pruning_of(self.pruned).spec.patches, comparison.kept[0].patches
+        if found_at is not None and found_at != shown:
+            notes.append(
+                f"The thresholds were found on images of {found_at} patches, these have {shown}: the ratio of MACs may "
+                "be another; `vitprune apply` with images of this size finds thresholds for it."
+            )
         return Report(
             created=datetime.now(timezone.utc),
             environment=describe_environment(self.pruned),
@@ -241,7 +247,7 @@ class _Run(RunInputs):
             schedule=search,
             throughput=tuple(throughput),
             latency=latency,
-            notes=notes,
+            notes=tuple(notes),
         )
 
     def _check_latency(self) -> Latency | None:

@@ -37,6 +37,14 @@ _NOISE = (
     "The images are random pixels. How many tokens stay, and so how fast a pruned model is, depends on the images: "
     "name real ones with --data, or in a recipe, for figures that mean something."
 )
+_FIRST_SCHEDULE = (
+    "With before_blocks: auto it was measured where the search of `vitprune apply` begins; name blocks, or a checkpoint "
+    "that `apply` wrote, for others."
+)
+_OTHER_SIZE = (
+    "At {size} px the checkpoint's own thresholds are used, which were found on images of {patches} patches; its ratio "
+    "of MACs there is in the table."
+)
 _NO_LOOPS = "Without numba stages take several times as long on a CPU: pip install 'vitprune[cpu]'."
 
 
@@ -70,6 +78,7 @@ class _Sweep:
     cases: list[Case] = field(default_factory=list)
     training: list[TrainingStep] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
+    other_sizes: dict[int, int] = field(default_factory=dict)
 
     @classmethod
     def start(cls, settings: BenchSettings, output: Path | None, progress: bool) -> _Sweep:
@@ -123,6 +132,10 @@ class _Sweep:
     def _notes(self) -> Iterator[str]:
         if self.images.described == RANDOM_PIXELS:
             yield _NOISE
+        if self.pruning["before_blocks"] == "auto":
+            yield _FIRST_SCHEDULE
+        for size, patches in self.other_sizes.items():
+            yield _OTHER_SIZE.format(size=size, patches=patches)
         if self.environment.device == "cpu" and self.environment.numba is None:
             yield _NO_LOOPS
 
@@ -142,6 +155,9 @@ class _Sweep:
         levels: dict[float | None, Levels] = {} if contest.own is None else {None: contest.own}
         images = self.images.calibration(setting.image_size)
         batches = list(PlacedBatches(images.split(self.settings.recipe.calibration.batch_size), contest.dense))
+        found_at = None if contest.own is None else contest.own.patches
+        if found_at is not None and contest.patches(setting.image_size) != found_at:
+            self.other_sizes.setdefault(setting.image_size, found_at)
         for target in self.targets:
             with self._step(setting, f"calibration to {target:.0%}", target=target, also=ValueError):
                 levels[target] = contest.calibrated(batches, target)

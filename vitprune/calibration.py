@@ -66,7 +66,7 @@ def calibrate(model: nn.Module, batches: Sequence[Inputs], budget: float, *, pro
     with tqdm(desc="calibrating", unit="pass", disable=not progress, leave=False) as bar:
         passes = _Passes(model, batches, bar)
         patches = passes.patches()
-        if pruning.spec.select == "threshold" and not pruning.spec.is_redundancy:
+        if pruning.spec.select == "threshold":
             pruning.settle(patches=patches)
         tried, measure = [], ""
         if pruning.spec.is_searched:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitprune.anatomy import examine
+from vitprune.anatomy import count_tokens, examine
 from vitprune.bench_images import channels
 from vitprune.calibration import calibrate
 from vitprune.checkpoint import load
@@ -61,6 +61,13 @@ class Contest:
         """The same for images of `size` × `size` pixels. Raises ValueError where the model takes no such images."""
         return Contest(_fit(twin(self.dense), size), self.spec, self.own)
 
+    def patches(self, size: int) -> int:
+        """Of an image of `size` × `size` pixels."""
+        anatomy, first = examine(self.dense), next(self.dense.parameters())
+        image = torch.zeros(1, channels(self.dense), size, size, dtype=first.dtype, device=first.device)
+        with torch.no_grad():
+            return count_tokens(anatomy, image) - anatomy.num_prefix_tokens
+
     def again(self) -> Contest:
         """The same with a dense model of its own, on the same weights."""
         return Contest(twin(self.dense), self.spec, self.own)
@@ -79,8 +86,12 @@ class Contest:
         return model
 
     def calibrated(self, batches: Sequence[Tensor], target: float) -> Levels:
-        """Levels for a part of the dense MACs. Raises ValueError where pruning can't reach it."""
+        """Levels for a part of the dense MACs, at the first schedule where stages are to be searched: it is as fast.
+
+        Raises ValueError where pruning can't reach it.
+        """
         model = self.attached()
+        pruning_of(model).settle(before_blocks=pruning_of(model).before_blocks)
         calibrate(model, batches, target, progress=False)
         return Levels.of(pruning_of(model))
 

@@ -54,7 +54,7 @@ class PruningSpec(Spec):
     temperature: Positive | None = None
     """Softness of the threshold in training; if left out 1e-4, or fitted to the scores where those are calibrated."""
     patches: PositiveInt | None = None
-    """With a score of attention: patches of an image at which the thresholds were found, for images of other sizes."""
+    """Of an image at which the thresholds were found; scores of attention are scaled to it at other image sizes."""
 
     @check("before_blocks")
     @classmethod
