@@ -2,8 +2,8 @@
 
     python benchmarks/soak.py CHECKPOINT DATA --batches 1000 --batch-size 16 --dtype bfloat16
 
-CHECKPOINT: folder or Hub id of a dense classifier. DATA: as `data.path` in a recipe, with splits train and test. Prints the
-resident memory every so many batches, and what it grew by after the first 50.
+CHECKPOINT: folder or Hub id of a dense classifier. DATA: as `data.path` in a recipe, with splits train and test. Prints
+the resident memory every so many batches, and what it grew by after the first 50.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ def main() -> None:
         train = load_images(data, SplitSpec(split="train", limit=CALIBRATION_IMAGES), processor, id2label=None)
         prune_(model, PruningSpec(before_blocks=[1, 4, 7]))
         calibrate(model, [batch["pixel_values"].to(dtype) for batch in train.loader(16)], args.budget, progress=False)
-    first = done = 0
+    first = resident = 0.0
+    done = 0
     with torch.inference_mode():
         while done < args.batches:
             for batch in images.loader(args.batch_size):

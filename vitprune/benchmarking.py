@@ -38,8 +38,8 @@ _NOISE = (
     "name real ones with --data, or in a recipe, for figures that mean something."
 )
 _FIRST_SCHEDULE = (
-    "With before_blocks: auto it was measured where the search of `vitprune apply` begins; name blocks, or a checkpoint "
-    "that `apply` wrote, for others."
+    "With before_blocks: auto it was measured where the search of `vitprune apply` begins; for other stages name "
+    "blocks, or a checkpoint that `apply` wrote."
 )
 _OTHER_SIZE = (
     "At {size} px the checkpoint's own thresholds are used, which were found on images of {patches} patches; its ratio "
