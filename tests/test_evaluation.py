@@ -82,7 +82,7 @@ def test_compare(
     assert result.macs.pruned.mean == pytest.approx(float(seen.macs.mean()))
     assert result.macs.pruned.q50 == pytest.approx(float(seen.macs.quantile(0.5)))
     assert result.macs.ratio == pytest.approx(float((seen.macs / seen.dense_macs).mean()))
-    assert [stage.before_block for stage in result.kept] == [1, 2, 3, 4, 5]
+    assert [stage.before_block for stage in result.kept] == [1, 3, 4]
     for stage, keep_mask in zip(result.kept, seen.keep_masks, strict=True):
         assert stage.patches == tiny.PATCHES
         assert stage.kept.mean == pytest.approx(float(keep_mask.sum(1).double().mean()))

@@ -33,7 +33,7 @@ def contest() -> Contest:
 @pytest.fixture
 def levels(contest: Contest) -> dict[float | None, Levels]:
     pruning = pruning_of(contest.pruned(Levels.of(pruning_of(vitprune.prune_(tiny.build("vit"), contest.spec)))))
-    milder = Levels(pruning.levels.detach() / 2, pruning.temperatures)
+    milder = Levels(pruning.before_blocks, pruning.levels.detach() / 2, pruning.temperatures)
     return {0.5: Levels.of(pruning), None: milder}
 
 

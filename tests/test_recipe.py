@@ -160,11 +160,15 @@ BROKEN: dict[str, tuple[str | bytes, str, str]] = {
         ":8: pruning.before_blocks[1]: ",
         "is 0, should be greater than 0",
     ),
-    "no-stages": (HEAD + "pruning: {before_blocks: []}\n", ":5: pruning.before_blocks: ", "write 'every' or a list"),
+    "no-stages": (
+        HEAD + "pruning: {before_blocks: []}\n",
+        ":5: pruning.before_blocks: ",
+        "write 'auto', 'every' or a list",
+    ),
     "stages-misspelt": (
         HEAD + "pruning: {before_blocks: evry}\n",
         ":5: pruning.before_blocks: ",
-        "is 'evry', should be 'every' or a list of block numbers such as [4, 7, 10]",
+        "is 'evry', should be 'auto', 'every' or a list of block numbers such as [4, 7, 10]",
     ),
     "stage-not-in-a-list": (
         HEAD + "pruning: {before_blocks: 4}\n",
@@ -181,10 +185,15 @@ BROKEN: dict[str, tuple[str | bytes, str, str]] = {
         ":5: pruning.thresholds: ",
         "leave it out or use keep_ratios",
     ),
-    "keep-ratios-of-redundancy": (
-        HEAD + "pruning: {select: top-k, before_blocks: [1, 2], keep_ratios: [60%, 30%]}\n",
+    "keep-ratios-of-tome": (
+        HEAD + "pruning: {select: tome, before_blocks: [1, 2], keep_ratios: [60%, 30%]}\n",
         ":5: pruning.keep_ratios: ",
-        "has 0.3, but by redundancy at most half",
+        "has 0.3, but by ToMe at most half",
+    ),
+    "thresholds-of-stages-that-are-searched": (
+        HEAD + "pruning: {thresholds: [0.1, 0.2, 0.3]}\n",
+        ":5: pruning.thresholds: ",
+        "before_blocks doesn't say for which stages; name the blocks there",
     ),
     "exponent-unused": (
         HEAD + "pruning: {score: head-weighted-class-attention, redundancy_exponent: 3}\n",
@@ -269,7 +278,7 @@ def test_a_recipe_of_model_data_and_budget_is_complete() -> None:
     assert minimal.data.train == SplitSpec(split="train")
     assert minimal.data.eval == SplitSpec(split="test")
     assert minimal.pruning == PruningSpec()
-    assert minimal.pruning.before_blocks == "every"
+    assert minimal.pruning.before_blocks == "auto"
     assert minimal.finetune is None
     assert minimal.evaluate.batch_sizes == (1, 16, 64)
     assert (minimal.output.path, minimal.output.overwrite, minimal.seed) == ("runs/pruned", False, 0)
