@@ -22,10 +22,12 @@ from written_out import (
     SCALING,
     H,
     K,
+    batch_of,
     bias_of,
     dense_attention,
     every_layout,
     images_of,
+    in_both_ways,
     mean_score,
     of_images,
     packed,
@@ -72,41 +74,51 @@ def fused(qkv: Sequence[Tensor], scale: float | None = None) -> Tensor:
 
 @every_layout
 @with_or_without_sizes
-def test_a_packed_call_finds_scores_and_metric_of_each_image(sized: bool, lengths: tuple[int, ...]) -> None:
-    batch, qkv, sizes = packed(sized, lengths)
+@in_both_ways
+def test_a_packed_call_finds_scores_and_metric_of_each_image(
+    loops: bool, sized: bool, lengths: tuple[int, ...]
+) -> None:
+    batch, qkv, sizes = packed(sized, lengths, loops=loops)
     call = AttentionCall(batch, scores_of="class", wants_metric=True)
     output = attend(qkv, scaling=SCALING, call=call)
-    scores, metric = call.findings.attention_scores_BM, call.findings.metric_BMK
+    scores, metric = call.findings.attention_scores_BM, call.findings.metric_TK
     assert scores is not None
     assert metric is not None
-    outputs = of_images(batch, output[0])
+    outputs, metrics = of_images(batch, output[0]), of_images(batch, metric)
     for image, (q, k, v, s) in enumerate(images_of(batch, qkv, sizes)):
         weights, context = dense_attention(q, k, v, s)
         length = len(s)
         assert_close(outputs[image], context.transpose(0, 1), **FLOAT32)
         assert_close(scores[image, :length], score(weights, context), **FLOAT32)
         mean_key = k.mean(0)
-        assert_close(metric[image, :length], mean_key / mean_key.norm(dim=-1, keepdim=True), **FLOAT32)
+        assert_close(metrics[image], mean_key / mean_key.norm(dim=-1, keepdim=True), **FLOAT32)
 
 
 @with_or_without_sizes
-def test_rows_behind_the_last_token_change_nothing(sized: bool) -> None:
-    batch, qkv, _ = packed(sized, alignment=4)
+@in_both_ways
+def test_rows_behind_the_last_token_change_nothing(loops: bool, sized: bool) -> None:
+    batch, qkv, _ = packed(sized, alignment=4, loops=loops)
     expected = AttentionCall(batch, scores_of="class", wants_metric=True)
     output = attend(qkv, scaling=SCALING, call=expected)
     rows, padding = sum(batch.layout.rows), 8
-    longer = replace(
-        batch,
-        layout=replace(batch.layout, row_multiple=rows + padding),
-        positions_T=F.pad(batch.positions_T, (0, padding), value=NOBODY),
-        sizes_T=None if batch.sizes_T is None else F.pad(batch.sizes_T, (0, padding)),
+    longer = batch_of(
+        replace(batch.layout, row_multiple=rows + padding),
+        F.pad(batch.positions_T, (0, padding), value=NOBODY),
+        None if batch.sizes_T is None else F.pad(batch.sizes_T, (0, padding)),
+        loops=loops,
     )
     ours = AttentionCall(longer, scores_of="class", wants_metric=True)
     filler = torch.full((1, H, padding, K), torch.nan)
     longer_output = attend([torch.cat([x, filler], 2) for x in qkv], scaling=SCALING, call=ours)
     assert_close(longer_output[:, :rows], output, **EXACT)
     assert longer_output[:, rows:].isfinite().all()
-    assert_close(vars(ours.findings), vars(expected.findings), **EXACT)
+    assert_close(ours.findings.attention_scores_BM, expected.findings.attention_scores_BM, **EXACT)
+    assert ours.findings.metric_TK is not None
+    assert expected.findings.metric_TK is not None
+    for found, wanted in zip(
+        of_images(longer, ours.findings.metric_TK), of_images(batch, expected.findings.metric_TK), strict=True
+    ):
+        assert_close(found, wanted, **EXACT)
 
 
 @with_or_without_sizes
@@ -146,9 +158,9 @@ def test_a_mask_has_a_gradient_where_it_is_zero() -> None:
 def test_a_token_of_size_two_counts_like_the_token_twice() -> None:
     q, k, v = (torch.randn(1, H, 6, K) for _ in range(3))
     twice = torch.tensor([0, 1, 2, 3, 3, 4, 5])
-    doubled = TokenBatch(Layout((7,)), 1, torch.arange(7), None, torch.zeros(1, 7))
+    doubled = batch_of(Layout((7,)), torch.arange(7), tokens=7)
     sizes = torch.tensor([1.0, 1, 1, 2, 1, 1])
-    merged = TokenBatch(Layout((6,)), 1, torch.arange(6), sizes, torch.zeros(1, 6))
+    merged = batch_of(Layout((6,)), torch.arange(6), sizes, tokens=7)
     expected = PackedAttention(q[:, :, twice], k[:, :, twice], v[:, :, twice], doubled, SCALING).contexts_THK
     ours = PackedAttention(q, k, v, merged, SCALING).contexts_THK
     assert_close(ours, expected[torch.tensor([0, 1, 2, 3, 5, 6])], **FLOAT32)
@@ -167,11 +179,12 @@ def test_without_pruning_attention_is_sdpa(scaling: float | None) -> None:
         assert_close(attend(qkv, attention_mask, scaling=scaling), expected, **EXACT)
 
 
-def test_while_all_tokens_are_there_attention_is_dense_and_finds_what_is_asked() -> None:
+@in_both_ways
+def test_while_all_tokens_are_there_attention_is_dense_and_finds_what_is_asked(loops: bool) -> None:
     qkv = [torch.randn(2, H, 5, K) for _ in range(3)]
-    call = AttentionCall(scores_of="class", wants_metric=True)
+    call = AttentionCall(scores_of="class", wants_metric=True, loops=loops)
     output = attend(qkv, scaling=SCALING, call=call)
-    scores, metric = call.findings.attention_scores_BM, call.findings.metric_BMK
+    scores, metric = call.findings.attention_scores_BM, call.findings.metric_TK
     assert scores is not None
     assert metric is not None
     for b in range(2):
@@ -180,7 +193,14 @@ def test_while_all_tokens_are_there_attention_is_dense_and_finds_what_is_asked()
         assert_close(output[b], context.transpose(0, 1), **FLOAT32)
         assert_close(scores[b], score(weights, context), **FLOAT32)
         mean_key = k.mean(0)
-        assert_close(metric[b], mean_key / mean_key.norm(dim=-1, keepdim=True), **FLOAT32)
+        assert_close(metric[5 * b : 5 * b + 5], mean_key / mean_key.norm(dim=-1, keepdim=True), **FLOAT32)
+
+
+def test_masked_attention_finds_the_metric_of_all_tokens() -> None:
+    query, key, value = (torch.randn(2, H, 5, K) for _ in range(3))
+    call = AttentionCall(MaskedTokens((torch.rand(2, 5) > 0.5).float()), wants_metric=True)
+    attend((query, key, value), scaling=SCALING, call=call)
+    assert_close(call.findings.metric_TK, F.normalize(key.mean(1), dim=-1).flatten(0, 1), **FLOAT32)
 
 
 @pytest.mark.parametrize("tokens", [None, MaskedTokens(torch.ones(2, 5))], ids=["dense", "masked"])
@@ -189,7 +209,7 @@ def test_nothing_is_found_unasked(tokens: MaskedTokens | None) -> None:
     call = AttentionCall(tokens)
     attend(qkv, scaling=SCALING, call=call)
     assert call.findings.attention_scores_BM is None
-    assert call.findings.metric_BMK is None
+    assert call.findings.metric_TK is None
 
 
 def test_the_default_scaling_is_one_over_the_root_of_the_head_width() -> None:
@@ -253,14 +273,16 @@ def test_masked_attention_scores_by_the_mean_query_of_those_seen(sized: bool, mo
 
 @pytest.mark.parametrize("biased", [False, True], ids=["plain", "biased"])
 @pytest.mark.parametrize("query", ["class", "mean"])
+@in_both_ways
 def test_dense_masked_and_packed_scores_agree_while_all_tokens_are_there(
-    query: Query, biased: bool, monkeypatch: pytest.MonkeyPatch
+    loops: bool, query: Query, biased: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention, "MASKED_SOFTMAX_EPS", 0.0)
     qkv, bias = [torch.randn(2, H, DENSE, K) for _ in range(3)], relative_positions() if biased else None
-    batch = TokenBatch.dense(2, DENSE, 1, torch.device("cpu"))
+    batch = TokenBatch.dense(2, DENSE, 1, torch.device("cpu"), loops=loops)
     packed_qkv = [x.transpose(1, 2).flatten(0, 1)[None].transpose(1, 2) for x in qkv]
-    calls = [AttentionCall(kind, scores_of=query) for kind in (None, MaskedTokens(torch.ones(2, DENSE)), batch)]
+    kinds = None, MaskedTokens(torch.ones(2, DENSE)), batch
+    calls = [AttentionCall(kind, scores_of=query, loops=loops) for kind in kinds]
     dense, masked = (attend(qkv, bias, call=call, scaling=SCALING) for call in calls[:2])
     packed = attend(packed_qkv, bias, call=calls[2], scaling=SCALING).view_as(dense)
     assert_close((masked, packed), (dense, dense), **FLOAT32)
@@ -317,9 +339,9 @@ def test_calls_nest() -> None:
     with calling(outer):
         with calling(inner):
             attend(qkv)
-        assert (inner.findings.attention_scores_BM is not None, outer.findings.metric_BMK) == (True, None)
+        assert (inner.findings.attention_scores_BM is not None, outer.findings.metric_TK) == (True, None)
         attend(qkv)
-    assert (outer.findings.metric_BMK is not None, inner.findings.metric_BMK) == (True, None)
+    assert (outer.findings.metric_TK is not None, inner.findings.metric_TK) == (True, None)
 
 
 @pytest.mark.parametrize("intercept", [False, True])
@@ -333,9 +355,9 @@ def test_calls_in_two_threads_do_not_mix(intercept: bool) -> None:
             both_are_in.wait()
             fused(qkv) if intercept else attend(qkv)
             both_are_in.wait()
-        return call.findings.metric_BMK
+        return call.findings.metric_TK
 
     with ThreadPoolExecutor(2) as pool:
         found = list(pool.map(find, images))
     for (_, key, _), metric in zip(images, found, strict=True):
-        assert_close(metric, F.normalize(key.mean(1), dim=-1), **FLOAT32)
+        assert_close(metric, F.normalize(key.mean(1), dim=-1)[0], **FLOAT32)

@@ -17,6 +17,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from written_out import batch_of
 
 import vitprune
 from vitprune.anatomy import examine
@@ -24,7 +25,7 @@ from vitprune.attention import AttentionCall, block_call
 from vitprune.blocks import BlockForward, RunningForward, pack_rope, running_forward
 from vitprune.layout import Layout
 from vitprune.packed import PackedPass
-from vitprune.tokens import NOBODY, TokenBatch
+from vitprune.tokens import NOBODY
 from vitprune.tracing import pruning_of
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
@@ -172,7 +173,7 @@ def test_a_block_may_have_torchs_attention_taken(intercept: bool) -> None:
     block, call = Listening(), AttentionCall(wants_metric=True)
     BlockForward(block, intercept=intercept).attach()
     block(torch.randn(B, N, D), pruning=call)
-    assert (call.findings.metric_BMK is not None) == intercept
+    assert (call.findings.metric_TK is not None) == intercept
 
 
 def test_reentrant_checkpointing_is_refused() -> None:
@@ -210,7 +211,7 @@ def test_checkpointing_that_the_model_does_itself_is_done_by_the_blocks(checkpoi
 
 
 def test_checkpointed_blocks_are_run_again_among_the_same_tokens() -> None:
-    batch = TokenBatch(Layout((3, 3)), 1, torch.tensor([0, 1, 4, 0, 2, 3]), None, torch.zeros(2, 5))
+    batch = batch_of(Layout((3, 3)), torch.tensor([0, 1, 4, 0, 2, 3]), tokens=5)
     x = torch.randn(1, 6, D)
     gradients = []
     for checkpointing in (False, True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,8 +16,9 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 import vitprune
-from vitprune.calibration import TEMPERATURE_SHARE, calibrate, mean_ratio, scale_to_budget
+from vitprune.calibration import TEMPERATURE_SHARE, _distance, calibrate, mean_ratio, scale_to_budget
 from vitprune.recipe import PruningSpec
+from vitprune.schedule import MOST_TRIES, WORTH_A_STAGE, Schedule
 from vitprune.tracing import Trace, pruning_of, watching
 
 # what the design asks for: ratio of MACs against the budget
@@ -25,7 +28,9 @@ FLOAT32 = Tolerance(rtol=1e-5, atol=1e-9)
 
 SPECS: dict[str, dict[str, Any]] = {
     **{f"as-vit {dropped}": {**tiny.AS_VIT, "dropped": dropped} for dropped in ("leave", "merge")},
-    **{f"redundancy {dropped}": {"dropped": dropped} for dropped in ("leave", "merge")},
+    **{f"redundancy {dropped}": {"before_blocks": [1, 3, 4], "dropped": dropped} for dropped in ("leave", "merge")},
+    **{f"{score}, searched": {"score": score} for score in ("redundancy", "head-weighted-class-attention")},
+    "top-k, searched": {"select": "top-k"},
     **{
         f"{select} {dropped}": {**tiny.AS_VIT, "select": select, "dropped": dropped}
         for select in ("top-k", "random")
@@ -79,6 +84,85 @@ def test_other_families_meet_their_budget_too(family: str) -> None:
     assert abs(measured(model) - 0.7) <= BUDGET
 
 
+# --- where stages lie ---
+
+
+@pytest.mark.parametrize(
+    ("family", "measure"), [("vit", "KL"), ("vit-bare", "1 - cosine"), ("clip-tower", "1 - cosine"), ("siglip2", "KL")]
+)
+def test_of_schedules_that_meet_the_budget_the_one_whose_answers_are_nearest_is_taken(
+    family: str, measure: str
+) -> None:
+    model, x = pruned(family), tiny.inputs(family, 8)
+    result, pruning = (
+        calibrate(model, [tiny.take(x, slice(5)), tiny.take(x, slice(5, 8))], 0.7, progress=False),
+        (pruning_of(model)),
+    )
+    assert result.measure == measure
+    assert pruning.before_blocks == pruning.spec.before_blocks == result.tried[0].schedule.before_blocks
+    assert len(result.levels) == len(pruning.before_blocks)
+    assert 1 < len(result.tried) <= MOST_TRIES
+    assert all(abs(tried.ratio - 0.7) <= BUDGET for tried in result.tried)
+    # one that comes nearer has to be worth more stages, or moving
+    taken = result.tried[0].distance
+    assert taken <= min(tried.distance for tried in result.tried) / (1 - WORTH_A_STAGE)
+    assert abs(mean_ratio(model, [x]) - 0.7) <= BUDGET
+
+
+def test_distances_are_of_the_pruned_answers_to_the_dense_ones() -> None:
+    dense, pruned_BC = torch.randn(4, 5), torch.randn(4, 5)
+    kl, cosine = [], []
+    for p, q in zip(dense.double(), pruned_BC.double(), strict=True):
+        p_C, q_C = (x.exp() / x.exp().sum() for x in (p, q))
+        kl.append(sum(a * math.log(a / b) for a, b in zip(p_C.tolist(), q_C.tolist(), strict=True)))
+        cosine.append(float(1 - p @ q / (p.norm() * q.norm())))
+    assert_close(_distance(dense, pruned_BC, are_logits=True), sum(kl) / 4, **FLOAT32)
+    assert_close(_distance(dense, pruned_BC, are_logits=False), sum(cosine) / 4, **FLOAT32)
+
+
+@pytest.mark.parametrize("spec", [tiny.AS_VIT, {"before_blocks": "every"}, {"select": "tome"}], ids=str)
+def test_stages_that_are_named_stay(spec: dict[str, Any]) -> None:
+    model = pruned(**spec)
+    before = pruning_of(model).before_blocks
+    result = calibrate(model, batches(), 0.7, progress=False)
+    assert pruning_of(model).before_blocks == before
+    assert (result.tried, result.measure) == ((), "")
+
+
+@pytest.mark.parametrize(
+    ("spec", "expected"),
+    [(tiny.AS_VIT, tiny.PATCHES), ({"before_blocks": [2]}, None), ({**tiny.AS_VIT, "select": "top-k"}, None)],
+    ids=str,
+)
+def test_thresholds_of_attention_know_the_patches_they_were_found_at(spec: dict[str, Any], expected: int) -> None:
+    model = pruned(**spec)
+    calibrate(model, batches(), 0.7, progress=False)
+    assert pruning_of(model).spec.patches == expected
+
+
+def test_a_budget_that_was_refused_leaves_the_stages_to_be_found() -> None:
+    model, images = deep_model(), tiny.images(8)[..., :28, :28]
+    before = pruning_of(model).spec
+    with pytest.raises(ValueError, match="can't be met"):
+        calibrate(model, [images], 0.05, progress=False)
+    assert pruning_of(model).spec == before
+    calibrate(model, [images], 0.25, progress=False)
+
+
+def test_a_schedule_that_cannot_meet_the_budget_keeps_no_other_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    possible, impossible = Schedule((2, 9), (2 / 3, 1.0)), Schedule.even((5, 9))
+    for schedules in ([possible], [impossible, possible]):
+        monkeypatch.setattr(
+            "vitprune.calibration.search",
+            lambda try_, num_blocks, schedules=schedules: [found for s in schedules if (found := try_(s)) is not None],
+        )
+        result = calibrate(deep_model(), [tiny.images(8)[..., :28, :28]], 0.3, progress=False)
+        assert [tried.schedule for tried in result.tried] == [possible]
+
+
+# --- what follows from levels ---
+
+
 def test_images_keep_different_numbers_of_tokens() -> None:
     model = pruned(**tiny.AS_VIT)
     result = calibrate(model, batches(), 0.7, progress=False)
@@ -111,7 +195,7 @@ class FirstScores(Trace):
         return current
 
 
-@pytest.mark.parametrize("spec", [tiny.AS_VIT, {}], ids=["as-vit", "redundancy"])
+@pytest.mark.parametrize("spec", [tiny.AS_VIT, {"before_blocks": [1, 3, 4]}], ids=["as-vit", "redundancy"])
 def test_temperatures_follow_the_density_of_the_scores(spec: dict[str, Any]) -> None:
     model = pruned(**spec)
     pruning = pruning_of(model)
@@ -154,11 +238,31 @@ def test_counts_cannot_be_scaled() -> None:
         scale_to_budget(pruned(select="top-k"), batches(), 0.7, progress=False)
 
 
-@pytest.mark.parametrize("spec", [tiny.AS_VIT, {}, {"select": "tome"}], ids=["as-vit", "redundancy", "tome"])
-def test_an_impossible_budget_is_refused_with_what_would_be_possible(spec: dict[str, Any]) -> None:
-    expected = r"budget.macs: 10.0% can't be met by pruning before blocks \[.*\]: the nearest is 3\d\.\d%; allow more"
+@pytest.mark.parametrize(
+    ("spec", "blocks", "nearest"),
+    [
+        (tiny.AS_VIT, [2, 4], 3),
+        # all patches but one may leave behind the first block
+        ({"before_blocks": [1, 3, 4]}, [1, 3, 4], 2),
+        # every second patch stays
+        ({"select": "tome"}, [1, 2, 3, 4, 5], 3),
+    ],
+    ids=["as-vit", "redundancy", "tome"],
+)
+def test_an_impossible_budget_is_refused_with_what_would_be_possible(
+    spec: dict[str, Any], blocks: list[int], nearest: int
+) -> None:
+    where, possible = re.escape(str(blocks)), rf"{nearest}\d\.\d%"
+    expected = (
+        rf"budget.macs: 10.0% can't be met by pruning before blocks {where}: the nearest is {possible}; allow more"
+    )
     with pytest.raises(ValueError, match=expected):
         calibrate(pruned(**spec), batches(), 0.1, progress=False)
+
+
+def test_where_no_schedule_meets_the_budget_the_first_is_named() -> None:
+    with pytest.raises(ValueError, match=r"10.0% can't be met by pruning before blocks \[1, 2, 4\]: the nearest is 2"):
+        calibrate(pruned(), batches(), 0.1, progress=False)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -177,7 +281,7 @@ def test_calibration_needs_images_and_a_pruned_model() -> None:
 
 def test_scaling_needs_images() -> None:
     with pytest.raises(ValueError, match="at least one image"):
-        scale_to_budget(pruned(thresholds=[0.01] * 5), [], 0.7, progress=False)
+        scale_to_budget(pruned(before_blocks="every", thresholds=[0.01] * 5), [], 0.7, progress=False)
 
 
 def test_weights_are_left_alone_and_have_no_gradient() -> None:
@@ -205,18 +309,22 @@ def test_a_failure_leaves_the_mode_as_it_was() -> None:
     assert model.training
 
 
-def deep_model() -> PreTrainedModel:
-    """Eleven stages on 49 patches: a search for a small budget comes by images with one patch, all of them anchors."""
+def deep_model(**spec: Any) -> PreTrainedModel:
+    """Twelve blocks on 49 patches: a search for a small budget comes by images that have but one patch left."""
     config = ViTConfig(**{**tiny.SHAPE, "image_size": 28, "num_hidden_layers": 12}, intermediate_size=96)
-    return vitprune.prune_(ViTForImageClassification(config).eval(), PruningSpec())
+    torch.manual_seed(0)
+    return vitprune.prune_(ViTForImageClassification(config).eval(), PruningSpec(**spec))
 
 
 @pytest.mark.parametrize("batch_size", [1, 8])
-def test_a_budget_that_leaves_no_candidates_is_refused_or_met(batch_size: int) -> None:
-    model, images = deep_model(), tiny.images(8)[..., :28, :28]
+@pytest.mark.parametrize("blocks", ["every", "auto"])
+def test_a_budget_that_leaves_one_patch_is_refused_or_met(blocks: str, batch_size: int) -> None:
+    images = tiny.images(8)[..., :28, :28].split(batch_size)
     with pytest.raises(ValueError, match="can't be met"):
-        calibrate(model, images.split(batch_size), 0.05, progress=False)
-    calibrate(model, images.split(batch_size), 0.25, progress=False)
+        calibrate(deep_model(before_blocks=blocks), images, 0.05, progress=False)
+    model = deep_model(before_blocks=blocks)
+    calibrate(model, images, 0.25, progress=False)
+    assert abs(mean_ratio(model, images) - 0.25) <= BUDGET
     assert pruning_of(model).temperatures.isfinite().all()
 
 
@@ -229,8 +337,10 @@ def test_a_budget_that_leaves_no_candidates_is_refused_or_met(batch_size: int) -
         ),
         (tiny.AS_VIT, 8),
         pytest.param(tiny.AS_VIT, 1),
+        ({"before_blocks": [2, 4]}, 8),
+        ({}, 8),
     ],
-    ids=["tome", "as-vit", "as-vit image by image"],
+    ids=["tome", "as-vit", "as-vit image by image", "redundancy", "searched"],
 )
 def test_the_whole_budget_keeps_everything(spec: dict[str, Any], batch_size: int) -> None:
     model = pruned(**spec)

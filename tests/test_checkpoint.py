@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import samples
@@ -22,7 +24,9 @@ from transformers import (
 )
 
 import vitprune
+from vitprune.calibration import calibrate
 from vitprune.checkpoint import load_tokenizer
+from vitprune.recipe import PruningSpec
 from vitprune.tracing import is_pruned, pruning_of
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
@@ -53,6 +57,80 @@ def test_it_comes_back_as_it_was(family: str, policy: str, tmp_path: Path) -> No
     assert pruning_of(back).spec == pruning_of(plain).spec == pruning_of(model).spec
     vitprune.restore_(back)
     assert_close(logits(back, family), logits(tiny.build(family), family), **EXACT)
+
+
+@pytest.mark.parametrize("family", ["vit", "siglip2"])
+@pytest.mark.parametrize(
+    "spec", [{}, {"score": "head-weighted-mean-attention"}, {"select": "top-k"}], ids=["redundancy", "mean", "top-k"]
+)
+def test_what_calibration_found_out_comes_back(spec: dict[str, Any], family: str, tmp_path: Path) -> None:
+    model = vitprune.prune_(tiny.build(family), PruningSpec(before_blocks="auto", **spec))
+    calibrate(model, [tiny.inputs(family, 6)], 0.7, progress=False)
+    pruning = pruning_of(model)
+    assert isinstance(pruning.spec.before_blocks, tuple)
+    assert (pruning.spec.patches == tiny.PATCHES) == ("score" in spec)
+    path = vitprune.save(model, tmp_path / "out")
+    for back in (vitprune.load(path), type(model).from_pretrained(path)):
+        assert pruning_of(back).spec == pruning.spec
+        assert pruning_of(back).before_blocks == pruning.before_blocks
+        assert_close(pruning_of(back).state_dict(), pruning.state_dict(), **EXACT)
+        assert_close(logits(back, family), logits(model, family), **EXACT)
+
+
+# --- formats ---
+
+
+def rewrite(path: Path, format: int, **changes: object) -> None:
+    """Makes a checkpoint's entry one of another format, with other values in it."""
+    config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    entry = config["quantization_config"]
+    entry["format"] = format
+    entry["pruning"].update(changes)
+    (path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def test_checkpoints_are_written_in_the_second_format(saved: tuple[PreTrainedModel, Path]) -> None:
+    config = json.loads((saved[1] / "config.json").read_text(encoding="utf-8"))
+    assert config["quantization_config"]["format"] == 2
+
+
+@pytest.mark.parametrize("policy", ["as-vit", "as-vit-merge", "top-k-merge", "random-merge", "tome"])
+def test_what_means_the_same_is_read_of_the_first_format(policy: str, tmp_path: Path) -> None:
+    model = vitprune.prune_(tiny.build("vit"), tiny.POLICIES[policy])
+    path = vitprune.save(model, tmp_path / "out")
+    rewrite(path, 1)
+    assert_close(logits(vitprune.load(path)), logits(model), **EXACT)
+
+
+WAY_OUT = r"; prune the dense model again with `vitprune apply`.*, or load the weights dense"
+
+
+@pytest.mark.parametrize(
+    ("changes", "what"),
+    [
+        ({"score": "redundancy"}, "score 'redundancy' in its first form"),
+        ({"score": "redundancy", "select": "top-k"}, "score 'redundancy' in its first form"),
+        ({"dropped": "fuse"}, "dropped: fuse, which is gone"),
+    ],
+    ids=["threshold", "top-k", "fuse"],
+)
+def test_what_would_mean_something_else_is_refused(
+    changes: dict[str, object], what: str, saved: tuple[PreTrainedModel, Path]
+) -> None:
+    _, path = saved
+    rewrite(path, 1, **changes)
+    expected = rf"config\.json: quantization_config is of format 1, with {what}{WAY_OUT}"
+    for load in (vitprune.load, AutoModelForImageClassification.from_pretrained):
+        with pytest.raises(ValueError, match=expected):
+            load(path)
+
+
+@pytest.mark.parametrize("format", [0, 3])
+def test_other_formats_are_refused(format: int, saved: tuple[PreTrainedModel, Path]) -> None:
+    _, path = saved
+    rewrite(path, format)
+    with pytest.raises(ValueError, match=rf"format is {format}, this vitprune reads up to 2; install the version"):
+        vitprune.load(path)
 
 
 def test_plain_from_pretrained_is_enough(saved: tuple[PreTrainedModel, Path]) -> None:

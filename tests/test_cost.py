@@ -33,11 +33,31 @@ def test_blocks_may_differ() -> None:
     assert cost.outside(2) == 11
 
 
+@pytest.mark.parametrize("tile", [4, 256])
+@pytest.mark.parametrize("patches", [1, 2, 4, 7, 8, 9, 64, 700])
+def test_density_peaks_compare_a_tile_of_patches_with_all_up_to_its_end(patches: int, tile: int) -> None:
+    comparisons = 0
+    for start in range(0, patches, tile):
+        stop = min(start + tile, patches)
+        comparisons += (stop - start) * stop
+    assert DEIT_SMALL.density_peaks(patches, tile) == 64 * comparisons
+    assert DEIT_SMALL.density_peaks(torch.tensor(patches).double(), tile) == 64 * comparisons
+
+
+@pytest.mark.parametrize("patches", [3.0, 64.0, 256.0, 300.0])
+def test_more_patches_take_more_comparisons(patches: float) -> None:
+    count = torch.tensor(patches).double().requires_grad_()
+    DEIT_SMALL.density_peaks(count, 256).backward()
+    assert count.grad is not None
+    assert count.grad > 0
+    assert count.grad.isfinite()
+
+
 @pytest.mark.parametrize("patches", [1, 2, 7, 64])
-def test_redundancy_compares_every_second_patch_with_the_others(patches: int) -> None:
+def test_tome_compares_every_second_patch_with_the_others(patches: int) -> None:
     comparisons = sum(1 for candidate in range(1, patches, 2) for anchor in range(0, patches, 2))
-    assert DEIT_SMALL.redundancy(patches) == 64 * comparisons
-    assert DEIT_SMALL.redundancy(torch.tensor(patches).double()) == 64 * comparisons
+    assert DEIT_SMALL.bipartite(patches) == 64 * comparisons
+    assert DEIT_SMALL.bipartite(torch.tensor(patches).double()) == 64 * comparisons
 
 
 def test_a_merge_compares_those_that_leave_with_those_that_stay() -> None:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
-import tiny
 import torch
 from tiny import Tolerance
 from torch import Tensor
@@ -22,13 +21,26 @@ FLOAT32 = Tolerance(rtol=1e-5, atol=1e-6)
 IMAGES, TOKENS, PREFIX, WIDTH = 4, 14, 2, 3
 # no fillers, few, and more than tokens
 every_alignment = pytest.mark.parametrize("alignment", [1, 4, 16])
-every_kind = pytest.mark.parametrize("dropped", ["leave", "merge"])
 
 
-@pytest.fixture(autouse=True, params=["loops", "operators"])
-def _both_ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "operators":
-        tiny.in_operators(monkeypatch)
+@dataclass(frozen=True)
+class Kind:
+    """finds: departing finds out by itself who takes in what leaves, by a metric."""
+
+    dropped: str
+    loops: bool
+    finds: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.dropped} in {'loops' if self.loops else 'operators'}{', found' if self.finds else ''}"
+
+
+KINDS = [Kind(dropped, loops) for dropped in ("leave", "merge") for loops in (True, False)]
+every_kind = pytest.mark.parametrize(
+    "kind", [*KINDS, *(Kind("merge", loops, True) for loops in (True, False))], ids=str
+)
+# in training, where it is known who would take in what stays
+every_taught_kind = pytest.mark.parametrize("kind", [Kind("leave", False), Kind("merge", False)], ids=str)
 
 
 @dataclass
@@ -61,9 +73,15 @@ def reference_stage(tokens: list[Token], keep: list[bool], takers: list[int], dr
     return kept
 
 
-def random_stage(images: list[list[Token]], stage: int) -> tuple[list[list[bool]], list[list[int]]]:
-    """About a third leaves; image 0 loses nothing at the first stage, image 1 all but one patch at the second."""
-    keeps, takers = [], []
+def random_stage(
+    images: list[list[Token]], stage: int, *, even: bool = False
+) -> tuple[list[list[bool]], list[list[int]], list[Tensor]]:
+    """Who stays, who takes in the others, and unit vectors by which that is the most similar patch that stays.
+
+    About a third leaves; image 0 loses nothing at the first stage, image 1 all but one patch at the second. even: a
+    third of each image's patches.
+    """
+    keeps, takers, metrics = [], [], []
     for number, tokens in enumerate(images):
         keep = [i < PREFIX or bool(torch.rand(()) > 0.35) for i in range(len(tokens))]
         if (number, stage) == (0, 0):
@@ -71,16 +89,37 @@ def random_stage(images: list[list[Token]], stage: int) -> tuple[list[list[bool]
         if (number, stage) == (1, 1):
             keep = [i < PREFIX or i == PREFIX + 1 for i in range(len(tokens))]
         keep[PREFIX] |= not any(keep[PREFIX:])
+        if even:
+            leaving = torch.randperm(len(tokens) - PREFIX)[: (len(tokens) - PREFIX) // 3] + PREFIX
+            keep = [i not in leaving.tolist() for i in range(len(tokens))]
         staying = [i for i in range(PREFIX, len(tokens)) if keep[i]]
-        takers.append([staying[int(torch.randint(len(staying), ()))] for _ in tokens])
+        metric = torch.nn.functional.normalize(torch.randn(len(tokens), WIDTH), dim=-1)
+        takers.append([max(staying, key=lambda j: float(token @ metric[j])) for token in metric])
         keeps.append(keep)
-    return keeps, takers
+        metrics.append(metric)
+    return keeps, takers, metrics
 
 
-def dense() -> tuple[TokenBatch, Tensor, list[list[Token]]]:
-    x_BND = torch.randn(IMAGES, TOKENS, WIDTH)
-    batch = TokenBatch.dense(IMAGES, TOKENS, PREFIX, x_BND.device)
-    return batch, x_BND.flatten(0, 1), [[Token(n, x_BND[b, n], [n]) for n in range(TOKENS)] for b in range(IMAGES)]
+def dense(*, loops: bool = False, images: int = IMAGES) -> tuple[TokenBatch, Tensor, list[list[Token]]]:
+    x_BND = torch.randn(images, TOKENS, WIDTH)
+    batch = TokenBatch.dense(images, TOKENS, PREFIX, x_BND.device, loops=loops)
+    return batch, x_BND.flatten(0, 1), [[Token(n, x_BND[b, n], [n]) for n in range(TOKENS)] for b in range(images)]
+
+
+def in_rows(batch: TokenBatch, images: list[Tensor]) -> Tensor:
+    """The images' tokens where the batch has them; nothing that is a number elsewhere."""
+    values_T = torch.full((batch.layout.num_rows, *images[0].shape[1:]), torch.nan)
+    for start, values in zip(batch.layout.starts, images, strict=True):
+        values_T[start : start + len(values)] = values
+    return values_T
+
+
+def departure_of(
+    kind: Kind, batch: TokenBatch, keeps: list[list[bool]], takers: list[list[int]], metrics: list[Tensor]
+) -> Departure:
+    if kind.finds:
+        return Departure(padded(keeps), metric_TK=in_rows(batch, metrics))
+    return Departure(padded(keeps), padded(takers) if kind.dropped == "merge" else None)
 
 
 def flat(lists: list[list]) -> Tensor:
@@ -99,23 +138,27 @@ def of_images(batch: TokenBatch, values_T: Tensor) -> Tensor:
 
 
 def run_stages(
-    dropped: str, stages: int, dtype: torch.dtype = torch.float32
+    kind: Kind, stages: int, dtype: torch.dtype = torch.float32, *, num_images: int = IMAGES, even: bool = False
 ) -> tuple[TokenBatch, Tensor, list[list[Token]]]:
-    batch, x_TD, images = dense()
+    batch, x_TD, images = dense(loops=kind.loops, images=num_images)
     x_TD = x_TD.to(dtype)
     for stage in range(stages):
-        keeps, takers = random_stage(images, stage)
-        departure = Departure(padded(keeps), padded(takers) if dropped == "merge" else None)
-        batch, x_TD = depart(batch, x_TD, departure)
+        keeps, takers, metrics = random_stage(images, stage, even=even)
+        batch, x_TD = depart(batch, x_TD, departure_of(kind, batch, keeps, takers, metrics))
         decisions = zip(images, keeps, takers, strict=True)
-        images = [reference_stage(*decision, dropped) for decision in decisions]
+        images = [reference_stage(*decision, kind.dropped) for decision in decisions]
     return batch, x_TD, images
 
 
 @every_kind
 @pytest.mark.parametrize("stages", [1, 2, 3])
-def test_departing_is_what_it_is_for_each_image_alone(dropped: str, stages: int) -> None:
-    batch, x_TD, images = run_stages(dropped, stages)
+@pytest.mark.parametrize(
+    ("num_images", "even"), [(IMAGES, False), (IMAGES, True), (1, True)], ids=["uneven", "even", "alone"]
+)
+def test_departing_is_what_it_is_for_each_image_alone(kind: Kind, stages: int, num_images: int, even: bool) -> None:
+    batch, x_TD, images = run_stages(kind, stages, num_images=num_images, even=even)
+    dropped = kind.dropped
+    assert batch.loops == kind.loops
     assert batch.lengths == tuple(len(tokens) for tokens in images)
     assert batch.num_prefix_tokens == PREFIX
     assert torch.equal(of_images(batch, batch.positions_T), flat([[t.position for t in tokens] for tokens in images]))
@@ -131,8 +174,8 @@ def test_departing_is_what_it_is_for_each_image_alone(dropped: str, stages: int)
 
 @every_kind
 @pytest.mark.parametrize("stages", [1, 2, 3])
-def test_each_dense_token_knows_who_stands_for_it(dropped: str, stages: int) -> None:
-    batch, _, images = run_stages(dropped, stages)
+def test_each_dense_token_knows_who_stands_for_it(kind: Kind, stages: int) -> None:
+    batch, _, images = run_stages(kind, stages)
     for image, tokens in enumerate(images):
         expected = [NOBODY] * TOKENS
         for index, token in enumerate(tokens):
@@ -145,8 +188,8 @@ def test_each_dense_token_knows_who_stands_for_it(dropped: str, stages: int) -> 
 
 @every_kind
 @pytest.mark.parametrize("stages", [0, 1, 3])
-def test_unpacking_puts_each_token_where_it_stood(dropped: str, stages: int) -> None:
-    batch, x_TD, images = run_stages(dropped, stages)
+def test_unpacking_puts_each_token_where_it_stood(kind: Kind, stages: int) -> None:
+    batch, x_TD, images = run_stages(kind, stages)
     y_BND = batch.unpack(x_TD)
     for image, tokens in enumerate(images):
         # nobody stands for what left: the mean of the remaining patches does
@@ -157,17 +200,18 @@ def test_unpacking_puts_each_token_where_it_stood(dropped: str, stages: int) -> 
 
 
 @every_kind
-def test_a_mean_over_unpacked_patches_is_the_mean_over_tokens_by_size(dropped: str) -> None:
-    batch, x_TD, images = run_stages(dropped, 3)
+def test_a_mean_over_unpacked_patches_is_the_mean_over_tokens_by_size(kind: Kind) -> None:
+    batch, x_TD, images = run_stages(kind, 3)
     means_BD = batch.unpack(x_TD)[:, PREFIX:].mean(1)
     for image, tokens in enumerate(images):
         patches = tokens[PREFIX:]
-        weights = [1.0 if dropped == "leave" else float(t.size) for t in patches]
+        weights = [1.0 if kind.dropped == "leave" else float(t.size) for t in patches]
         assert_close(means_BD[image], mean(patches, weights), **FLOAT32)
 
 
-def test_sizes_add_up_to_the_dense_tokens() -> None:
-    batch, _, _ = run_stages("merge", 3)
+@pytest.mark.parametrize("kind", [Kind("merge", True), Kind("merge", False), Kind("merge", False, True)], ids=str)
+def test_sizes_add_up_to_the_dense_tokens(kind: Kind) -> None:
+    batch, _, _ = run_stages(kind, 3)
     assert batch.sizes_T is not None
     for sizes in of_images(batch, batch.sizes_T).split(list(batch.lengths)):
         assert sizes.sum() == TOKENS
@@ -176,20 +220,30 @@ def test_sizes_add_up_to_the_dense_tokens() -> None:
 
 @every_kind
 @pytest.mark.parametrize("stages", [0, 1])
-def test_where_nothing_leaves_nothing_is_done(dropped: str, stages: int) -> None:
-    batch, x_TD, _ = run_stages(dropped, stages)
-    takers_BM = torch.zeros_like(batch.valid_BM, dtype=torch.long) if dropped == "merge" else None
-    after, y_TD = depart(batch, x_TD, Departure(batch.valid_BM, takers_BM))
+def test_where_nothing_leaves_nothing_is_done(kind: Kind, stages: int) -> None:
+    batch, x_TD, _ = run_stages(kind, stages)
+    keeps = [[True] * length for length in batch.lengths]
+    takers, metrics = [[0] * length for length in batch.lengths], [torch.randn(n, WIDTH) for n in batch.lengths]
+    after, y_TD = depart(batch, x_TD, departure_of(kind, batch, keeps, takers, metrics))
     assert after is batch
     assert y_TD is x_TD
 
 
 @every_kind
-def test_states_keep_their_dtype_and_sizes_are_float32(dropped: str) -> None:
-    batch, x_TD, _ = dense()
-    keep_BM = (torch.arange(TOKENS) < TOKENS - 2).expand(IMAGES, -1)
-    takers_BM = torch.full((IMAGES, TOKENS), PREFIX) if dropped == "merge" else None
-    pruned, y_TD = depart(batch, x_TD.bfloat16(), Departure(keep_BM, takers_BM))
+def test_counts_that_the_host_knows_already_change_nothing(kind: Kind) -> None:
+    batch, x_TD, images = dense(loops=kind.loops)
+    keeps, takers, metrics = random_stage(images, 1)
+    departure = departure_of(kind, batch, keeps, takers, metrics)
+    known = replace(departure, kept=tuple(sum(keep) for keep in keeps))
+    (ours, ours_TD), (expected, expected_TD) = (depart(batch, x_TD, d) for d in (known, departure))
+    assert ours.layout == expected.layout
+    assert_close(ours_TD, expected_TD, **EXACT)
+    assert_close(ours.positions_T, expected.positions_T, **EXACT)
+
+
+@every_kind
+def test_states_keep_their_dtype_and_sizes_are_float32(kind: Kind) -> None:
+    pruned, y_TD, _ = run_stages(kind, 2, torch.bfloat16)
     assert y_TD.dtype == pruned.unpack(y_TD).dtype == torch.bfloat16
     assert pruned.sizes_T is None or pruned.sizes_T.dtype == torch.float32
 
@@ -198,11 +252,11 @@ def test_states_keep_their_dtype_and_sizes_are_float32(dropped: str) -> None:
 @every_kind
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_what_is_no_token_is_a_copy_of_its_images_first(
-    dtype: torch.dtype, dropped: str, alignment: int, monkeypatch: pytest.MonkeyPatch
+    dtype: torch.dtype, kind: Kind, alignment: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vitprune.layout.KEY_ALIGNMENT", alignment)
     monkeypatch.setattr("vitprune.layout.HALF_PRECISION_PADDING", HALF_PRECISION_ROWS)
-    batch, x_TD, _ = run_stages(dropped, 3, dtype)
+    batch, x_TD, _ = run_stages(kind, 3, dtype)
     is_filler = torch.ones(len(x_TD), dtype=torch.bool)
     for start, length in zip(batch.layout.starts, batch.lengths, strict=True):
         assert start % alignment == 0
@@ -218,13 +272,13 @@ def test_what_is_no_token_is_a_copy_of_its_images_first(
 
 @every_alignment
 @every_kind
-def test_an_image_that_is_not_finite_stays_alone(dropped: str, alignment: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_image_that_is_not_finite_stays_alone(kind: Kind, alignment: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitprune.layout.KEY_ALIGNMENT", alignment)
-    batch, x_TD, images = dense()
+    batch, x_TD, images = dense(loops=kind.loops)
     x_TD[TOKENS : 2 * TOKENS] = torch.nan
-    keeps, takers = random_stage(images, 0)
-    departure = Departure(padded(keeps), padded(takers) if dropped == "merge" else None)
-    batch, y_TD = depart(batch, x_TD, departure)
+    keeps, takers, metrics = random_stage(images, 0)
+    metrics[1][:] = torch.nan
+    batch, y_TD = depart(batch, x_TD, departure_of(kind, batch, keeps, takers, metrics))
     assert torch.equal(y_TD.isnan().all(1), batch.layout.images(x_TD.device) == 1)
     assert torch.equal(batch.unpack(y_TD).isnan().flatten(1).any(1), torch.arange(IMAGES) == 1)
 
@@ -237,11 +291,12 @@ def teach(batch: TokenBatch, x_TD: Tensor, dropped: str) -> tuple[TokenBatch, Te
     keep = batch.valid_BM & ~leaves_near & ~leaves_far
     mask = keep.float().requires_grad_()
     takers = torch.full_like(slots, PREFIX) if dropped == "merge" else None
-    return depart(batch, x_TD, Departure(keep, takers, Teaching(mask, leaves_near)))
+    return depart(batch, x_TD, Departure(keep, takers, teaching=Teaching(mask, leaves_near)))
 
 
-@every_kind
-def test_what_stays_is_what_inference_keeps(dropped: str) -> None:
+@every_taught_kind
+def test_what_stays_is_what_inference_keeps(kind: Kind) -> None:
+    dropped = kind.dropped
     batch, x_TD, _ = dense()
     taught, taught_TD = teach(batch, x_TD, dropped)
     slots = torch.arange(TOKENS).expand(IMAGES, -1)

@@ -20,10 +20,12 @@ from written_out import (
     SCALING,
     H,
     K,
+    batch_of,
     bias_of,
     dense_attention,
     every_layout,
     images_of,
+    in_both_ways,
     mean_score,
     of_images,
     packed,
@@ -35,7 +37,7 @@ from written_out import (
 from vitprune import packed_attention as module
 from vitprune import varlen
 from vitprune.layout import Layout
-from vitprune.packed_attention import Kernel, PackedAttention, kernel_for
+from vitprune.packed_attention import Kernel, PackedAttention, Query, kernel_for
 from vitprune.pruner import prune_
 from vitprune.tokens import TokenBatch
 from vitprune.tracing import pruning_of
@@ -146,15 +148,32 @@ def test_packed_attention_scores_by_the_mean_query_of_each_image(
 
 
 @every_kernel
-def test_the_metric_is_the_mean_key_of_length_one(kernel: Kernel, alignment: int) -> None:
-    batch, (q, k, v), _ = packed(sized=False, alignment=alignment)
+@in_both_ways
+def test_the_metric_is_the_mean_key_of_length_one(loops: bool, kernel: Kernel, alignment: int) -> None:
+    batch, (q, k, v), _ = packed(sized=False, alignment=alignment, loops=loops)
     k = k.bfloat16()
-    metric_BMK = PackedAttention(q.bfloat16(), k, v.bfloat16(), batch, SCALING, kernel=kernel).metric()
-    assert metric_BMK.dtype == torch.float32
-    for ours, keys_HLK in zip(metric_BMK, of_images(batch, k[0].float(), 1), strict=True):
+    attention = PackedAttention(q.bfloat16(), k, v.bfloat16(), batch, SCALING, kernel=kernel)
+    scores_BM, metric_TK = attention.find(None, wants_metric=True)
+    assert scores_BM is None
+    assert metric_TK is not None
+    assert metric_TK.dtype == torch.float32
+    for ours, keys_HLK in zip(of_images(batch, metric_TK), of_images(batch, k[0].float(), 1), strict=True):
         mean_LK = keys_HLK.mean(0)
-        expected = mean_LK / mean_LK.square().sum(-1, keepdim=True).sqrt()
-        assert_close(ours[: len(expected)], expected, **FLOAT32)
+        assert_close(ours, mean_LK / mean_LK.square().sum(-1, keepdim=True).sqrt(), **FLOAT32)
+
+
+@every_kernel
+@in_both_ways
+@pytest.mark.parametrize("query", ["class", "mean"])
+def test_what_is_found_are_the_scores_and_no_metric_unasked(
+    query: Query, loops: bool, kernel: Kernel, alignment: int
+) -> None:
+    batch, qkv, _ = packed(sized=True, alignment=alignment, loops=loops)
+    attention = PackedAttention(*qkv, batch, SCALING, kernel=kernel)
+    scores_BM, metric_TK = attention.find(query, wants_metric=False)
+    assert scores_BM is not None
+    assert metric_TK is None
+    assert_close(scores_BM, attention.scores(query), **FLOAT32)
 
 
 # --- which kernel ---
@@ -267,13 +286,8 @@ def test_on_a_gpu_kernels_agree_with_the_cpu(
 ) -> None:
     monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
     batch, qkv, _ = packed(sized, lengths, alignment=1)
-    on_gpu = TokenBatch(
-        batch.layout,
-        1,
-        batch.positions_T.cuda(),
-        None if batch.sizes_T is None else batch.sizes_T.cuda(),
-        batch.carriers_BN.cuda(),
-    )
+    sizes_T = None if batch.sizes_T is None else batch.sizes_T.cuda()
+    on_gpu = batch_of(batch.layout, batch.positions_T.cuda(), sizes_T)
     q, k, v = (x.to(dtype) for x in qkv)
     expected = PackedAttention(q.float(), k.float(), v.float(), batch, SCALING)
     ours = PackedAttention(q.cuda(), k.cuda(), v.cuda(), on_gpu, SCALING)

@@ -50,7 +50,7 @@ def test_a_stage_outside_the_blocks_is_refused_and_changes_nothing() -> None:
     with pytest.raises(ValueError, match=r"stage 6 is outside the model's 6 blocks \(1 to 5\)"):
         vitprune.prune_(model, PruningSpec(before_blocks=[2, 6]))
     with pytest.raises(ValueError, match="has 3 numbers for 5 stages in 6 blocks"):
-        vitprune.prune_(model, PruningSpec(thresholds=[0.1, 0.2, 0.3]))
+        vitprune.prune_(model, PruningSpec(before_blocks="every", thresholds=[0.1, 0.2, 0.3]))
     assert ([name for name, _ in model.named_modules()], model.config.to_dict()) == before
     assert not any(module._forward_pre_hooks for module in model.modules())
     assert not is_pruned(model)
@@ -249,6 +249,48 @@ def test_one_stage_may_keep_everything_in_training() -> None:
     with torch.no_grad():
         pruning_of(model).levels[1] = -torch.inf
         assert model(tiny.images(3)).logits.isfinite().all()
+
+
+# --- images of other sizes ---
+
+
+every_mode = pytest.mark.parametrize("mode", ["eval", "train"])
+
+
+def at_patches(family: str, patches: int | None, factor: float) -> PreTrainedModel:
+    """By attention, with thresholds that were found at so many patches."""
+    spec = tiny.POLICIES["as-vit-merge"]
+    assert isinstance(spec.thresholds, tuple)
+    changes = {"patches": patches, "thresholds": tuple(factor * threshold for threshold in spec.thresholds)}
+    return vitprune.prune_(tiny.build(family), tiny.spec_for(family, spec.model_copy(update=changes)))
+
+
+@torch.no_grad()
+@every_mode
+@pytest.mark.parametrize("family", ["vit", "siglip-tower"])
+def test_at_twice_the_patches_thresholds_of_attention_mean_half_as_much(family: str, mode: str) -> None:
+    x, models = tiny.inputs(family, 5), [at_patches(family, 32, 1.0), at_patches(family, None, 0.5)]
+    answers = [tiny.answer(tiny.forward(model.train(mode == "train"), x)) for model in models]
+    assert_close(*answers, **EXACT)
+    other = tiny.answer(tiny.forward(at_patches(family, None, 1.0).train(mode == "train"), x))
+    assert not torch.equal(answers[0], other), "patches change nothing: this test would see nothing"
+
+
+@torch.no_grad()
+@every_mode
+def test_a_padded_image_counts_its_own_patches(mode: str) -> None:
+    """Each image as it is alone, cut to its own patches, with thresholds scaled to these by hand."""
+    model, x = at_patches("siglip2", 64, 1.0).train(mode == "train"), tiny.inputs("siglip2", 5)
+    with vitprune.trace(model) as together:
+        model(**x)
+    for index, image in enumerate(tiny.each(x)):
+        count = int(image["pixel_attention_mask"].sum())
+        cut = {name: values if name == "spatial_shapes" else values[:, :count] for name, values in image.items()}
+        by_hand = at_patches("siglip2", None, 64 / count).train(mode == "train")
+        with vitprune.trace(by_hand) as alone:
+            by_hand(**cut)
+        for ours, theirs in zip(together.keep_masks, alone.keep_masks, strict=True):
+            assert torch.equal(ours[index, :count], theirs[0])
 
 
 # --- attention pooling and padded images ---

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from tiny import Tolerance
 from torch import Tensor
@@ -16,6 +16,7 @@ from vitprune.attention import Findings
 from vitprune.cost import CostModel
 from vitprune.departure import Departure, depart
 from vitprune.recipe import PruningSpec
+from vitprune.scoring import true_indices
 from vitprune.stage import Decision, Policy, SeenTokens, decide, stage_macs
 from vitprune.tokens import TokenBatch
 
@@ -26,6 +27,7 @@ AS_VIT: dict[str, Any] = {"score": "head-weighted-class-attention", "before_bloc
 MEAN: dict[str, Any] = {**AS_VIT, "score": "head-weighted-mean-attention"}
 PREFIX, M, K = 1, 9, 4
 # the second image has lost three patches before
+VALID_BN = torch.tensor([[True] * 9, [True, False, True, True, False, True, True, False, True]])
 VALID = torch.tensor([[True] * 9, [True] * 6 + [False] * 3])
 COST = CostModel(linear=(100, 100, 100), width=8, head_width=4, patch=1, head=1)
 
@@ -36,27 +38,52 @@ def policy(level: float = 0.5, *, has_class_token: bool = True, **spec: Any) -> 
     return Policy(PruningSpec(**spec), (2,), PREFIX, has_class_token, COST, levels, temperatures)
 
 
-def findings() -> Findings:
+Tokens = TokenBatch | SeenTokens
+
+
+@pytest.fixture(params=["in loops", "in operators", "in a masked pass"])
+def tokens(request: pytest.FixtureRequest) -> Tokens:
+    return masked_tokens() if request.param == "in a masked pass" else packed_tokens(loops=request.param == "in loops")
+
+
+@pytest.fixture(params=["in operators", "in a masked pass"])
+def learning_tokens(request: pytest.FixtureRequest) -> Tokens:
+    """Where a gradient flows, there are no loops."""
+    return masked_tokens() if request.param == "in a masked pass" else packed_tokens()
+
+
+def masked_tokens() -> SeenTokens:
+    index_BM = true_indices(VALID_BN)
+    rows_BM = index_BM + torch.tensor([[0], [M]])
+    return SeenTokens(VALID_BN.gather(1, index_BM), index_BM, rows_BM, M - PREFIX)
+
+
+def packed_tokens(*, loops: bool = False) -> TokenBatch:
+    dense = TokenBatch.dense(2, M, PREFIX, VALID.device, loops=loops)
+    return depart(dense, torch.zeros(2 * M, 1), Departure(VALID_BN))[0]
+
+
+def findings(tokens: Tokens) -> Findings:
     # all of 0.1 … 0.9 in two orders: some patches of either image are above 0.5 and some are not
     scores = torch.stack([torch.arange(M) * 4 % 9 + 1, torch.arange(M) * 7 % 9 + 1]) / 10
-    return Findings(scores, torch.nn.functional.normalize(torch.randn(2, M, K), dim=-1))
+    if tokens.layout is None:  # nobody sees them, but they have their scores
+        return Findings(scores, torch.nn.functional.normalize(torch.randn(2 * M, K), dim=-1))
+    metric_TK = torch.nn.functional.normalize(torch.randn(tokens.layout.num_rows, K), dim=-1)
+    metric_TK[torch.from_numpy(tokens.layout.fillers)] = torch.nan
+    return Findings(torch.where(VALID, scores, 0.0), metric_TK)
 
 
-@pytest.fixture(autouse=True, params=["in loops", "in operators"])
-def _ways(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == "in operators":
-        tiny.in_operators(monkeypatch)
+def found_by(tokens: Tokens, found: Findings) -> tuple[Tensor, Tensor]:
+    """Scores (B, M) and the metric (B, M, K)."""
+    assert found.attention_scores_BM is not None
+    assert found.metric_TK is not None
+    return found.attention_scores_BM, found.metric_TK[tokens.index_BM]
 
 
-def tokens() -> TokenBatch:
-    dense = TokenBatch.dense(2, M, PREFIX, VALID.device)
-    keep_BM = torch.ones_like(VALID)
-    keep_BM[1, [1, 4, 7]] = False
-    return depart(dense, torch.zeros(2 * M, 1), Departure(keep_BM))[0]
-
-
-def ask(policy: Policy, found: Findings, **options: Any) -> Decision:
-    return decide(policy, 0, found, tokens(), (), **options)
+def ask(policy: Policy, found: Findings, tokens: Tokens, **options: Any) -> Decision:
+    # a masked pass always learns
+    options = {"learns": tokens.layout is None, **options}
+    return decide(policy, 0, found, tokens, (), **options)
 
 
 def kept(decision: Decision) -> list[list[int]]:
@@ -77,9 +104,10 @@ def kept(decision: Decision) -> list[list[int]]:
         ({"select": "random", "dropped": "merge"}, False, None, True),
         ({"dropped": "merge"}, True, "class", True),
         ({"dropped": "leave"}, True, "class", True),
-        ({"redundancy_exponent": 0.0}, True, None, True),
+        # who is more important is a matter of attention
+        ({"redundancy_exponent": 0.0}, True, "class", True),
         ({"select": "top-k"}, True, "class", True),
-        ({"select": "tome"}, True, None, True),
+        ({"select": "tome"}, False, None, True),
     ],
     ids=str,
 )
@@ -88,6 +116,7 @@ def test_a_policy_asks_a_block_for_what_it_needs_only(
 ) -> None:
     ours = policy(**spec)
     assert (ours.is_redundancy, ours.scores_of, ours.needs_metric) == (redundancy, attention, metric)
+    assert ours.is_tome == (spec.get("select") == "tome")
 
 
 @pytest.mark.parametrize(
@@ -99,9 +128,9 @@ def test_without_a_class_token_the_mean_query_is_asked(spec: dict[str, Any], att
     assert policy(**spec, has_class_token=False).scores_of == attention
 
 
-def test_a_threshold_keeps_what_is_above_and_prefix_and_no_padding() -> None:
-    found = findings()
-    decision = ask(policy(**AS_VIT, dropped="leave"), found)
+def test_a_threshold_keeps_what_is_above_and_prefix_and_no_padding(tokens: Tokens) -> None:
+    found = findings(tokens)
+    decision = ask(policy(**AS_VIT, dropped="leave"), found, tokens)
     scores = found.attention_scores_BM
     assert scores is not None
     for b in range(2):
@@ -113,9 +142,9 @@ def test_a_threshold_keeps_what_is_above_and_prefix_and_no_padding() -> None:
 
 
 @pytest.mark.parametrize("min_tokens", [1, 3])
-def test_so_many_of_the_best_patches_always_stay(min_tokens: int) -> None:
-    found = findings()
-    decision = ask(policy(level=9.0, **AS_VIT, dropped="leave", min_tokens=min_tokens), found)
+def test_so_many_of_the_best_patches_always_stay(min_tokens: int, tokens: Tokens) -> None:
+    found = findings(tokens)
+    decision = ask(policy(level=9.0, **AS_VIT, dropped="leave", min_tokens=min_tokens), found, tokens)
     assert found.attention_scores_BM is not None
     for b, row in enumerate(found.attention_scores_BM.tolist()):
         patches = [i for i in range(PREFIX, M) if VALID[b, i]]
@@ -124,71 +153,221 @@ def test_so_many_of_the_best_patches_always_stay(min_tokens: int) -> None:
 
 
 @pytest.mark.parametrize("select", ["top-k", "random"])
-def test_counts_are_a_part_of_each_images_patches(select: str) -> None:
-    decision = ask(policy(level=0.6, **AS_VIT, select=select, dropped="leave"), findings())
+def test_counts_are_a_part_of_each_images_patches(select: str, tokens: Tokens) -> None:
+    decision = ask(policy(level=0.6, **AS_VIT, select=select, dropped="leave"), findings(tokens), tokens)
     # round(0.6·8), round(0.6·5), and the prefix
     assert [len(row) for row in kept(decision)] == [5 + 1, 3 + 1]
 
 
-def test_top_k_keeps_the_best() -> None:
-    found = findings()
-    decision = ask(policy(level=0.6, **AS_VIT, select="top-k", dropped="leave"), found)
+def test_top_k_keeps_the_best(tokens: Tokens) -> None:
+    found = findings(tokens)
+    decision = ask(policy(level=0.6, **AS_VIT, select="top-k", dropped="leave"), found, tokens)
     assert found.attention_scores_BM is not None
-    row = found.attention_scores_BM[0].tolist()
-    assert kept(decision)[0] == [0, *sorted(sorted(range(1, M), key=lambda i: -row[i])[:5])]
+    for b, (patches, count) in enumerate([(8, 5), (5, 3)]):
+        row = found.attention_scores_BM[b].tolist()
+        assert kept(decision)[b] == [0, *sorted(sorted(range(1, patches + 1), key=lambda i: -row[i])[:count])]
 
 
-def test_a_random_choice_goes_by_position_and_needs_no_findings() -> None:
-    together = ask(policy(**AS_VIT, select="random", dropped="leave"), Findings())
-    both = tokens()
-    of_second = SeenTokens(VALID[1:, :6], both.positions_BM[1:, :6])
-    alone = decide(policy(**AS_VIT, select="random", dropped="leave"), 0, Findings(), of_second, ())
-    assert kept(together)[1] == kept(alone)[0]
+def test_a_random_choice_goes_by_position_and_needs_no_findings(tokens: Tokens) -> None:
+    ours = policy(**AS_VIT, select="random", dropped="leave")
+    together = ask(ours, Findings(), tokens)
+    of_second = SeenTokens(VALID[1:, :6], tokens.positions_BM[1:, :6], tokens.index_BM[1:, :6], M - PREFIX)
+    assert kept(together)[1] == kept(decide(ours, 0, Findings(), of_second, ()))[0]
 
 
-@pytest.mark.parametrize("spec", [{}, {"select": "tome"}], ids=["threshold", "tome"])
-def test_redundancy_drops_the_most_redundant_candidates_into_their_anchors(spec: dict[str, Any]) -> None:
-    found = findings()
-    level = 0.5 if spec else 0.3
-    decision = ask(policy(level=level, **spec), found)
-    metric, attention = found.metric_BMK, found.attention_scores_BM
-    assert metric is not None
-    assert attention is not None
+# --- redundancy ---
+
+
+def delta(importance: list[float], metric_MK: Tensor, patches: list[int], i: int) -> Tensor:
+    """1 − the largest cosine of one patch to those that are more important."""
+    others = [j for j in patches if importance[j] > importance[i] or (importance[j] == importance[i] and j < i)]
+    if not others:
+        return torch.tensor(math.inf)
+    return torch.stack([1 - (metric_MK[i] * metric_MK[j]).sum() for j in others]).min()
+
+
+def redundancy(scores_M: Tensor, metric_MK: Tensor, patches: list[int], exponent: float) -> list[Tensor]:
+    """δ(i)·(n·S(i))^α of one image, with gradient, where n = 8 patches are those of the dense image."""
+    deltas = [delta(scores_M.tolist(), metric_MK, patches, i) for i in patches]
+    weights = [(8 * scores_M[i]) ** exponent for i in patches]
+    return [d if d == math.inf else d * w for d, w in zip(deltas, weights, strict=True)]
+
+
+def patches_of(image: int) -> list[int]:
+    return [i for i in range(PREFIX, M) if VALID[image, i]]
+
+
+def most_similar_one(metric_MK: Tensor, i: int, stay: list[int]) -> int:
+    return max((j for j in stay if j != i), key=lambda j: float(metric_MK[i] @ metric_MK[j]))
+
+
+@pytest.mark.parametrize("dropped", ["leave", "merge"])
+@pytest.mark.parametrize(("exponent", "level"), [(0.0, 0.3), (0.5, 0.5), (1.0, 1.5)])
+def test_patches_that_resemble_more_important_ones_leave(
+    exponent: float, level: float, dropped: str, tokens: Tokens
+) -> None:
+    found = findings(tokens)
+    scores_BM, metric_BMK = found_by(tokens, found)
+    decision = ask(policy(level, redundancy_exponent=exponent, dropped=dropped), found, tokens)
+    for b in range(2):
+        patches = patches_of(b)
+        expected = redundancy(scores_BM[b], metric_BMK[b], patches, exponent)
+        assert_close(decision.scores_BM[b, patches], torch.stack(expected), **FLOAT32)
+        stay = [i for i, r in zip(patches, expected, strict=True) if r > level]
+        assert kept(decision)[b] == [0, *stay]
+        assert 1 < len(stay) < len(patches), "nothing leaves or nothing stays: this test would see little"
+        if decision.takers_BM is not None:
+            takers = {i: int(decision.takers_BM[b, i]) for i in patches if i not in stay}
+            assert takers == {i: most_similar_one(metric_BMK[b], i, stay) for i in takers}
+    assert (decision.scores_BM[:, 0] == math.inf).all()
+    assert (decision.scores_BM[~VALID] == -math.inf).all()
+
+
+def test_who_takes_in_what_leaves_is_found_later_only_in_operators(tokens: Tokens) -> None:
+    found = findings(tokens)
+    decision = ask(policy(dropped="merge"), found, tokens)
+    in_operators = isinstance(tokens, TokenBatch) and not tokens.loops
+    assert (decision.takers_BM is None) == in_operators
+    assert (decision.metric_TK is None) != in_operators
+    if in_operators:
+        assert found.metric_TK is not None
+        assert_close(decision.metric_TK, found.metric_TK, rtol=0.0, atol=0.0, equal_nan=True)
+    leaves = ask(policy(dropped="leave"), found, tokens)
+    assert (leaves.takers_BM, leaves.metric_TK) == (None, None)
+
+
+def test_the_most_important_patch_alone_stays_whatever_its_score(tokens: Tokens) -> None:
+    found = findings(tokens)
+    scores_BM, _ = found_by(tokens, found)
+    decision = ask(policy(level=1e9), found, tokens)
+    for b in range(2):
+        assert kept(decision)[b] == [0, max(patches_of(b), key=lambda i: float(scores_BM[b, i]))]
+
+
+def test_of_equally_important_patches_the_first_one_stays(tokens: Tokens) -> None:
+    found = findings(tokens)
+    assert found.attention_scores_BM is not None
+    found.attention_scores_BM.copy_(torch.where(VALID, 0.5, 0.0))
+    assert kept(ask(policy(level=1e9), found, tokens)) == [[0, 1], [0, 1]]
+
+
+@pytest.mark.parametrize("level", [0.3, 0.6])
+def test_top_k_keeps_the_least_redundant(level: float, tokens: Tokens) -> None:
+    found = findings(tokens)
+    scores_BM, metric_BMK = found_by(tokens, found)
+    decision = ask(policy(level, select="top-k"), found, tokens)
+    for b in range(2):
+        patches = patches_of(b)
+        r = dict(zip(patches, redundancy(scores_BM[b], metric_BMK[b], patches, 0.5), strict=True))
+        best = sorted(patches, key=lambda i: -float(r[i]))[: round(level * len(patches))]
+        assert kept(decision)[b] == [0, *sorted(best)]
+
+
+@pytest.mark.parametrize("exponent", [0.0, 0.5])
+def test_the_gradient_of_redundancy_is_that_of_the_formula(exponent: float, learning_tokens: Tokens) -> None:
+    found = findings(learning_tokens)
+    assert found.attention_scores_BM is not None
+    assert found.metric_TK is not None
+    leaves = found.attention_scores_BM.requires_grad_(), found.metric_TK.requires_grad_()
+    ours = ask(policy(redundancy_exponent=exponent), found, learning_tokens, learns=True).scores_BM
+    scores_BM, metric_BMK = found_by(learning_tokens, found)
+    weights_BM, total = torch.randn(2, M), torch.tensor(0.0)
+    for b in range(2):
+        patches = patches_of(b)
+        for i, r in zip(patches, redundancy(scores_BM[b], metric_BMK[b], patches, exponent), strict=True):
+            total = total + (weights_BM[b, i] * r if r.isfinite() else 0.0)
+    gradients = [
+        torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
+        for loss in ((ours.masked_fill(ours.isinf(), 0.0) * weights_BM).sum(), total)
+    ]
+    assert_close(gradients[0], gradients[1], **FLOAT32)
+
+
+@pytest.mark.parametrize("spoiled", ["scores", "metric", "both"])
+def test_an_image_that_is_no_number_loses_nothing_and_spoils_no_other(spoiled: str, tokens: Tokens) -> None:
+    found = findings(tokens)
+    assert found.attention_scores_BM is not None
+    assert found.metric_TK is not None
+    expected = ask(policy(), found, tokens)
+    if spoiled != "metric":
+        found.attention_scores_BM[1, VALID[1]] = torch.nan
+    if spoiled != "scores":
+        found.metric_TK[tokens.index_BM[1]] = torch.nan
+    ours = ask(policy(), found, tokens)
+    assert kept(ours)[0] == kept(expected)[0]
+    assert torch.equal(ours.keep_BM[1], VALID[1])
+
+
+# --- ToMe ---
+
+
+def test_tome_drops_the_most_similar_candidates_into_their_anchors(tokens: Tokens) -> None:
+    found = findings(tokens)
+    decision = ask(policy(select="tome"), found, tokens)
+    _, metric_BMK = found_by(tokens, found)
     assert decision.takers_BM is not None
     for b in range(2):
-        patches = [i for i in range(PREFIX, M) if VALID[b, i]]
+        patches = patches_of(b)
         anchors, candidates = patches[::2], patches[1::2]
-        cosines = {(i, a): float(metric[b, i] @ metric[b, a]) for i in candidates for a in anchors}
-        nearest = {i: max(anchors, key=lambda a: cosines[i, a]) for i in candidates}
-        r = {i: 1 - cosines[i, nearest[i]] for i in candidates}
-        if spec:  # tome: a number of them, by similarity alone
-            leave = sorted(candidates, key=lambda i: r[i])[: len(patches) - round(0.5 * len(patches))]
-        else:
-            leave = [i for i in candidates if r[i] * float(attention[b, i]) ** 0.5 <= level]
+        nearest = {i: most_similar_one(metric_BMK[b], i, anchors) for i in candidates}
+        r = {i: 1 - float(metric_BMK[b, i] @ metric_BMK[b, nearest[i]]) for i in candidates}
+        leave = sorted(candidates, key=lambda i: r[i])[: len(patches) - round(0.5 * len(patches))]
         assert kept(decision)[b] == [0, *(i for i in patches if i not in leave)]
         assert leave, "nothing leaves: this test would see nothing"
         assert [int(decision.takers_BM[b, i]) for i in leave] == [nearest[i] for i in leave]
 
 
-def test_counts_never_reach_the_anchors() -> None:
-    decision = ask(policy(level=0.1, select="tome"), findings())
+def test_counts_never_reach_the_anchors(tokens: Tokens) -> None:
+    decision = ask(policy(level=0.1, select="tome"), findings(tokens), tokens)
     assert kept(decision) == [[0, 1, 3, 5, 7], [0, 1, 3, 5]]
 
 
-@pytest.mark.parametrize("learns", [False, True])
-def test_merging_goes_to_the_most_similar_kept_patch(learns: bool) -> None:
-    found = findings()
-    decision = ask(policy(**AS_VIT, dropped="merge"), found, learns=learns)
-    metric = found.metric_BMK
+@pytest.mark.parametrize("way", ["in loops", "learning", "masked"])
+def test_merging_goes_to_the_most_similar_kept_patch(way: str) -> None:
+    tokens = masked_tokens() if way == "masked" else packed_tokens(loops=way == "in loops")
+    found, learns = findings(tokens), way != "in loops"
+    decision = ask(policy(**AS_VIT, dropped="merge"), found, tokens, learns=learns)
+    _, metric_BMK = found_by(tokens, found)
     assert decision.takers_BM is not None
-    assert metric is not None
     for b in range(2):
         stay = [i for i in kept(decision)[b] if i >= PREFIX]
-        for i in range(PREFIX, M):
-            if VALID[b, i] and (learns or i not in stay):
+        for i in patches_of(b):
+            if learns or i not in stay:
                 # never into the class token; what stays is asked where it would go
-                similarity = {j: float(metric[b, i] @ metric[b, j]) for j in stay if j != i}
-                assert decision.takers_BM[b, i] == max(similarity, key=lambda j: similarity[j])
+                assert decision.takers_BM[b, i] == most_similar_one(metric_BMK[b], i, stay)
+
+
+# --- images of other sizes ---
+
+
+def test_a_score_of_attention_counts_by_the_patches_it_is_spread_over(tokens: Tokens) -> None:
+    found = findings(tokens)
+    expected = ask(policy(**AS_VIT, dropped="leave"), found, tokens).scores_BM
+    # of half as many patches each would have seen twice as much
+    ours = ask(policy(**AS_VIT, dropped="leave", patches=4), found, tokens)
+    assert_close(ours.scores_BM, 2 * expected, **EXACT)
+    assert kept(ours) == kept(ask(policy(0.25, **AS_VIT, dropped="leave"), found, tokens))
+    as_found = ask(policy(**AS_VIT, dropped="leave", patches=M - PREFIX), found, tokens)
+    assert_close(as_found.scores_BM, expected, **EXACT)
+
+
+def test_images_of_different_sizes_are_each_judged_by_their_own(tokens: Tokens) -> None:
+    of_many_sizes = replace(tokens, num_patches=torch.tensor([[8], [2]]))
+    found = findings(tokens)
+    expected = ask(policy(**AS_VIT, dropped="leave"), found, tokens).scores_BM
+    ours = ask(policy(**AS_VIT, dropped="leave", patches=4), found, of_many_sizes).scores_BM
+    assert_close(ours, expected * torch.tensor([[2.0], [0.5]]), **EXACT)
+    # n·S is what redundancy is weighed by
+    plain = ask(policy(redundancy_exponent=1.0), found, tokens).scores_BM
+    weighed = ask(policy(redundancy_exponent=1.0), found, of_many_sizes).scores_BM
+    assert_close(weighed, plain * torch.tensor([[1.0], [0.25]]), **FLOAT32)
+
+
+@pytest.mark.parametrize("spec", [{}, {"select": "tome"}, {**AS_VIT, "select": "random"}], ids=str)
+def test_other_scores_say_the_same_of_images_of_any_size(spec: dict[str, Any], tokens: Tokens) -> None:
+    found = findings(tokens)
+    ours, expected = (ask(policy(**s), found, tokens).scores_BM for s in ({**spec, "patches": 4}, spec))
+    assert_close(ours, expected, **EXACT)
 
 
 @pytest.mark.parametrize(
@@ -203,11 +382,13 @@ def test_merging_goes_to_the_most_similar_kept_patch(learns: bool) -> None:
     ],
     ids=str,
 )
-def test_a_stage_that_keeps_everything_is_known_beforehand(level: float, spec: dict[str, Any], expected: bool) -> None:
+def test_a_stage_that_keeps_everything_is_known_beforehand(
+    level: float, spec: dict[str, Any], expected: bool, tokens: Tokens
+) -> None:
     ours = policy(level=level, **spec)
     assert ours.keeps_all(level) == expected
     if expected:
-        assert torch.equal(ask(ours, findings()).keep_BM, VALID)
+        assert torch.equal(ask(ours, findings(tokens), tokens).keep_BM, VALID)
 
 
 class Overrule:
@@ -222,9 +403,9 @@ class Overrule:
         return self.own
 
 
-def test_observers_are_asked_in_turn_and_the_last_one_has_the_say() -> None:
+def test_observers_are_asked_in_turn_and_the_last_one_has_the_say(tokens: Tokens) -> None:
     observers = (Overrule(-1.0), Overrule(9.0))
-    decision = decide(policy(**AS_VIT, dropped="leave"), 0, findings(), tokens(), observers)
+    decision = decide(policy(**AS_VIT, dropped="leave"), 0, findings(tokens), tokens, observers)
     assert [o.seen for o in observers] == [[0.5], [-1.0]]
     assert decision.level == 9.0
     assert [len(row) for row in kept(decision)] == [2, 2]
@@ -239,8 +420,9 @@ def test_observers_are_asked_in_turn_and_the_last_one_has_the_say() -> None:
         ({**MEAN, "dropped": "leave"}, 8 * 9),
         ({"select": "random", "dropped": "leave"}, 0),
         ({"select": "random", "dropped": "merge"}, 4 * 3 * 5),
-        ({"dropped": "merge"}, 8 * 9 + 4 * 4 * 4),
-        ({"dropped": "leave"}, 8 * 9 + 4 * 4 * 4),
+        ({"dropped": "merge"}, 8 * 9 + 4 * 8 * 8 + 4 * 3 * 5),
+        ({"dropped": "leave"}, 8 * 9 + 4 * 8 * 8),
+        ({"select": "top-k", "dropped": "leave"}, 8 * 9 + 4 * 8 * 8),
         ({"select": "tome"}, 4 * 4 * 4),
     ],
     ids=str,

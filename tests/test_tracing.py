@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
 import tiny
 import torch
@@ -13,7 +16,7 @@ from transformers import PreTrainedModel
 
 import vitprune
 from vitprune.recipe import PruningSpec
-from vitprune.tracing import Trace, pruning_of, watching
+from vitprune.tracing import Levels, Trace, as_config, pruning_of, watching
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 # the same images in other batches: sums in another order
@@ -56,6 +59,94 @@ def test_levels_and_temperatures_stay_float32_in_any_dtype(policy: str, dtype: t
     assert_close(dict(pruning_of(model).state_dict()), before, **EXACT)
 
 
+# --- what is found out later ---
+
+
+def unsettled(**spec: Any) -> PreTrainedModel:
+    return vitprune.prune_(tiny.build("vit"), PruningSpec(**spec))
+
+
+def test_until_stages_are_found_they_lie_at_parts_of_the_depth_and_keep_everything() -> None:
+    model = unsettled()
+    assert pruning_of(model).before_blocks == (1, 2, 4)
+    assert (pruning_of(model).levels == -torch.inf).all()
+    assert_close(model(tiny.images(2)).logits, tiny.build("vit")(tiny.images(2)).logits, **FLOAT32)
+
+
+@pytest.mark.parametrize("spec", [{}, {"select": "top-k"}, {"before_blocks": [3]}, {"temperature": 0.5}], ids=str)
+def test_other_stages_begin_with_levels_that_keep_everything(spec: dict[str, Any]) -> None:
+    model, x = unsettled(**spec), tiny.images(4)
+    pruning = pruning_of(model)
+    with torch.no_grad():
+        pruning.levels.fill_(0.5)
+    pruning.settle(before_blocks=(2, 5))
+    assert pruning.before_blocks == pruning.spec.before_blocks == (2, 5)
+    keeps_all = 1.0 if pruning.spec.select == "top-k" else -torch.inf
+    assert pruning.levels.tolist() == [keeps_all] * 2
+    assert_close(pruning.temperatures, torch.full((2,), spec.get("temperature", 1e-4)), **EXACT)
+    assert pruning.levels.requires_grad == (pruning.spec.select == "threshold")
+    assert list(pruning.state_dict()) == list(pruning_of(unsettled(**spec)).state_dict())
+    assert all(mask.all() for mask in run(model, x).keep_masks)
+    with torch.no_grad():
+        pruning.levels[1] = 0.5
+    first, second = run(model, x).keep_masks
+    assert first.all()
+    assert not second.all()
+
+
+def test_stages_that_are_there_already_keep_their_levels() -> None:
+    pruning = pruning_of(unsettled())
+    with torch.no_grad():
+        pruning.levels.fill_(0.5)
+    pruning.settle(before_blocks=pruning.before_blocks)
+    assert pruning.levels.tolist() == [0.5] * 3
+    # but where they lie is no question any more
+    assert pruning.spec.before_blocks == (1, 2, 4)
+    assert not pruning.spec.is_searched
+
+
+def test_what_is_no_news_changes_nothing() -> None:
+    for spec in ({"before_blocks": "every"}, {"before_blocks": [1, 3]}):
+        pruning = pruning_of(unsettled(**spec))
+        before = pruning.spec
+        pruning.settle(before_blocks=pruning.before_blocks)
+        pruning.settle()
+        assert pruning.spec == before
+
+
+def test_what_was_found_out_is_in_the_config() -> None:
+    model = unsettled(**{**tiny.AS_VIT, "before_blocks": "auto"})
+    pruning = pruning_of(model)
+    pruning.settle(before_blocks=(2, 5))
+    pruning.settle(patches=64)
+    assert model.config.quantization_config == as_config(pruning.spec)
+    entry = as_config(pruning.spec)
+    assert (entry["quant_method"], entry["format"]) == ("vitprune", 2)
+    assert entry["pruning"] == pruning.spec.model_dump(mode="json")
+    assert pruning.spec == PruningSpec(score="head-weighted-class-attention", before_blocks=(2, 5), patches=64)
+    vitprune.restore_(model)
+    assert "quantization_config" not in vars(model.config)
+
+
+@pytest.mark.parametrize("score", ["redundancy", "head-weighted-class-attention"])
+def test_levels_go_through_json_to_a_model_that_does_not_know_its_stages(score: str) -> None:
+    model = unsettled(score=score)
+    pruning, x = pruning_of(model), tiny.images(3)
+    pruning.settle(before_blocks=(2, 5), patches=None if score == "redundancy" else 48)
+    with torch.no_grad():
+        pruning.levels.copy_(torch.tensor([0.1, 1 / 3]) if score == "redundancy" else torch.tensor([0.008, 0.012]))
+        pruning.temperatures.copy_(torch.tensor([1e-3, 1 / 7]))
+    found = json.loads(json.dumps(Levels.of(pruning).to_lists()))
+    other = unsettled(score=score)
+    Levels.from_lists(found).give(pruning_of(other))
+    assert pruning_of(other).spec == pruning.spec
+    assert pruning_of(other).before_blocks == pruning.before_blocks
+    assert_close(pruning_of(other).state_dict(), pruning.state_dict(), **EXACT)
+    with torch.no_grad():
+        assert_close(other(x).logits, model(x).logits, **EXACT)
+    assert not run(model, x).keep_masks[-1].all(), "nothing leaves: this test would see nothing"
+
+
 def test_a_wrapped_model_is_traced_like_its_content() -> None:
     model = pruned("vit", "as-vit")
     wrapped = nn.Sequential(model)
@@ -87,6 +178,8 @@ def test_a_trace_has_the_images_of_all_batches_in_order(mode: str) -> None:
     assert_close(in_parts.macs, together.macs, **FLOAT32)
     assert in_parts.macs.shape == in_parts.dense_macs.shape == (6,)
     assert (in_parts.macs < in_parts.dense_macs).all()
+    ratios = [(pruned / dense).item() for pruned, dense in zip(together.macs, together.dense_macs, strict=True)]
+    assert_close(in_parts.ratio, sum(ratios) / 6, **FLOAT32)
 
 
 @pytest.mark.parametrize("policy", tiny.POLICIES)
@@ -129,7 +222,7 @@ def test_two_models_traced_at_once_each_have_their_own() -> None:
         second(x[:2])
         first(x)
     assert (len(of_first.macs), len(of_first.keep_masks)) == (6, 2)
-    assert (len(of_second.macs), len(of_second.keep_masks)) == (2, 5)
+    assert (len(of_second.macs), len(of_second.keep_masks)) == (2, 3)
 
 
 def test_a_failing_forward_is_not_recorded_and_a_failing_block_ends_the_trace() -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vitprune.layout import Layout
-from vitprune.tokens import NOBODY, TokenBatch
+from vitprune.tokens import NOBODY, Known, TokenBatch
 
 H, K, SCALING = 3, 8, 0.3
 LENGTHS = (6, 2, 9)
@@ -20,6 +20,7 @@ DENSE = 12
 
 # uneven batches and even ones go different ways
 every_layout = pytest.mark.parametrize("lengths", [LENGTHS, (5, 5, 5)], ids=["uneven", "even"])
+in_both_ways = pytest.mark.parametrize("loops", [True, False], ids=["loops", "operators"])
 with_or_without_sizes = pytest.mark.parametrize("sized", [False, True], ids=["plain", "sized"])
 
 
@@ -53,17 +54,31 @@ def mean_score(q_HNK: Tensor, k_HNK: Tensor, v_HNK: Tensor, sizes_N: Tensor, bia
     return score(torch.stack(rows)[:, None].expand(-1, len(sizes_N), -1), context)
 
 
+def batch_of(
+    layout: Layout, positions_T: Tensor, sizes_T: Tensor | None = None, *, tokens: int = DENSE, loops: bool = False
+) -> TokenBatch:
+    """A batch with one prefix token, of images that had so many tokens; nobody knows who stands for those that left."""
+    carriers_BN = positions_T.new_full((len(layout.lengths), tokens), NOBODY)
+    origin = Known(positions_T, carriers_BN)
+    return TokenBatch(layout, 1, tokens - 1, sizes_T, origin, positions_T.device, loops=loops)
+
+
 def packed(
-    sized: bool, lengths: tuple[int, ...] = LENGTHS, alignment: int = 16, row_multiple: int = 1
+    sized: bool,
+    lengths: tuple[int, ...] = LENGTHS,
+    alignment: int = 16,
+    row_multiple: int = 1,
+    *,
+    loops: bool = False,
 ) -> tuple[TokenBatch, QKV, list[Tensor]]:
     """A batch, its q, k and v, and the sizes of each image's tokens."""
     layout = Layout(lengths, alignment, row_multiple)
-    total = sum(layout.rows) + layout.padding
+    total = layout.num_rows
     sizes_T, positions_T = torch.zeros(total), torch.full((total,), NOBODY)
     for start, length in zip(layout.starts, lengths, strict=True):
         sizes_T[start : start + length] = torch.randint(1, 6, (length,)) if sized else 1
         positions_T[start : start + length] = torch.randperm(DENSE)[:length].sort().values
-    batch = TokenBatch(layout, 1, positions_T, sizes_T if sized else None, torch.zeros(len(lengths), DENSE))
+    batch = batch_of(layout, positions_T, sizes_T if sized else None, loops=loops)
     q, k, v = torch.randn(3, 1, H, total, K)
     return batch, (q, k, v), of_images(batch, sizes_T)
 
