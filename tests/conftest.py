@@ -47,6 +47,13 @@ def _fresh_accelerator() -> Iterator[None]:
     AcceleratorState._reset_state(reset_partial_state=True)
 
 
+@pytest.fixture(autouse=True)
+def _few_tries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stages are looked for among few schedules; test_schedule looks among all."""
+    if request.module.__name__ != "test_schedule":
+        monkeypatch.setattr("vitprune.schedule.MOST_TRIES", 3)
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     """Takes the place of `time.perf_counter`."""

@@ -17,7 +17,7 @@ from vitprune.recipe import PruningSpec
 BLOCKS, STAGES = 12, [1, 4, 7]
 # a dense ViT of 12 blocks is 149
 DENSE = 149
-# with three stages, in loops, and in operators, which leave one attention call a block where a device's takes all images
+# with three stages, in loops and in operators; one attention call a block, as where a kernel takes all images
 IN_LOOPS, IN_OPERATORS = 190, 345
 MOST = 350
 

@@ -432,7 +432,9 @@ def test_python_users_may_write_lists() -> None:
 
 def test_stages() -> None:
     assert PruningSpec(before_blocks=[4, 7]).stages(12) == (4, 7)
-    assert PruningSpec().stages(4) == (1, 2, 3)
+    assert PruningSpec().stages(12) == (1, 4, 7)  # until they are searched
+    assert PruningSpec().stages(24) == (2, 8, 14)
+    assert PruningSpec(before_blocks="every").stages(4) == PruningSpec(select="tome").stages(4) == (1, 2, 3)
     outside = "pruning.before_blocks: stage 99 is outside the model's 12 blocks (1 to 11)"
     with pytest.raises(ValueError, match="stage 99") as caught:
         PruningSpec(before_blocks=[4, 99]).stages(12)
