@@ -70,18 +70,16 @@ class Places:
 
 @dataclass(frozen=True)
 class Ghosts:
-    """The ghosts of a batch, those of earlier stages first; each stage's in the order of their images.
+    """The ghosts of a batch, in the order of their images.
 
     images_X, positions_X: image of each, and its index in the dense sequence. bias_X: log of its size, float32.
-    mask_X: 0, with the gradient of the straight-through mask where that counts still: not for earlier ones.
-    num_earlier: of earlier stages. count: all of them; the rows behind fill up.
+    mask_X: 0, with the gradient of the straight-through mask. count: of them; the rows behind fill up.
     """
 
     images_X: Tensor
     positions_X: Tensor
     bias_X: Tensor
     mask_X: Tensor
-    num_earlier: int
     count: int
     num_images: int
 
@@ -89,19 +87,9 @@ class Ghosts:
     def everybody(self) -> Places:
         return Places.of(self.images_X[: self.count], self.num_images)
 
-    @cached_property
-    def teachers(self) -> Places:
-        """Those whose mask counts."""
-        return Places.of(self.images_X[self.num_earlier : self.count], self.num_images, self.num_earlier)
 
-
-def linger(
-    batch: TokenBatch, x_TD: Tensor, departure: Departure, earlier: Ghosts | None, earlier_XD: Tensor | None
-) -> tuple[Ghosts, Tensor] | tuple[None, None]:
-    """The ghosts behind a stage, and their states (X, D): tokens that leave it near the threshold, and earlier ones.
-
-    earlier, earlier_XD: ghosts that go on, and what has become of them; None where there are none.
-    """
+def linger(batch: TokenBatch, x_TD: Tensor, departure: Departure) -> tuple[Ghosts, Tensor] | tuple[None, None]:
+    """The ghosts behind a stage, and their states (X, D): tokens that leave it near the threshold."""
     teaching = departure.teaching
     assert teaching is not None
     linger_X = departure.linger_BM.flatten().nonzero().squeeze(1)
@@ -113,12 +101,6 @@ def linger(
         teaching.mask_BM.flatten().index_select(0, linger_X),
         x_TD.detach().index_select(0, rows_X),
     ]
-    num_earlier = 0
-    if earlier is not None:
-        assert earlier_XD is not None
-        num_earlier = earlier.count
-        before = earlier.images_X, earlier.positions_X, earlier.bias_X, earlier.mask_X.detach(), earlier_XD
-        parts = [torch.cat([old[:num_earlier], new]) for old, new in zip(before, parts, strict=True)]
     count = len(parts[0])
     if count == 0:
         return None, None
@@ -126,8 +108,28 @@ def linger(
     images_X, positions_X, bias_X, mask_X, states_XD = (
         torch.cat([x_X, x_X[:1].expand(filling, *x_X.shape[1:])]) for x_X in parts
     )
-    ghosts = Ghosts(images_X, positions_X, bias_X, mask_X, num_earlier, count, len(departure.keep_BM))
+    ghosts = Ghosts(images_X, positions_X, bias_X, mask_X, count, len(departure.keep_BM))
     return ghosts, states_XD
+
+
+def average_seen(x_TD: Tensor, ghosts: Ghosts | None, ghosts_XD: Tensor | None, batch: TokenBatch) -> Tensor:
+    """The dense sequence (B, N, D) where patches left for good, as `TokenBatch.unpack` gives it, with masks' gradients.
+
+    ghosts_XD: those of the last stage at the end.
+    """
+    assert batch.learning is not None
+    rows_Y, prefix = batch.carrier_rows_BN.flatten(), batch.num_prefix_tokens
+    y_YD = x_TD.index_select(0, rows_Y)
+    mask_Y = batch.learning.mask_T.index_select(0, rows_Y).masked_fill(~batch.present_BN.flatten(), 0.0)
+    if ghosts is not None:
+        assert ghosts_XD is not None
+        places_X = (ghosts.images_X * batch.carriers_BN.shape[1] + ghosts.positions_X)[: ghosts.count]
+        y_YD = y_YD.index_copy(0, places_X, ghosts_XD[: ghosts.count].to(y_YD.dtype))
+        mask_Y = mask_Y.index_copy(0, places_X, ghosts.mask_X[: ghosts.count])
+    y_BND, mask_BN1 = y_YD.unflatten(0, batch.carriers_BN.shape), mask_Y.view_as(batch.carriers_BN)[..., None]
+    patches_BN1 = mask_BN1[:, prefix:]
+    means_B1D = (y_BND[:, prefix:] * patches_BN1).sum(1, keepdim=True) / patches_BN1.sum(1, keepdim=True)
+    return y_BND + ((1 - mask_BN1) * (means_B1D - y_BND)).to(x_TD.dtype)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from vitprune.thresholds import straight_through
 
 @dataclass(frozen=True)
 class _Gift:
-    """What a stage gave away: amount (B, N), 0/1 with gradient, and the token that took it in (B, N)."""
+    """What a stage gave away: amount (B, N), 0/1, and the token that took it in (B, N)."""
 
     amounts_BN: Tensor
     takers_BN: Tensor
@@ -166,7 +166,7 @@ class MaskedPass:
         # the mean by size as a change of the taker: x_j + Σ_i given_i·(x_i − x_j) / s'_j
         index_BND = takers_BN[..., None].expand_as(x_BND)
         shares_BN1 = (given_BN / self._sizes_BN.gather(1, takers_BN))[..., None].to(x_BND.dtype)
-        self._gifts.append(_Gift(amounts_BN, takers_BN))
+        self._gifts.append(_Gift(amounts_BN.detach(), takers_BN))
         return x_BND.scatter_add(1, index_BND, (x_BND - x_BND.gather(1, index_BND)) * shares_BN1)
 
 

@@ -18,8 +18,7 @@ from torch import Tensor
 from vitprune import cpu_stage
 from vitprune.attention import AttentionCall
 from vitprune.departure import Departure, Teaching, depart
-from vitprune.ghosts import GhostRun, Ghosts, linger
-from vitprune.gifts import Gift, average_seen, give_gradients, record
+from vitprune.ghosts import GhostRun, Ghosts, average_seen, linger
 from vitprune.stage import Decision, Observer, Policy, Tally, count_tokens, decide
 from vitprune.thresholds import near_threshold, straight_through
 from vitprune.tokens import TokenBatch
@@ -60,7 +59,6 @@ class PackedPass:
         self._batches: list[TokenBatch | None] = []
         self._ghosts: Ghosts | None = None
         self._ghosts_XD: Tensor | None = None
-        self._gifts: list[Gift] = []
 
     @property
     def is_dense(self) -> bool:
@@ -93,7 +91,8 @@ class PackedPass:
         if self._ghosts is not None:
             assert self._ghosts_XD is not None
             is_last = block + 1 == len(policy.cost.linear)
-            ends = (stage_follows and not self._ghosts_last) or (is_last and not policy.reads_patches)
+            averages = policy.reads_patches and policy.spec.dropped == "leave"
+            ends = stage_follows or (is_last and not averages)
             self._call.ghost_run = GhostRun(self._ghosts, self._ghosts_XD, ends=ends)
         self._batches.append(self._batch)
         return hidden_states, self._call
@@ -105,11 +104,6 @@ class PackedPass:
             self._ghosts, self._ghosts_XD = (None, None) if run.after_XD is None else (run.ghosts, run.after_XD)
         stage = self._stages.get(block + 1)
         return hidden_states if stage is None else self._prune(stage, hidden_states)
-
-    @property
-    def _ghosts_last(self) -> bool:
-        """Whether ghosts stay to the end, since what they would have become matters there."""
-        return self.policy.reads_patches and self.policy.spec.dropped != "leave"
 
     def _begin(self, hidden_states: Tensor, valid_BN: Tensor | None) -> Tensor:
         self.num_tokens = hidden_states.shape[1]
@@ -166,8 +160,6 @@ class PackedPass:
             y_BND = average_seen(x_TD, self._ghosts, self._ghosts_XD, batch)
         else:
             y_BND = batch.unpack(x_TD)
-        if with_gradients and self._gifts:
-            y_BND = give_gradients(y_BND, x_TD, self._ghosts_XD, batch, self._gifts)
         return y_BND if self._valid_BN is None else y_BND * self._valid_BN[..., None]
 
     def _dense(self, hidden_states: Tensor) -> TokenBatch:
@@ -184,9 +176,7 @@ class PackedPass:
         before_TD = hidden_states.flatten(0, 1)
         after, x_TD = depart(batch, before_TD, departure)
         if teaching is not None:
-            if self._ghosts_last:
-                self._gifts.append(record(batch, departure, self._ghosts.count if self._ghosts else 0))
-            self._ghosts, self._ghosts_XD = linger(batch, before_TD, departure, self._ghosts, self._ghosts_XD)
+            self._ghosts, self._ghosts_XD = linger(batch, before_TD, departure)
         if after is not batch:
             self._batch, hidden_states = after, x_TD[None]
         if self.learns:

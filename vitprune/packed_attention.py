@@ -152,7 +152,7 @@ class PackedAttention:
         if self.ghost_run is None:
             return None
         ghosts, found, all_pairs = self.ghost_run.ghosts, self.ghost_run.found, self._pairs
-        places, positions = ghosts.teachers.of_images(self._rectangles.images[i]), self._positions[i]
+        places, positions = ghosts.everybody.of_images(self._rectangles.images[i]), self._positions[i]
 
         def in_backward() -> tuple[Tensor, Tensor, Tensor | None]:
             pairs = None if all_pairs is None else all_pairs.between(positions, places.take(ghosts.positions_X))
@@ -170,7 +170,7 @@ class PackedAttention:
         if batch.learning is not None:
             weights_BM = weights_BM * batch.pad(batch.learning.mask_T)
         if self.ghost_run is not None:
-            ghosts, places = self.ghost_run.ghosts, self.ghost_run.ghosts.teachers
+            ghosts, places = self.ghost_run.ghosts, self.ghost_run.ghosts.everybody
             ghost_weights = places.take(ghosts.bias_X, -torch.inf).exp() * places.take(ghosts.mask_X, 0.0)
             weights_BM = torch.cat([weights_BM, ghost_weights], 1)
             q_BMHK = torch.cat([q_BMHK, places.take(self.ghost_run.found.queries_XHK, 0.0)], 1)
@@ -184,7 +184,7 @@ class PackedAttention:
     def _ghosts_in_row(self, asking_BHK: Tensor, query: Query) -> tuple[Tensor, Tensor]:
         """Logits (B, C, H) and masks (B, C) of ghosts, which score nothing but would lower the others' scores."""
         assert self.ghost_run is not None
-        ghosts, places = self.ghost_run.ghosts, self.ghost_run.ghosts.teachers
+        ghosts, places = self.ghost_run.ghosts, self.ghost_run.ghosts.everybody
         logits_BCH = row_logits(asking_BHK, places.take(self.ghost_run.found.keys_XHK, 0.0), self.scaling)
         if query == "class" and self._pairs:
             logits_BCH = logits_BCH + self._pairs.between(self._first_B1, places.take(ghosts.positions_X))[:, :, 0].mT
