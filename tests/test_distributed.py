@@ -67,7 +67,7 @@ def trained(
     return result(out, start(out, processes, fsdp=fsdp, policy=json.loads(policy), **sizes))
 
 
-@pytest.mark.parametrize("policy", [PAPER, {}], ids=["paper, leave", "redundancy, merge"])
+@pytest.mark.parametrize("policy", [PAPER, {"before_blocks": [1, 3]}], ids=["paper, leave", "redundancy, merge"])
 @pytest.mark.parametrize("way", ["ddp", "fsdp2", "ddp, accumulated"])
 def test_two_processes_train_as_one_does(folder: Path, policy: dict[str, object], way: str) -> None:
     text = json.dumps(policy)

@@ -37,7 +37,7 @@ def departure(batch: TokenBatch, near: list[list[int]]) -> Departure:
 def first_stage() -> tuple[Ghosts, Tensor, Departure, Tensor]:
     batch, x_TD = dense()
     leaving = departure(batch, NEAR)
-    ghosts, states_XD = linger(batch, x_TD, leaving, None, None)
+    ghosts, states_XD = linger(batch, x_TD, leaving)
     assert ghosts is not None
     assert states_XD is not None
     return ghosts, states_XD, leaving, x_TD
@@ -56,54 +56,30 @@ def test_they_are_the_tokens_that_left_near_the_threshold() -> None:
     assert_close(gradient, leaving.teaching.near_BM.float(), **EXACT)
 
 
-@pytest.mark.parametrize("lasts", [True, False])
-def test_earlier_ones_go_on_if_they_last_and_teach_no_more(lasts: bool) -> None:
+def test_each_stages_are_found_by_image() -> None:
     batch, x_TD = dense()
     leaving = departure(batch, NEAR)
-    earlier, _ = linger(batch, x_TD, leaving, None, None)
-    assert earlier is not None
     after, y_TD = depart(batch, x_TD, leaving)
-    moved_XD = torch.randn(4, WIDTH)
     again = departure(after, [[2], [], [5, 6]])
-    ghosts, states_XD = linger(after, y_TD, again, earlier if lasts else None, moved_XD if lasts else None)
+    ghosts, _ = linger(after, y_TD, again)
     assert ghosts is not None
-    assert states_XD is not None
-    before = [0, 0, 0, 1] if lasts else []
-    assert ghosts.images_X.tolist() == [*before, 0, 2, 2]
-    assert ghosts.num_earlier == len(before)
-    if lasts:
-        assert_close(states_XD[:4], moved_XD, **EXACT)
-    is_teacher = torch.autograd.grad(ghosts.mask_X.square().sum() + ghosts.mask_X.sum(), ghosts.mask_X)[0]
-    assert is_teacher.all()
+    assert ghosts.images_X.tolist() == [0, 2, 2]
     assert again.teaching is not None
     (gradient,) = torch.autograd.grad(ghosts.mask_X.sum(), again.teaching.mask_BM)
     assert gradient.sum() == 3
-    # each stage's are found by themselves, and all of them together
-    assert ghosts.teachers.take(ghosts.positions_X, -1.0).tolist() == [[2, -1], [-1, -1], [5, 6]]
-    assert ghosts.everybody.is_there_GC.sum(1).tolist() == ([4, 1, 2] if lasts else [1, 0, 2])
-
-
-def test_a_stage_without_ghosts_leaves_the_earlier_ones() -> None:
-    batch, x_TD = dense()
-    leaving = departure(batch, NEAR)
-    earlier, states_XD = linger(batch, x_TD, leaving, None, None)
-    after, y_TD = depart(batch, x_TD, leaving)
-    ghosts, _ = linger(after, y_TD, departure(after, [[], [], []]), earlier, states_XD)
-    assert ghosts is not None
-    assert ghosts.num_earlier == ghosts.count == 4
-    assert ghosts.teachers.index_GC.shape == (IMAGES, 0)
-    assert ghosts.everybody.is_there_GC.sum() == 4
+    assert ghosts.everybody.take(ghosts.positions_X, -1.0).tolist() == [[2, -1], [-1, -1], [5, 6]]
+    assert ghosts.everybody.is_there_GC.sum(1).tolist() == [1, 0, 2]
 
 
 def test_nobody_is_a_ghost_where_nobody_left_near_the_threshold() -> None:
     batch, x_TD = dense()
-    assert linger(batch, x_TD, departure(batch, [[], [], []]), None, None) == (None, None)
+    assert linger(batch, x_TD, departure(batch, [[], [], []])) == (None, None)
 
 
 def test_in_half_precision_copies_of_the_first_fill_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitprune.layout.HALF_PRECISION_PADDING", 64)
     batch, x_TD = dense()
-    ghosts, states_XD = linger(batch, x_TD.bfloat16(), departure(batch, NEAR), None, None)
+    ghosts, states_XD = linger(batch, x_TD.bfloat16(), departure(batch, NEAR))
     assert ghosts is not None
     assert states_XD is not None
     assert ghosts.count == 4

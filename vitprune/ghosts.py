@@ -33,15 +33,15 @@ class Places:
     is_there_GC: Tensor
 
     @classmethod
-    def of(cls, images_X: Tensor, num_images: int, offset: int = 0) -> Places:
-        """images_X: image of each ghost; offset: of the first of them among all."""
+    def of(cls, images_X: Tensor, num_images: int) -> Places:
+        """images_X: image of each ghost."""
         counts_G = images_X.bincount(minlength=num_images)
         order_X = images_X.argsort(stable=True)
         slots_C = torch.arange(int(counts_G.max()), device=images_X.device)
         is_there_GC = slots_C < counts_G[:, None]
         starts_G = counts_G.cumsum(0) - counts_G
         in_order_GC = (starts_G[:, None] + slots_C).clamp(max=len(order_X) - 1)
-        return cls((order_X[in_order_GC] + offset).masked_fill(~is_there_GC, 0), is_there_GC)
+        return cls(order_X[in_order_GC].masked_fill(~is_there_GC, 0), is_there_GC)
 
     def of_images(self, images: Sequence[int]) -> Places:
         """Those of some of the images, as many as the one of them needs that has most."""

@@ -1,8 +1,8 @@
 """One forward of a pruned model in which tokens leave and the rest travels packed, (1, T, D).
 
 In inference those that leave are gone. A pass that learns keeps those near their threshold as ghosts, so that the
-gradient of the straight-through mask is the masked pass's but for what lies beyond `thresholds.BAND`: until the next
-stage, or to the end where what they would have become matters there.
+gradient of the straight-through mask is the masked pass's but for what lies beyond `thresholds.BAND`, until the next
+stage.
 
 Shapes: B images, N tokens of an image in the dense sequence, T tokens of the batch laid end to end, D width.
 """
