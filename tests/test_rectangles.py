@@ -23,8 +23,6 @@ def test_rectangles_know_whose_rows_they_are(lengths: tuple[int, ...], padded: b
     for images, images_GL in zip(rectangles.images, rectangles.split(images_T), strict=True):
         assert images_GL[:, 0].tolist() == images
         assert (images_GL == images_GL[:, :1]).all()
-    firsts = [images_GL[:, 0] for images_GL in rectangles.split(images_T)]
-    assert rectangles.by_image(firsts).tolist() == list(range(len(lengths)))
     assert_close(rectangles.join(rectangles.split(images_T)), images_T, **EXACT)
 
 

@@ -60,6 +60,7 @@ def calibrate(model: nn.Module, batches: Sequence[Inputs], budget: float, *, pro
         ValueError: the model isn't pruned, there are no images, or no levels reach the budget.
     """
     pruning = pruning_of(model)
+    spec, first = pruning.spec, pruning.before_blocks
     _check(batches, budget)
     if pruning.spec.select != "threshold" and not pruning.spec.is_searched:
         batches = [first_image(batches[0])]  # the counts of one image are those of all
@@ -71,7 +72,7 @@ def calibrate(model: nn.Module, batches: Sequence[Inputs], budget: float, *, pro
         tried, measure = [], ""
         if pruning.spec.is_searched:
             tried, measure = find_schedule(passes, patches, budget)
-        schedule = tried[0].schedule if tried else Schedule.even(pruning.before_blocks)
+        schedule = tried[0].schedule if tried else Schedule.even(first)
         pruning.settle(before_blocks=schedule.before_blocks)
 
         def ratio_at(strength: float) -> float:
@@ -93,8 +94,9 @@ def calibrate(model: nn.Module, batches: Sequence[Inputs], budget: float, *, pro
             ratio = passes.run(Trace(pruning, pruning.before_blocks))
     if abs(ratio - budget) > 5 * TOLERANCE:
         key, unit = ("macs", "MACs") if pruning.latency is None else ("latency", "time")
+        pruning.adopt(spec, first)
         raise ValueError(
-            f"budget.{key}: {budget:.1%} can't be met by pruning before blocks {list(pruning.before_blocks)}: "
+            f"budget.{key}: {budget:.1%} can't be met by pruning before blocks {list(first)}: "
             f"the nearest is {ratio:.1%}; allow more {unit} or prune before earlier blocks"
         )
     return found(ratio)
@@ -115,15 +117,19 @@ def find_schedule(passes: _Passes, patches: int, budget: float) -> tuple[list[Tr
         nonlocal error
         pruning.settle(before_blocks=schedule.before_blocks)
         ratio = distance = math.inf
+        off = error
         for _ in range(2):
-            strength = schedule.strength(pruning.cost, patches, prefix, budget - error)
+            strength = schedule.strength(pruning.cost, patches, prefix, budget - off)
             setter = _LevelSetter(pruning, schedule.before_blocks, rates=schedule.rates(strength))
             distance = _distance(dense, passes.answers(setter, answers), are_logits=answers.are_logits)
             ratio = setter.ratio
             if abs(ratio - budget) <= 2 * TOLERANCE:
                 break
-            error += ratio - budget
-        return Tried(schedule, ratio, distance) if abs(ratio - budget) <= 5 * TOLERANCE else None
+            off += ratio - budget
+        if abs(ratio - budget) > 5 * TOLERANCE or not math.isfinite(distance):
+            return None
+        error = off
+        return Tried(schedule, ratio, distance)
 
     tried = search(try_, num_blocks)
     bar.set_description("calibrating")

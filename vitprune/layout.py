@@ -155,11 +155,6 @@ class Layout:
         return len(set(self.lengths)) == 1
 
     @cached_property
-    def is_plain(self) -> bool:
-        """Whether tokens lie image by image, with no filler."""
-        return self.num_rows == sum(self.lengths) and self.order == list(range(len(self.order)))
-
-    @cached_property
     def valid_BM(self) -> np.ndarray:
         """Where images, padded to the longest, have a token."""
         return np.arange(max(self.lengths)) < np.array(self.lengths)[:, None]

@@ -139,7 +139,8 @@ class PackedAttention:
     def _fused(self, i: int) -> Tensor:
         """Context vectors of a rectangle, (G, H, L, K)."""
         q, k, v = self._qkv(i)
-        mask = None if self.batch.is_bare and not self._pairs else self._mask(i, q)
+        tight = self.batch.is_bare and self.batch.layout.is_even
+        mask = None if tight and not self._pairs else self._mask(i, q)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scaling)
 
     def _learning(self, i: int) -> Tensor:

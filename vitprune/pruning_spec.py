@@ -122,6 +122,9 @@ class PruningSpec(Spec):
 
         ValueError where that cannot be.
         """
+        if num_blocks < 2:
+            text = "has no block to name: the model has a single one, and pruning comes between two"
+            raise RecipeError([Problem(("pruning", "before_blocks"), text)])
         match self.before_blocks:
             case "auto" if not self.is_searched:
                 stages = tuple(range(1, num_blocks))

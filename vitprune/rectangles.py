@@ -12,11 +12,9 @@ from __future__ import annotations
 from functools import cached_property
 from itertools import accumulate, pairwise
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitprune.layout import on_device
 from vitprune.tokens import TokenBatch
 
 
@@ -47,14 +45,6 @@ class Rectangles:
         if not self.padded:
             return self.batch.layout.join(values)
         return values[0].flatten(0, 1).index_select(0, self.batch.places_T)
-
-    def by_image(self, values: list[Tensor]) -> Tensor:
-        """One entry an image, (G, …) each, in the order of the batch."""
-        if len(values) == 1:
-            return values[0]
-        order = [image for images in self.images for image in images]
-        back = sorted(range(len(order)), key=order.__getitem__)
-        return torch.cat(values).index_select(0, on_device(back, values[0].device))
 
 
 class PairBias:

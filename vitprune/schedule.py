@@ -83,14 +83,12 @@ def search(try_: Callable[[Schedule], Tried | None], num_blocks: int) -> list[Tr
 
     try_: at the budget; None where the schedule can't meet it.
     """
-    tried: dict[Schedule, Tried] = {}
+    tried: dict[Schedule, Tried | None] = {}
 
     def attempt(schedule: Schedule) -> Tried | None:
-        found = tried.get(schedule)
-        if found is None and len(tried) < MOST_TRIES:
-            found = try_(schedule)
-            tried[schedule] = found or Tried(schedule, math.nan, math.inf)
-        return found
+        if schedule not in tried and len(tried) < MOST_TRIES:
+            tried[schedule] = try_(schedule)
+        return tried.get(schedule)
 
     best: Tried | None = None
     for depths in DEPTHS:
@@ -105,7 +103,7 @@ def search(try_: Callable[[Schedule], Tried | None], num_blocks: int) -> list[Tr
             if found is not None and is_better(found, best):
                 best, moved = found, True
                 break
-    met = [found for found in tried.values() if math.isfinite(found.distance)]
+    met = [found for found in tried.values() if found is not None]
     return sorted(met, key=lambda found: (found is not best, found.distance))
 
 

@@ -94,7 +94,8 @@ def density_peaks(metric_TK: Tensor, rows_BN: Tensor, importance_BN: Tensor) -> 
     learns = torch.is_grad_enabled() and metric_TK.requires_grad
     found_BN = more_important(sorted_BNK, wants_index=learns)
     if learns:  # which patch it is has no gradient, and how alike the two are needs no matrix of all
-        distances_BN = 1.0 - torch.linalg.vecdot(sorted_BNK, _rows(metric_TK, sorted_rows_BN.gather(1, found_BN)))
+        with torch.autocast(metric_TK.device.type, enabled=False):
+            distances_BN = 1.0 - torch.linalg.vecdot(sorted_BNK, _rows(metric_TK, sorted_rows_BN.gather(1, found_BN)))
         first_BN = torch.arange(found_BN.shape[1], device=found_BN.device) == 0
         found_BN = distances_BN.masked_fill(first_BN, torch.inf)
     delta_BN = found_BN.clamp(min=0.0)
@@ -108,7 +109,7 @@ def more_important(sorted_BNK: Tensor, *, wants_index: bool = False) -> Tensor:
     with torch.autocast(sorted_BNK.device.type, enabled=False):
         for start in range(0, sorted_BNK.shape[1], TILE):
             tile_BCK, columns_BAK = sorted_BNK[:, start : start + TILE], sorted_BNK[:, : start + TILE]
-            later_CA = _later(sorted_BNK.device)[: tile_BCK.shape[1], : tile_BCK.shape[1]]
+            later_CA = _later(sorted_BNK.device).to(sorted_BNK.dtype)[: tile_BCK.shape[1], : tile_BCK.shape[1]]
             later_CA = F.pad(later_CA, (start, 0), value=1.0) if start else later_CA
             distances_BCA = torch.baddbmm(later_CA, tile_BCK, columns_BAK.mT, alpha=-1)
             tiles.append(distances_BCA.argmin(-1) if wants_index else distances_BCA.amin(-1))

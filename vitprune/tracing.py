@@ -78,10 +78,13 @@ class Pruning(nn.Module):
         found: dict[str, object] = {} if patches is None else {"patches": patches}
         if before_blocks is not None and (before_blocks != self.before_blocks or self.spec.before_blocks == "auto"):
             found["before_blocks"] = before_blocks
-        if not found:
-            return
-        self.spec = self.spec.model_copy(update=found)
-        if before_blocks is not None and before_blocks != self.before_blocks:
+        if found:
+            self.adopt(self.spec.model_copy(update=found), before_blocks or self.before_blocks)
+
+    def adopt(self, spec: PruningSpec, before_blocks: tuple[int, ...]) -> None:
+        """Another spec in place of this one, which may prune before other blocks."""
+        self.spec = spec
+        if before_blocks != self.before_blocks:
             self.before_blocks = before_blocks
             self._make_levels(self.levels.device)
         if self.config is not None:
