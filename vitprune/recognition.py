@@ -113,7 +113,7 @@ def _look(backbone: PreTrainedModel, image_size: int) -> _Look | None:
         alone = all(x is None or isinstance(x, bool) for x in (*args[1:], *kwargs.values()))
         sequence = args[0] if args and isinstance(args[0], Tensor) and args[0].ndim == 3 and alone else None
         look.lengths.add(0 if sequence is None else sequence.shape[1])
-        calls.append(AttentionCall(scores_of="class"))
+        calls.append(AttentionCall(wants_metric=True))
         attention.block_call.set(calls[-1])
 
     def normalise(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -135,6 +135,7 @@ def _look(backbone: PreTrainedModel, image_size: int) -> _Look | None:
         return None
     look.macs = counter.get_total_flops() // 2
     for call in calls:
-        scores_BM = call.findings.attention_scores_BM
-        look.lengths.add(0 if scores_BM is None or scores_BM.shape[0] != 1 else scores_BM.shape[1])
+        # windows of an image have as many keys in all; what their attention costs tells them apart
+        metric_TK = call.findings.metric_TK
+        look.lengths.add(0 if metric_TK is None else metric_TK.shape[0])
     return look
