@@ -131,10 +131,10 @@ def test_stages_that_are_named_stay(spec: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     ("spec", "expected"),
-    [(tiny.AS_VIT, tiny.PATCHES), ({"before_blocks": [2]}, None), ({**tiny.AS_VIT, "select": "top-k"}, None)],
+    [(tiny.AS_VIT, tiny.PATCHES), ({"before_blocks": [2]}, tiny.PATCHES), ({**tiny.AS_VIT, "select": "top-k"}, None)],
     ids=str,
 )
-def test_thresholds_of_attention_know_the_patches_they_were_found_at(spec: dict[str, Any], expected: int) -> None:
+def test_thresholds_know_the_patches_they_were_found_at(spec: dict[str, Any], expected: int | None) -> None:
     model = pruned(**spec)
     calibrate(model, batches(), 0.7, progress=False)
     assert pruning_of(model).spec.patches == expected

@@ -440,7 +440,7 @@ def test_stages() -> None:
         PruningSpec(before_blocks=[4, 99]).stages(12)
     assert str(caught.value) == outside
     with pytest.raises(ValueError, match=r"pruning.thresholds: has 2 numbers for 3 stages in 4 blocks"):
-        PruningSpec(thresholds=[0.1, 0.2]).stages(4)
+        PruningSpec(before_blocks="every", thresholds=[0.1, 0.2]).stages(4)
 
 
 def test_what_shows_only_beside_the_model_gets_its_line() -> None:
