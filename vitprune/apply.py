@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vitprune import preemption, processes
 from vitprune.augmentation import pixel_scale
-from vitprune.calibration import Calibration, calibrate, scale_to_budget
+from vitprune.calibration import calibrate, scale_to_budget
 from vitprune.checkpoint import require_free, save
 from vitprune.cost_measurement import measure_latency
 from vitprune.cost_table import CostTable
@@ -100,17 +100,20 @@ class _Run(RunInputs):
 
     def find_schedule(self, folder: RunFolder) -> ScheduleSearch:
         """Finds stages, and levels for the budget, which is one of MACs here even where it will be one of time."""
-        found: list[Calibration] = []
-        settle = partial(calibrate, self.pruned, self._calibration_batches, self._part, progress=self.is_main)
-        self._settle(folder, "schedule", lambda: found.append(settle()))
+        pruning = pruning_of(self.pruned)
 
-        def search() -> ScheduleSearch:
+        def found() -> dict[str, Any]:
+            result = calibrate(self.pruned, self._calibration_batches, self._part, progress=self.is_main)
             tried = tuple(
-                TriedSchedule(**asdict(one.schedule), ratio=one.ratio, distance=one.distance) for one in found[0].tried
+                TriedSchedule(**asdict(one.schedule), ratio=one.ratio, distance=one.distance) for one in result.tried
             )
-            return ScheduleSearch(images=found[0].images, measure=found[0].measure, tried=tried)
+            search = ScheduleSearch(images=result.images, measure=result.measure, tried=tried)
+            return {"levels": Levels.of(pruning).to_lists(), "search": search.model_dump(mode="json")}
 
-        return folder.stage("search", ScheduleSearch, lambda: processes.on_main(search))
+        # one stage: a run that is broken off has both or neither
+        kept = folder.stage("schedule", dict[str, Any], lambda: processes.on_main(found))
+        Levels.from_lists(kept["levels"]).give(pruning)
+        return ScheduleSearch.model_validate(kept["search"])
 
     def calibrate(self, folder: RunFolder) -> None:
         """Finds levels for the budget; those that a search came with are scaled, which keeps how stages share."""

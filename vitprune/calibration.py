@@ -231,7 +231,7 @@ class _LevelSetter(Trace):
         rate = torch.tensor(self.rates[stage], device=scores_BM.device)
         scores = scores_BM[scores_BM.isfinite()]
         if self.pruning.spec.select == "threshold":
-            if not len(scores):  # anchors only: nothing can leave, whatever the level
+            if not len(scores):  # only what always stays: nothing can leave, whatever the level
                 return current
             patches = valid_BM.sum() - len(valid_BM) * self.pruning.num_prefix_tokens
             place = (rate * patches / len(scores)).clamp(0, 1).to(scores.dtype)

@@ -125,15 +125,10 @@ class PruningSpec(Spec):
         if num_blocks < 2:
             text = "has no block to name: the model has a single one, and pruning comes between two"
             raise RecipeError([Problem(("pruning", "before_blocks"), text)])
-        match self.before_blocks:
-            case "auto" if not self.is_searched:
-                stages = tuple(range(1, num_blocks))
-            case "auto":
-                stages = at_depths(FIRST_DEPTHS, num_blocks)
-            case "every":
-                stages = tuple(range(1, num_blocks))
-            case _:
-                stages = tuple(self.before_blocks)
+        if not isinstance(self.before_blocks, str):
+            stages = tuple(self.before_blocks)
+        else:
+            stages = at_depths(FIRST_DEPTHS, num_blocks) if self.is_searched else tuple(range(1, num_blocks))
         for stage in stages:
             if stage >= num_blocks:
                 text = f"stage {stage} is outside the model's {num_blocks} blocks (1 to {num_blocks - 1})"
