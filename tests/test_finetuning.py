@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import samples
@@ -19,12 +20,15 @@ from vitprune.calibration import calibrate, mean_ratio, scale_to_budget
 from vitprune.cost_table import CostTable
 from vitprune.data import Images, load_images
 from vitprune.finetuning import NonFiniteLoss, finetune
+from vitprune.losses import answer_losses
 from vitprune.optimization import build_optimizer
-from vitprune.recipe import DataSpec, FinetuneSpec, LossWeights, PruningSpec, SplitSpec
+from vitprune.recipe import DataSpec, FinetuneSpec, LossWeights, PruningSpec, SplitSpec, ThresholdMode
+from vitprune.threshold_training import GAIN, ThresholdTraining
 from vitprune.tracing import pruning_of
 
 BUDGET = 0.6
-SPEC = FinetuneSpec(epochs=1, batch_size=8, learning_rate=1e-3, threshold_learning_rate=0.05, augmentation="none")
+SPEC = FinetuneSpec(epochs=1, batch_size=8, learning_rate=1e-3, augmentation="none")
+LEARNED = SPEC.model_copy(update={"thresholds": "learned"})
 # sums of floats in another order, through AdamW
 SAME = Tolerance(rtol=1e-5, atol=1e-5)
 EXACT = Tolerance(rtol=0.0, atol=0.0)
@@ -54,8 +58,9 @@ def test_it_learns_the_task_moves_thresholds_and_meets_the_budget(tmp_path: Path
     dense, pruned = models(data)
     teacher_before = copy.deepcopy(dense.state_dict())
     thresholds_before = pruning_of(pruned).levels.detach().clone()
-    history = finetune(pruned, dense, data, SPEC.model_copy(update={"epochs": 8.0}), BUDGET, progress=False)
+    history = finetune(pruned, dense, data, LEARNED.model_copy(update={"epochs": 8.0}), BUDGET, progress=False)
     assert history.steps == len(history.records) == 48
+    assert history.training is None
     tasks = [record["task"] for record in history.records]
     assert sum(tasks[-6:]) < 0.5 * sum(tasks[:6])
     assert (pruning_of(pruned).levels != thresholds_before).all()
@@ -81,18 +86,18 @@ def test_with_a_latency_table_the_budget_is_one_of_time(tmp_path: Path) -> None:
     )
     pruning_of(pruned).latency = table
     spec = SPEC.model_copy(update={"epochs": 0.5})
-    for record in finetune(pruned, dense, data, spec, BUDGET, progress=False).records:
+    for step, record in enumerate(finetune(pruned, dense, data, spec, BUDGET, progress=False).records):
         assert record["ratio"] == pytest.approx(1.0)
-        assert record["budget"] == pytest.approx(spec.losses.budget * 0.4)
+        assert record["factor"] == pytest.approx(math.exp(step * GAIN * 0.4))
 
 
-@pytest.mark.parametrize("select", ["threshold", "top-k"])
+@pytest.mark.parametrize("thresholds", get_args(ThresholdMode))
 @pytest.mark.parametrize("score", ["head-weighted-class-attention", "redundancy"])
 @pytest.mark.parametrize("mixed_precision", ["no", "bf16"])
-def test_every_policy_trains(tmp_path: Path, select: str, score: str, mixed_precision: str) -> None:
+def test_every_policy_trains(tmp_path: Path, thresholds: str, score: str, mixed_precision: str) -> None:
     data = images(tmp_path)
-    dense, pruned = models(data, select=select, score=score)
-    spec = SPEC.model_copy(update={"mixed_precision": mixed_precision})
+    dense, pruned = models(data, score=score)
+    spec = SPEC.model_copy(update={"mixed_precision": mixed_precision, "thresholds": thresholds})
     history = finetune(pruned, dense, data, spec, BUDGET, progress=False)
     assert all(record["loss"] < 100 for record in history.records)
     assert all(p.isfinite().all() for p in pruned.parameters())
@@ -103,32 +108,44 @@ def test_without_labels_the_teacher_is_enough(tmp_path: Path) -> None:
     dense, pruned = models(data)
     history = finetune(pruned, dense, data, SPEC, BUDGET, progress=False)
     stages = {"kept/before_block_2", "kept/before_block_4"}
-    assert set(history.records[0]) == {"loss", "budget", "distillation", "ratio", "kept", "lr", *stages}
+    assert set(history.records[0]) == {"loss", "distillation", "ratio", "kept", "factor", "lr", *stages}
     weights = LossWeights(task=1.0, distillation=0.0)
     with pytest.raises(ValueError, match=r"finetune\.losses: images without labels need losses\.distillation > 0"):
         finetune(pruned, dense, data, SPEC.model_copy(update={"losses": weights}), BUDGET, progress=False)
 
 
+def test_fixed_counts_train_and_have_no_thresholds_to_learn(tmp_path: Path) -> None:
+    data = images(tmp_path)
+    dense, pruned = models(data, select="top-k")
+    counts = pruning_of(pruned).levels.clone()
+    history = finetune(pruned, dense, data, SPEC, BUDGET, progress=False)
+    assert all(record["ratio"] == pytest.approx(BUDGET, abs=0.02) for record in history.records)
+    assert torch.equal(pruning_of(pruned).levels, counts)
+    with pytest.raises(ValueError, match=r"thresholds: learned, but pruning\.select is 'top-k', which has none"):
+        finetune(pruned, dense, data, LEARNED, BUDGET, progress=False)
+
+
 def test_accumulated_gradients_are_those_of_the_large_batch(tmp_path: Path) -> None:
-    """Also the budget's, whose loss is an absolute value of a mean that small batches see differently."""
     data = images(tmp_path)
     results = []
     for batch_size, accumulation in ((8, 1), (2, 4)):
         dense, pruned = models(data, dropped="leave")
         sizes = {"batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-        spec = SPEC.model_copy(update=sizes | {"epochs": 2.0, "augmentation": "light", "learning_rate": 2e-5})
+        spec = LEARNED.model_copy(update=sizes | {"epochs": 2.0, "augmentation": "light", "learning_rate": 2e-5})
         history = finetune(pruned, dense, data, spec, BUDGET, progress=False)
         assert history.steps == 12
         results.append((history.records, dict(pruned.state_dict())))
     assert_close(results[0], results[1], **SAME)
 
 
-def test_gradient_checkpointing_changes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("thresholds", ["scaled", "learned"])
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, thresholds: str) -> None:
     data = images(tmp_path)
     results = []
     for checkpointing in (False, True):
         dense, pruned = models(data)
-        spec = SPEC.model_copy(update={"gradient_checkpointing": checkpointing, "epochs": 0.5})
+        changes = {"gradient_checkpointing": checkpointing, "epochs": 0.5, "thresholds": thresholds}
+        spec = SPEC.model_copy(update=changes)
         history = finetune(pruned, dense, data, spec, BUDGET, progress=False)
         results.append((history.records, dict(pruned.state_dict())))
     assert_close(results[0], results[1], **SAME)
@@ -197,15 +214,86 @@ def test_thresholds_need_a_start(tmp_path: Path) -> None:
         finetune(pruned, tiny.build("vit"), images(tmp_path), SPEC, BUDGET, progress=False)
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.04])
-def test_a_threshold_moves_by_a_part_of_its_own_size(scale: float) -> None:
-    """At 1,369 tokens thresholds are 1/28 of what they are at 49."""
-    spec = PruningSpec(**tiny.AS_VIT, thresholds=[0.02 * scale, 0.03 * scale])
+@pytest.mark.parametrize("temperature", [1e-3, 4e-5])
+def test_a_step_of_a_threshold_moves_a_part_of_the_patches(temperature: float) -> None:
+    """At 1,369 tokens scores lie 28 times as near to each other as at 49."""
+    spec = PruningSpec(**tiny.AS_VIT, thresholds=[0.02, 0.03], temperature=temperature)
     model = vitprune.prune_(tiny.build("vit"), spec)
-    optimizer = build_optimizer(model, SPEC)
-    thresholds = pruning_of(model).levels
-    before = thresholds.detach().clone()
-    thresholds.grad = torch.tensor([3e-4, -20.0]) / scale
+    parameters, training = pruning_of(model).levels, ThresholdTraining.of(pruning_of(model), "learned", BUDGET)
+    optimizer = build_optimizer(model, LEARNED)
+    before = training.levels(parameters).detach()
+    parameters.grad = torch.tensor([3e-4, -20.0])
     optimizer.step()
-    moved = (thresholds.detach() - before) / before.mean()
-    assert_close(moved, torch.tensor([-0.05, 0.05]), rtol=1e-3, atol=0.0)
+    # by its temperature a threshold knows how near the scores are: half a hundredth of them lies within one
+    moved = (training.levels(parameters).detach() - before) / (temperature / 0.005)
+    assert_close(moved, LEARNED.threshold_learning_rate * torch.tensor([-1.0, 1.0]), rtol=1e-2, atol=0.0)
+
+
+def test_the_budget_is_held_while_weights_learn(tmp_path: Path) -> None:
+    data = images(tmp_path)
+    ratios = {}
+    for thresholds in ("calibrated", "scaled", "learned"):
+        dense, pruned = models(data)
+        spec = SPEC.model_copy(update={"epochs": 20.0, "learning_rate": 3e-3, "thresholds": thresholds})
+        records = finetune(pruned, dense, data, spec, BUDGET, progress=False).records
+        ratios[thresholds] = sum(record["ratio"] for record in records[60:]) / 60
+    assert abs(ratios["calibrated"] - BUDGET) > 0.02
+    assert ratios["scaled"] == pytest.approx(BUDGET, abs=0.01)
+    assert ratios["learned"] == pytest.approx(BUDGET, abs=0.01)
+
+
+@pytest.mark.parametrize(("train", "learns"), [("norms", "norm"), ("thresholds", "vitprune.thresholds")])
+def test_parts_of_a_model_learn_alone(tmp_path: Path, train: str, learns: str) -> None:
+    data = images(tmp_path)
+    dense, pruned = models(data)
+    before = {name: weight.clone() for name, weight in pruned.state_dict().items()}
+    spec = SPEC.model_copy(update={"train": train, "thresholds": "learned" if train == "thresholds" else "calibrated"})
+    finetune(pruned, dense, data, spec, BUDGET, progress=False)
+    changed = {name for name, weight in pruned.state_dict().items() if not torch.equal(weight, before[name])}
+    assert changed == {name for name in before if learns in name}
+    assert all(parameter.requires_grad for parameter in pruned.parameters())
+
+
+def test_the_last_tokens_learn_from_the_teachers(tmp_path: Path) -> None:
+    data = images(tmp_path)
+    dense, pruned = models(data)
+    losses = LossWeights(task=0.0, distillation=1e-9, tokens=1.0)
+    spec = SPEC.model_copy(update={"losses": losses, "epochs": 16.0})
+    records = finetune(pruned, dense, data, spec, BUDGET, progress=False).records
+    tokens = [record["tokens"] for record in records]
+    assert sum(tokens[-6:]) < 0.7 * sum(tokens[:6])
+
+
+def held_out_loss(pruned: PreTrainedModel, dense: PreTrainedModel, data: Images) -> float:
+    (batch,) = data.loader(1000)
+    with torch.no_grad():
+        logits, taught = pruned(batch["pixel_values"]).logits, dense(batch["pixel_values"]).logits
+    losses = answer_losses(logits, taught, batch["labels"], SPEC.losses, are_logits=True)
+    return sum(loss.item() for loss in losses.values())
+
+
+@pytest.mark.parametrize("thresholds", ["scaled", "learned"])
+def test_the_best_state_is_kept(tmp_path: Path, thresholds: str) -> None:
+    train, holdout = images(tmp_path).holdout(16, 0)
+    dense, pruned = models(train)
+    # ever faster, until it is too fast
+    rising = {"learning_rate": 1.0, "warmup": 1.0}
+    spec = SPEC.model_copy(update={"epochs": 6.0, "checks": 12, "thresholds": thresholds, **rising})
+    training = finetune(pruned, dense, train, spec, BUDGET, holdout=holdout, progress=False).training
+    assert training is not None
+    assert [check.step for check in training.checks] == [*range(0, training.steps + 1, training.steps // 12)]
+    best = min(training.checks, key=lambda check: check.loss)
+    assert training.kept_step == best.step
+    assert best.step not in (0, training.steps)
+    assert held_out_loss(pruned, dense, holdout) == pytest.approx(best.loss, rel=1e-4)
+
+
+def test_what_gains_nothing_is_not_kept(tmp_path: Path) -> None:
+    train, holdout = images(tmp_path).holdout(16, 0)
+    dense, pruned = models(train)
+    before = copy.deepcopy(pruned.state_dict())
+    spec = SPEC.model_copy(update={"losses": LossWeights(task=0.0, distillation=1.0), "learning_rate": 0.3})
+    training = finetune(pruned, dense, train, spec, BUDGET, holdout=holdout, progress=False).training
+    assert training is not None
+    assert training.kept_step == 0
+    assert_close(dict(pruned.state_dict()), dict(before), **EXACT)

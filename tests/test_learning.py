@@ -27,7 +27,11 @@ def test_packed_training_has_the_gradients_of_masked(family: str, policy: str, m
     # with every token near its threshold nothing is left out, and the two are the same function
     monkeypatch.setattr(attention, "MASKED_SOFTMAX_EPS", 0.0)
     monkeypatch.setattr(thresholds, "BAND", 1e20)
-    model, x = pruned(family, with_ghosts(policy)), tiny.inputs(family, 3)
+    assert_masked_is_packed(pruned(family, with_ghosts(policy)), family)
+
+
+def assert_masked_is_packed(model: hf.PreTrainedModel, family: str) -> None:
+    x = tiny.inputs(family, 3)
     masked, masked_gradients = gradients(model, x, "masked")
     packed, packed_gradients = gradients(model, x, "packed")
     assert_close(packed, masked, **FLOAT32)
@@ -37,6 +41,18 @@ def test_packed_training_has_the_gradients_of_masked(family: str, policy: str, m
         # some are 0 but for rounding: nothing depends on the bias of all keys
         scale = max(expected.abs().max().item(), 1e-2 * largest)
         assert_close(packed_gradients[name] / scale, expected / scale, **GRADIENTS, msg=lambda m, n=name: f"{n}: {m}")
+
+
+@every_family
+@pytest.mark.parametrize("policy", ["as-vit", "redundancy-merge"])
+def test_weights_have_the_same_gradients_packed_and_masked_while_thresholds_are_frozen(
+    family: str, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "MASKED_SOFTMAX_EPS", 0.0)
+    model = pruned(family, policy)
+    pruning_of(model).requires_grad_(False)
+    assert_masked_is_packed(model, family)
+    assert pruning_of(model).levels.grad is None
 
 
 @every_family_and_policy

@@ -19,15 +19,18 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:tensorboard"
 
 
 def test_tensorboard_is_told_of_every_step(tmp_path: Path) -> None:
-    apply(recipe(tmp_path, RECIPE + FINETUNE, "vit", "pruning.dropped=leave"))
+    apply(recipe(tmp_path, RECIPE + FINETUNE, "vit", "pruning.dropped=leave", "finetune.thresholds=learned"))
     events = EventAccumulator(str(tmp_path / "out.logs" / "out"), size_guidance={"images": 0, "scalars": 0})
     events.Reload()
-    losses = {"loss/total", "loss/task", "loss/budget", "loss/distillation"}
+    losses = {"loss/total", "loss/task", "loss/distillation"}
+    held_out = {f"held_out/{name}" for name in ("loss", "task", "distillation", "ratio")}
     stages = {f"{name}/before_block_{block}" for name in ("kept", "level") for block in (2, 4)}
     rates = {"learning_rate/weights", "learning_rate/thresholds"}
-    assert losses | stages | rates | {"ratio", "kept", "images_per_second"} <= set(events.Tags()["scalars"])
+    others = {"ratio", "kept", "factor", "images_per_second"}
+    assert losses | held_out | stages | rates | others <= set(events.Tags()["scalars"])
     for name in ("loss/total", "ratio", "level/before_block_2", "images_per_second"):
         assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("held_out/loss")] == [2, 3, 4, 5, 6]
     total = [event.value for event in events.Scalars("loss/total")]
     parts = zip(*([event.value for event in events.Scalars(name)] for name in losses - {"loss/total"}), strict=True)
     assert total == pytest.approx([sum(part) for part in parts], rel=1e-5)

@@ -27,7 +27,7 @@ from vitprune.finetuning import NonFiniteLoss, finetune
 from vitprune.latency import budget_latency, check_latency, meet_latency, shortfall
 from vitprune.model_card import model_card
 from vitprune.recipe import Recipe
-from vitprune.results import Comparison, Latency, Report, ScheduleSearch, TriedSchedule
+from vitprune.results import Comparison, Latency, Report, ScheduleSearch, Training, TriedSchedule
 from vitprune.run_folder import RunFolder, was_saved
 from vitprune.run_inputs import RunInputs, flat, moved
 from vitprune.tracing import Levels, pruning_of
@@ -56,7 +56,7 @@ def apply(recipe: Recipe, *, restart: bool = False) -> Report:
         _require_free(recipe, output)
         run = _Run.load(recipe)
         folder = RunFolder.open(output, run.fingerprint, restart=restart)
-        calibrated = None
+        calibrated = training = None
         search = run.find_schedule(folder) if recipe.pruning.is_searched else None
         if recipe.budget.latency is not None and run.train is not None:
             run.measure_latency(folder)
@@ -64,9 +64,9 @@ def apply(recipe: Recipe, *, restart: bool = False) -> Report:
             run.calibrate(folder)
         if recipe.finetune is not None:
             calibrated = folder.stage("calibrated", Comparison, run.compare)
-            run.finetune(output, folder)
+            training = run.finetune(output, folder)
         comparison = folder.stage("comparison", Comparison, run.compare)
-        report = folder.stage("report", Report, lambda: run.report(comparison, calibrated, search))
+        report = folder.stage("report", Report, lambda: run.report(comparison, calibrated, search, training))
         if run.is_main:
             run.save(report, output)
         folder.remove()
@@ -81,7 +81,7 @@ def _require_free(recipe: Recipe, output: Path) -> None:
 def evaluate(checkpoint: str, recipe: Recipe) -> Report:
     """Compares a pruned checkpoint with the recipe's dense one on the recipe's images."""
     run = _Run.load(recipe, pruned=checkpoint)
-    return run.report(run.compare(), None, None)
+    return run.report(run.compare())
 
 
 class _Run(RunInputs):
@@ -136,8 +136,8 @@ class _Run(RunInputs):
         assert self.train is not None
         return self._batches(self.train.sample(spec.images, self.recipe.seed), spec.batch_size)
 
-    def finetune(self, output: Path, folder: RunFolder) -> None:
-        """Fine-tunes and scales the thresholds to the budget on images held out."""
+    def finetune(self, output: Path, folder: RunFolder) -> Training | None:
+        """Fine-tunes and scales the thresholds to the budget on images held out; where nothing was gained they stay."""
         recipe = self.recipe
         assert recipe.finetune is not None
         assert self.train is not None
@@ -147,12 +147,13 @@ class _Run(RunInputs):
             dense, pruned = self.answers
             states = States.of(recipe.finetune, folder.path)
             diary = self._diary(output) if recipe.finetune.trackers else None
-            finetune(
+            history = finetune(
                 pruned,
                 dense,
                 self.train,
                 recipe.finetune,
                 budget,
+                holdout=self.holdout,
                 seed=recipe.seed,
                 progress=self.is_main,
                 states=states,
@@ -165,10 +166,12 @@ class _Run(RunInputs):
             raise NonFiniteLoss(f"{error}; the last good model is in {rescued}") from error
         moved(self.pruned, self.dtype)
         moved(self.dense, self.dtype)
-        if recipe.pruning.select == "threshold":
+        training = history.training
+        if recipe.pruning.select == "threshold" and (training is None or training.kept_step):
             batches = self._batches(self.holdout, recipe.calibration.batch_size)
             scale = partial(scale_to_budget, self.pruned, batches, budget, progress=self.is_main)
             self._settle(folder, "thresholds", self._until_met(scale))
+        return training
 
     def _diary(self, output: Path) -> Diary:
         assert self.holdout is not None
@@ -222,7 +225,13 @@ class _Run(RunInputs):
     def compare(self) -> Comparison:
         return compare(*self.answers, self.eval, self.recipe.evaluate, progress=self.is_main)
 
-    def report(self, comparison: Comparison, calibrated: Comparison | None, search: ScheduleSearch | None) -> Report:
+    def report(
+        self,
+        comparison: Comparison,
+        calibrated: Comparison | None = None,
+        search: ScheduleSearch | None = None,
+        training: Training | None = None,
+    ) -> Report:
         """Measures throughput on images by chance and puts everything together."""
         spec = self.recipe.evaluate
         throughput = []
@@ -247,6 +256,7 @@ class _Run(RunInputs):
             budget=self.recipe.budget.macs,
             comparison=comparison,
             calibrated=calibrated,
+            training=training,
             schedule=search,
             throughput=tuple(throughput),
             latency=latency,

@@ -11,7 +11,7 @@ K head width.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
@@ -56,7 +56,7 @@ class AttentionCall:
     """One block's attention within one forward: the tokens, what the next stage wants to know, and the answer.
 
     tokens: None while all tokens of all images are there.
-    loops: as in `TokenBatch`.
+    loops: as in `TokenBatch`. learns: what is found has the gradient that a threshold learns from.
     scores_of: whose attention the next stage scores tokens by: the class token's, or that of the mean of all queries.
     read: of how many tokens of an image, the first, the block's output is wanted; None: of all. Such a block runs
         twice: for `keys_and_values` of all tokens as far as its attention, which ends it by `KeysAndValuesFound`; then
@@ -70,6 +70,7 @@ class AttentionCall:
     scores_of: Query | None = None
     wants_metric: bool = False
     loops: bool = False
+    learns: bool = False
     read: int | None = None
     ghost_run: GhostRun | None = None
     findings: Findings = field(default_factory=Findings)
@@ -85,8 +86,13 @@ class AttentionCall:
         """What packed tokens' attention says about them."""
         assert self.packed is not None
         if self.asks:
-            self.take(*self.packed.find(self.scores_of, wants_metric=self.wants_metric))
+            with self.finding():
+                self.take(*self.packed.find(self.scores_of, wants_metric=self.wants_metric))
         self.packed = None
+
+    def finding(self) -> AbstractContextManager[None]:
+        """Around what is found out for the next stage."""
+        return nullcontext() if self.learns else torch.no_grad()
 
     def take(self, attention_scores_BM: Tensor | None, metric_TK: Tensor | None) -> None:
         """What was found, for the next stage."""
@@ -175,7 +181,8 @@ def attend(
         case None:
             output = _dense_attention(query, key, value, bias_1HNN, dropout, scale).transpose(1, 2)
             if call.asks:
-                call.take(*_find(query, key, output, bias_1HNN, scale, call))
+                with call.finding():
+                    call.take(*_find(query, key, output, bias_1HNN, scale, call))
         case MaskedTokens() as tokens:
             weights_BHNN = masked_attention_weights(query, key, scale, tokens, bias_1HNN)
             output = (F.dropout(weights_BHNN, dropout).to(value.dtype) @ value).transpose(1, 2)

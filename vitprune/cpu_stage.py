@@ -41,7 +41,7 @@ def can_loop(x: Tensor) -> bool:
     """Whether loops may do the stages of a forward on such hidden states."""
     if not x.is_cpu or x.dtype not in _DTYPES or torch.is_autocast_enabled("cpu"):
         return False
-    return not (x.requires_grad and torch.is_grad_enabled()) and _loops() is not None
+    return not torch.is_grad_enabled() and _loops() is not None
 
 
 def find(

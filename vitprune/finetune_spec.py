@@ -11,7 +11,13 @@ from vitprune.recipe_values import LISTS_TOO, Interval, NonNegative, Part, Posit
 from vitprune.spec import Spec
 
 Execution = Literal["packed", "masked"]
+ThresholdMode = Literal["scaled", "learned", "calibrated"]
+Trained = Literal["all", "norms", "thresholds"]
 Tracker = Literal["tensorboard", "trackio", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"]
+
+
+LEARNING_RATES: dict[Trained, float] = {"all": 2e-5, "norms": 1e-3, "thresholds": 2e-5}
+"""What a recipe that says nothing has; docs/results.md has the sweep."""
 
 
 class LossWeights(Spec):
@@ -20,9 +26,11 @@ class LossWeights(Spec):
     task: NonNegative = 1.0
     """Cross-entropy with the labels."""
     budget: NonNegative = 2.0
-    """Distance to the budget, |ratio - budget|."""
+    """What thresholds that learn are held to the budget by."""
     distillation: NonNegative = 0.5
     """Divergence from the dense model's answers."""
+    tokens: NonNegative = 0.0
+    """1 - cosine between the tokens that are left at the end and the dense model's."""
 
     @check("distillation")
     @classmethod
@@ -43,10 +51,15 @@ class FinetuneSpec(Spec):
     """Images at a time, by all processes together."""
     gradient_accumulation_steps: PositiveInt = 1
     """Batches to a step of the optimizer."""
-    learning_rate: Positive = 2e-5
-    """Highest learning rate of the weights."""
-    threshold_learning_rate: Positive = 0.01
-    """Highest learning rate of the thresholds, as a part of their own mean, so that it fits any number of tokens."""
+    train: Trained = "all"
+    """Which weights learn: all, those of norms alone, or none beside the thresholds."""
+    learning_rate: Positive | None = None
+    """Highest learning rate of the weights; if left out, 2e-5 for all of them and 1e-3 for norms."""
+    thresholds: ThresholdMode = "scaled"
+    """scaled: a common factor holds them to the budget while weights learn; learned: gradients move them, too;
+    calibrated: they stay as they were until the end."""
+    threshold_learning_rate: Positive = 0.002
+    """Highest learning rate of thresholds that learn: the part of a stage's patches that a step moves, at most."""
     weight_decay: NonNegative = 0.05
     """AdamW's."""
     warmup: Part = 0.05
@@ -62,7 +75,9 @@ class FinetuneSpec(Spec):
     gradient_checkpointing: bool = False
     """Less memory for more time."""
     holdout: PositiveInt = 256
-    """Training images kept back to scale the thresholds to the budget at the end."""
+    """Training images kept back to choose the best state by, and to scale the thresholds to the budget at the end."""
+    checks: PositiveInt = 5
+    """How often, in all, the images kept back are looked at."""
     losses: LossWeights = LossWeights()
     """What the fine-tuner minimises."""
     trackers: Annotated[tuple[Tracker, ...], LISTS_TOO] = ()
@@ -71,6 +86,18 @@ class FinetuneSpec(Spec):
     """How often the full state is kept, from which a run that was broken off goes on: 500 (steps) or 15min."""
     checkpoints_kept: PositiveInt = 2
     """The newest so many of these states stay while the run lasts."""
+
+    @check("thresholds")
+    @classmethod
+    def _something_to_train(cls, thresholds: str, info: ValidationInfo) -> str:
+        if info.data.get("train") == "thresholds" and thresholds != "learned":
+            raise ValueError(f"is {thresholds!r} and train is 'thresholds', so nothing would learn; write 'learned'")
+        return thresholds
+
+    @property
+    def rate(self) -> float:
+        """The highest learning rate of the weights."""
+        return self.learning_rate or LEARNING_RATES[self.train]
 
     @property
     def images_per_step(self) -> int:

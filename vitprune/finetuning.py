@@ -6,9 +6,8 @@ to `calibration`, and the folder of the run to the caller.
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +15,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
-from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
@@ -28,17 +26,21 @@ from vitprune.answers import Answers, require_same_kind
 from vitprune.attention import require_no_dropout
 from vitprune.calibration import require_budget
 from vitprune.data import Images
+from vitprune.held_out import HeldOut
+from vitprune.losses import NonFiniteLoss as NonFiniteLoss
 from vitprune.memory import is_out_of_memory
 from vitprune.optimization import build_optimizer
 from vitprune.preemption import Terminated, deferred
-from vitprune.recipe import FinetuneSpec
+from vitprune.recipe import FinetuneSpec, require_thresholds
 from vitprune.recognition import find_backbone
+from vitprune.results import Check, Training
+from vitprune.student import State, copied, trained
+from vitprune.threshold_training import ThresholdTraining
 from vitprune.tracing import pruning_of
 from vitprune.tracking import Diary, Tracking, require_installed
 from vitprune.training_data import Position, Share, TrainingBatches
 from vitprune.training_state import Progress, States
-from vitprune.update import NonFiniteLoss as NonFiniteLoss
-from vitprune.update import Student, Update
+from vitprune.update import Update
 
 # as models of transformers have it in their configuration
 _ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout")
@@ -46,10 +48,14 @@ _ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout")
 
 @dataclass
 class History:
-    """Steps in all, and one entry for each that was done here: `update.Update` says what is in it; and `lr`."""
+    """Steps in all, and one entry for each that was done here: `update.Update` says what is in it; and `lr`.
+
+    training: what held-out images said; None where there were none.
+    """
 
     steps: int = 0
     records: list[dict[str, float]] = field(default_factory=list)
+    training: Training | None = None
 
 
 @contextmanager
@@ -71,20 +77,25 @@ def finetune(
     spec: FinetuneSpec,
     budget: float,
     *,
+    holdout: Images | None = None,
     seed: int = 0,
     progress: bool = True,
     states: States | None = None,
     diary: Diary | None = None,
 ) -> History:
-    """Fine-tunes a pruned model and its thresholds to a compute budget, in place.
+    """Fine-tunes a pruned model at a compute budget, in place.
+
+    While weights learn, a common factor on the thresholds holds the budget; they learn, too, where `spec.thresholds`
+    says so.
 
     Under a launcher each process takes its share of every batch; all end with the same weights, those of one process
     but for rounding.
 
     teacher: the dense model; frozen, for the distillation loss: of logits, or of embeddings (cosine) where the model
         has no classes. images: labelled or not (then the task loss is left out). budget: MACs of the pruned pass ÷
-        dense, in (0, 1]; seconds where the model has a latency table (`latency.budget_latency`). states: where the full
-        state is kept every so often, and taken up again if there is one. diary: what `spec.trackers` are given.
+        dense, in (0, 1]; seconds where the model has a latency table (`latency.budget_latency`). holdout: images by
+        which the best state is chosen, the one before training included; without them it is the last. states: where the
+        full state is kept every so often, and taken up again if there is one. diary: what `spec.trackers` are given.
 
     Raises:
         ValueError: no images for a single batch, no loss that could teach the task, thresholds without a start, a
@@ -100,6 +111,7 @@ def finetune(
     if taught_by.model is model:
         raise ValueError("the teacher is the model itself; pass the dense model, or a copy of it from before prune_")
     require_same_kind(answers, taught_by)
+    require_thresholds(pruning_of(model).spec, spec)
     require_trainable(images, spec, model, has_classes=answers.are_logits)
     if not pruning_of(model).levels.isfinite().all():
         raise ValueError("thresholds have no start to learn from; call calibrate first, or give them in the spec")
@@ -109,7 +121,9 @@ def finetune(
     share = Share(state.process_index, state.num_processes)
     batches = TrainingBatches(images, spec.batch_size, seed, spec.augmentation, share)
     steps = count_steps(spec, images)
-    with _trained(answers, taught_by, spec, accelerator) as student:
+    thresholds = ThresholdTraining.of(pruning_of(model), spec.thresholds, budget)
+    with trained(answers, taught_by, spec, accelerator, thresholds) as ours:
+        student = ours.student
         optimizer = build_optimizer(student.answers.model, spec)
         if (plugin := accelerator.state.deepspeed_plugin) is not None:
             # which DeepSpeed would otherwise read off a loader of its own
@@ -118,16 +132,21 @@ def finetune(
         scheduler = get_cosine_schedule_with_warmup(optimizer.optimizer, math.ceil(spec.warmup * steps), steps)
         accelerator.register_for_checkpointing(scheduler)
         stages = pruning_of(model).before_blocks
-        update = Update(accelerator, prepared, taught_by, optimizer, spec, budget, stages, images.stand_in())
-        loop = _Loop(accelerator, update, scheduler, batches, states, _tracking(accelerator, prepared, spec, diary))
+        update = Update(accelerator, prepared, taught_by, optimizer, spec, thresholds, stages, images.stand_in())
+        held_out = None if holdout is None else HeldOut(holdout, spec.batch_size, stages)
+        tracking = _tracking(accelerator, prepared, thresholds, spec, diary)
+        loop = _Loop(accelerator, update, scheduler, batches, states, tracking, held_out, ours.whole_weights)
         loop.resume()
         try:
             loop.run(steps, progress=progress and state.is_main_process)
         except NonFiniteLoss:
             if update.good_weights:  # none yet: nothing has changed either
                 accelerator.unwrap_model(prepared).load_state_dict(update.good_weights)
+                thresholds.log_factor = update.good_factor
             raise
-    return History(loop.step, loop.records)
+        if held_out is not None and held_out.kept_step != loop.step:
+            ours.go_back(held_out.best)
+    return History(loop.step, loop.records, loop.training)
 
 
 @dataclass
@@ -140,13 +159,30 @@ class _Loop:
     batches: TrainingBatches
     states: States | None
     tracking: Tracking | None
+    held_out: HeldOut | None
+    whole_weights: Callable[[], dict[str, Tensor]]
     step: int = 0
     records: list[dict[str, float]] = field(default_factory=list)
 
+    @property
+    def training(self) -> Training | None:
+        held = self.held_out
+        if held is None or not held.checks:
+            return None
+        return Training(steps=self.step, images=held.count, kept_step=held.kept_step, checks=tuple(held.checks))
+
     def resume(self) -> None:
         found = None if self.states is None else self.states.load(self.accelerator)
-        if found is not None:
-            self.step, self.batches.position = found.steps, found.position
+        if found is None:
+            return
+        progress, best = found
+        self.step, self.batches.position = progress.steps, progress.position
+        self.update.thresholds.log_factor = progress.log_factor
+        if self.held_out is not None:
+            self.held_out.checks = [Check.model_validate(check) for check in progress.checks]
+            if best is not None:
+                assert progress.best_factor is not None
+                self.held_out.best = State(best, progress.best_factor)
 
     def run(self, steps: int, *, progress: bool) -> None:
         """Raises Terminated after keeping the state, where the process was told to end."""
@@ -155,19 +191,50 @@ class _Loop:
             deferred() as notice,
             self._tracked() as tracking,
         ):
+            if self.step == 0:
+                self._check(bar)
             while self.step < steps:
                 record = self._next_record()
                 bar.update()
+                check = self._check(bar) if self._is_check(steps) else None
                 bar.set_postfix_str(_summary(record))
                 if tracking is not None:
-                    tracking.tell(record, [float(rate) for rate in self.scheduler.get_last_lr()], self.step)
+                    tracking.tell(record, self._rates(), self.step, check)
                     if self.step % self._epoch(steps) == 0 or self.step == steps:
                         tracking.show(self.step)
                 due, told = self._agreed(self.states is not None and self.states.is_due(self.step), notice.came)
                 if self.states is not None and (due or told or self.step == steps):
-                    self.states.save(self.accelerator, Progress(self.step, self.batches.position))
+                    self.states.save(self.accelerator, self._progress(), best=self._best_weights())
                 if told:
                     raise Terminated
+
+    def _rates(self) -> dict[str, float]:
+        groups = self.scheduler.optimizer.param_groups
+        return {group["name"]: float(group["lr"]) for group in groups}
+
+    def _is_check(self, steps: int) -> bool:
+        """Whether a check is due: `checks` of them, the last behind the last step."""
+        checks = self.update.spec.checks
+        return self.step * checks // steps > (self.step - 1) * checks // steps
+
+    def _check(self, bar: tqdm) -> Check | None:
+        """Looks at the held-out images, and keeps the state if it is the best."""
+        held = self.held_out
+        if held is None:
+            return None
+        bar.set_postfix_str("looking at held-out images")
+        if held.look(self.update, self.step) and self.step:
+            held.best = State(copied(self.whole_weights()), self.update.thresholds.log_factor)
+        return held.checks[-1] if held.checks else None
+
+    def _progress(self) -> Progress:
+        held = self.held_out
+        checks = () if held is None else tuple(check.model_dump(mode="json") for check in held.checks)
+        factor = None if held is None or held.best is None else held.best.log_factor
+        return Progress(self.step, self.batches.position, self.update.thresholds.log_factor, checks, factor)
+
+    def _best_weights(self) -> dict[str, Tensor] | None:
+        return None if self.held_out is None or self.held_out.best is None else self.held_out.best.weights
 
     @contextmanager
     def _tracked(self) -> Iterator[Tracking | None]:
@@ -214,12 +281,18 @@ class _Loop:
         return due, told
 
 
-def _tracking(accelerator: Accelerator, student: nn.Module, spec: FinetuneSpec, diary: Diary | None) -> Tracking | None:
+def _tracking(
+    accelerator: Accelerator,
+    student: nn.Module,
+    thresholds: ThresholdTraining,
+    spec: FinetuneSpec,
+    diary: Diary | None,
+) -> Tracking | None:
     if not spec.trackers:
         return None
     if diary is None:
         raise ValueError(f"finetune.trackers are {list(spec.trackers)}; pass finetune() a diary for them")
-    return Tracking(accelerator, student, diary, spec.images_per_step)
+    return Tracking(accelerator, student, thresholds, diary, spec.images_per_step)
 
 
 def _accelerator(spec: FinetuneSpec, diary: Diary | None) -> Accelerator:
@@ -233,36 +306,6 @@ def _accelerator(spec: FinetuneSpec, diary: Diary | None) -> Accelerator:
         # some checkpoints have weights that classification doesn't use, such as mask tokens
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
-
-
-@contextmanager
-def _trained(answers: Answers, teacher: Answers, spec: FinetuneSpec, accelerator: Accelerator) -> Iterator[Student]:
-    """The student to be trained; afterwards `answers` has its weights and is ready to be used.
-
-    FSDP makes other modules of a model, in place and for good, so it trains a copy. Its weights are brought together
-    where all processes come to it: at the end, or where a loss became infinite, but not where one of them failed.
-    """
-    teacher.to(accelerator.device).eval().requires_grad_(False)
-    sharded = accelerator.distributed_type == DistributedType.FSDP
-    trained = copy.deepcopy(answers) if sharded else answers
-    model = trained.model
-    trained.to(accelerator.device).train()
-    pruning_of(model).execution = spec.execution
-    if spec.gradient_checkpointing:
-        model.activation_checkpointing_enable()
-    together = True
-    try:
-        yield Student(trained)
-    except BaseException as error:
-        together = isinstance(error, NonFiniteLoss)
-        raise
-    finally:
-        if sharded and together:
-            weights = get_model_state_dict(trained, options=StateDictOptions(full_state_dict=True))
-            answers.load_state_dict(weights)
-        if spec.gradient_checkpointing:
-            model.activation_checkpointing_disable()
-        answers.eval()
 
 
 def require_trainable(images: Images, spec: FinetuneSpec, model: PreTrainedModel, *, has_classes: bool) -> None:
@@ -308,4 +351,4 @@ def count_steps(spec: FinetuneSpec, images: Images) -> int:
 
 
 def _summary(record: dict[str, float]) -> str:
-    return f"loss {record['loss']:.3f}, budget {record['ratio']:.1%}, kept {record['kept']:.1%}, lr {record['lr']:.1e}"
+    return f"loss {record['loss']:.3f}, ratio {record['ratio']:.1%}, kept {record['kept']:.1%}, lr {record['lr']:.1e}"

@@ -7,18 +7,17 @@ from torch.nn import functional as F
 
 from vitprune.recipe import LossWeights
 
-LOSSES = ("budget", "task", "distillation")
+LOSSES = ("task", "distillation", "tokens")
 """The names of the losses that training sums."""
 
 
-def budget_loss(costs_B: Tensor, dense_costs_B: Tensor, budget: float, overall: Tensor | None = None) -> Tensor:
-    """|ratio − budget|, the ratio of MACs (AS-ViT) or seconds averaged over the images; dimensionless.
+class NonFiniteLoss(RuntimeError):
+    """The loss or its gradient became infinite or NaN; the model has the last weights that were known to be good."""
 
-    overall: the ratio of a larger batch that these images are a part of. Then the parts' losses, averaged by images,
-    are the larger batch's loss and have its gradient.
-    """
-    distance = (costs_B / dense_costs_B).mean() - budget
-    return distance.abs() if overall is None else distance * (overall - budget).sign()
+
+def budget_loss(costs_B: Tensor, dense_costs_B: Tensor, budget: float) -> Tensor:
+    """|ratio − budget|, the ratio of MACs (AS-ViT) or seconds averaged over the images; dimensionless."""
+    return ((costs_B / dense_costs_B).mean() - budget).abs()
 
 
 def distillation_loss(student_logits_BC: Tensor, teacher_logits_BC: Tensor) -> Tensor:
@@ -34,6 +33,12 @@ def distillation_loss(student_logits_BC: Tensor, teacher_logits_BC: Tensor) -> T
 def embedding_loss(student_BE: Tensor, teacher_BE: Tensor) -> Tensor:
     """1 − cosine of each image's two embeddings, averaged: distillation where there are no classes."""
     return 1.0 - F.cosine_similarity(student_BE.float(), teacher_BE.float(), dim=-1).mean()
+
+
+def token_loss(student_BND: Tensor, teacher_BND: Tensor, there_BN: Tensor) -> Tensor:
+    """1 − cosine of tokens to the teacher's at their places, averaged over those that are there, then over images."""
+    distances_BN = 1.0 - F.cosine_similarity(student_BND.float(), teacher_BND.float(), dim=-1)
+    return ((distances_BN * there_BN).sum(1) / there_BN.sum(1)).mean()
 
 
 def answer_losses(

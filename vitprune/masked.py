@@ -62,6 +62,7 @@ class MaskedPass:
             tokens=None if self._mask_BN is None else MaskedTokens(self._mask_BN, self._sizes_BN),
             scores_of=policy.scores_of if stage_follows else None,
             wants_metric=stage_follows and policy.needs_metric,
+            learns=policy.levels.requires_grad,
         )
         return hidden_states, self._call
 
@@ -139,7 +140,7 @@ class MaskedPass:
         seen = SeenTokens(valid_BM, index_BM, rows_BM, self._num_patches())
         decision = decide(policy, stage, _at(self._call.findings, index_BM), seen, self.observers, learns=True)
         m_BM = decision.keep_BM.float()
-        if policy.spec.select == "threshold":
+        if policy.levels.requires_grad:
             m_BM = straight_through(decision.scores_BM, decision.level, policy.temperatures[stage], decision.keep_BM)
         m_BN = torch.zeros_like(self._mask_BN).scatter(1, index_BM, m_BM * valid_BM)
         # as published, not multiplied with the mask before: gradients reach earlier thresholds through the scores

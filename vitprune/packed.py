@@ -1,8 +1,8 @@
 """One forward of a pruned model in which tokens leave and the rest travels packed, (1, T, D).
 
-In inference those that leave are gone. A pass that learns keeps those near their threshold as ghosts, so that the
-gradient of the straight-through mask is the masked pass's but for what lies beyond `thresholds.BAND`, until the next
-stage.
+In inference, and in training while thresholds are frozen, those that leave are gone. A pass in which thresholds learn
+keeps those near them as ghosts, so that the gradient of the straight-through mask is the masked pass's but for what
+lies beyond `thresholds.BAND`, until the next stage.
 
 Shapes: B images, N tokens of an image in the dense sequence, T tokens of the batch laid end to end, D width.
 """
@@ -10,6 +10,7 @@ Shapes: B images, N tokens of an image in the dense sequence, T tokens of the ba
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 
 import torch
@@ -27,23 +28,25 @@ from vitprune.tokens import TokenBatch
 class PackedPass:
     """The state of one forward. Belongs to that forward alone.
 
+    trains: weights learn, and with `learns` thresholds, too.
     for_head: nobody but the model's head sees what the last block gives out.
     keep_masks: after each stage so far, bool (B, patches): the patches that are still tokens of their own.
     tally: what it cost so far, counted where somebody observes; None before the first block.
     """
 
     def __init__(
-        self, policy: Policy, observers: tuple[Observer, ...], *, learns: bool = False, for_head: bool = False
+        self, policy: Policy, observers: tuple[Observer, ...], *, trains: bool = False, for_head: bool = False
     ) -> None:
         self.policy = policy
         self.observers = observers
-        self.learns = learns
-        self.read = policy.cost.read if for_head and not learns else None
+        self.trains = trains
+        self.learns = trains and policy.levels.requires_grad
+        self.read = policy.cost.read if for_head and not trains else None
         self.keep_masks: list[Tensor] = []
         self.tally: Tally | None = None
         self.num_tokens = 0
         # where nobody observes or learns, a stage at which nothing can leave is none
-        watched = learns or bool(observers)
+        watched = self.learns or bool(observers)
         self._stages = {
             block: stage
             for stage, (block, level) in enumerate(zip(policy.before_blocks, policy.levels.tolist(), strict=True))
@@ -63,7 +66,7 @@ class PackedPass:
     @property
     def is_dense(self) -> bool:
         """Whether all of it is as in the dense model, and nobody wants to know."""
-        return not (self._stages or self.read is not None or self.observers or self.learns)
+        return not (self._stages or self.read is not None or self.observers)
 
     def enter_block(
         self, block: int, hidden_states: Tensor, valid_BN: Tensor | None = None
@@ -77,7 +80,7 @@ class PackedPass:
             hidden_states = self._begin(hidden_states, valid_BN)
         if self.observers:
             assert self.tally is not None
-            self.tally.add_block(block, self._tokens_B, in_full=self.read is None and not self.learns)
+            self.tally.add_block(block, self._tokens_B, in_full=self.read is None and not self.trains)
         stage_follows = block + 1 in self._stages
         if stage_follows:
             self._present = self._batch or self._dense(hidden_states)
@@ -85,6 +88,7 @@ class PackedPass:
             tokens=self._batch,
             scores_of=policy.scores_of if stage_follows else None,
             wants_metric=stage_follows and policy.needs_metric,
+            learns=self.learns,
             loops=self._loops,
             read=self.read if block + 1 == len(policy.cost.linear) else None,
         )
@@ -107,7 +111,7 @@ class PackedPass:
 
     def _begin(self, hidden_states: Tensor, valid_BN: Tensor | None) -> Tensor:
         self.num_tokens = hidden_states.shape[1]
-        self._loops = not self.learns and cpu_stage.can_loop(hidden_states)
+        self._loops = cpu_stage.can_loop(hidden_states)
         self._tokens_B = count_tokens(hidden_states, valid_BN)
         self.tally = Tally(self.policy, self._tokens_B)
         if valid_BN is None:
@@ -170,7 +174,8 @@ class PackedPass:
     def _prune(self, stage: int, hidden_states: Tensor) -> Tensor:
         policy, batch = self.policy, self._present
         assert batch is not None
-        decision = decide(policy, stage, self._call.findings, batch, self.observers, learns=self.learns)
+        with nullcontext() if self.learns else torch.no_grad():
+            decision = decide(policy, stage, self._call.findings, batch, self.observers, learns=self.learns)
         teaching = self._teaching(stage, decision) if self.learns else None
         departure = Departure(decision.keep_BM, decision.takers_BM, decision.metric_TK, teaching, decision.kept)
         before_TD = hidden_states.flatten(0, 1)
@@ -179,7 +184,7 @@ class PackedPass:
             self._ghosts, self._ghosts_XD = linger(batch, before_TD, departure)
         if after is not batch:
             self._batch, hidden_states = after, x_TD[None]
-        if self.learns:
+        if self.trains:
             _ = after.key_bias_T  # now, since checkpointing repeats only what a block computes itself
         if self.observers:
             assert self.tally is not None
@@ -191,10 +196,7 @@ class PackedPass:
         return hidden_states
 
     def _teaching(self, stage: int, decision: Decision) -> Teaching:
-        policy = self.policy
-        if policy.spec.select != "threshold":
-            return Teaching(decision.keep_BM.float(), torch.zeros_like(decision.keep_BM))
-        level, temperature = decision.level, policy.temperatures[stage]
+        level, temperature = decision.level, self.policy.temperatures[stage]
         mask_BM = straight_through(decision.scores_BM, level, temperature, decision.keep_BM)
         near_BM = near_threshold(decision.scores_BM.detach(), level.detach(), temperature)
         return Teaching(mask_BM, near_BM)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from vitprune.anatomy import Anatomy, count_tokens
 from vitprune.checkpoint import load_config, load_processor, model_class, outline
+from vitprune.finetune_spec import Trained
 from vitprune.reading import blank_image
 from vitprune.recipe import Recipe
 from vitprune.results import Plan, PlanRow
 from vitprune.schedule import MOST_TRIES, Schedule
+
+_WHAT: dict[Trained, str] = {"all": "all weights", "norms": "norms", "thresholds": "thresholds"}
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -80,8 +83,8 @@ def _steps(recipe: Recipe) -> tuple[str, ...]:
         )
     if (tuning := recipe.finetune) is not None:
         length = f"{tuning.epochs:g} epochs" if tuning.steps is None else f"{tuning.steps} steps"
-        steps.append(f"fine-tune for {length} in batches of {tuning.batch_size}")
-        steps.append(f"meet the budget on {tuning.holdout} training images held out")
+        steps.append(f"fine-tune {_WHAT[tuning.train]} for {length} in batches of {tuning.batch_size}")
+        steps.append(f"keep the best state, and meet the budget, on {tuning.holdout} training images held out")
     steps.append(f"compare with the dense model on split '{recipe.data.eval.split}' of {recipe.data.path}")
     if recipe.evaluate.batch_sizes:
         sizes = ", ".join(map(str, recipe.evaluate.batch_sizes))

@@ -138,7 +138,7 @@ class _Begin:
         if module.training and self.pruning.execution == "masked":
             running = RunningForward(MaskedPass(policy, observers))
         else:
-            packed = PackedPass(policy, observers, learns=module.training, for_head=_for_head.get())
+            packed = PackedPass(policy, observers, trains=module.training, for_head=_for_head.get())
             if packed.is_dense:
                 return
             running = RunningForward(packed)

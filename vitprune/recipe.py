@@ -24,6 +24,7 @@ from pydantic import field_validator as check
 from vitprune.finetune_spec import Execution as Execution
 from vitprune.finetune_spec import FinetuneSpec as FinetuneSpec
 from vitprune.finetune_spec import LossWeights as LossWeights
+from vitprune.finetune_spec import ThresholdMode as ThresholdMode
 from vitprune.pruning_spec import PruningSpec as PruningSpec
 from vitprune.recipe_errors import RecipeError as RecipeError
 from vitprune.recipe_values import (
@@ -167,6 +168,14 @@ class OutputSpec(Spec):
     """Whether a result that is already there may be replaced."""
 
 
+def require_thresholds(pruning: PruningSpec, finetune: FinetuneSpec) -> None:
+    """Raises ValueError where thresholds are to learn and there are none."""
+    if finetune.thresholds == "learned" and pruning.select != "threshold":
+        raise ValueError(
+            f"has thresholds: learned, but pruning.select is '{pruning.select}', which has none; leave thresholds out"
+        )
+
+
 class Recipe(Spec):
     """What `vitprune apply` does."""
 
@@ -190,6 +199,14 @@ class Recipe(Spec):
     """Where the result goes."""
     seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
     """Everything random starts from it."""
+
+    @check("finetune")
+    @classmethod
+    def _thresholds_that_learn(cls, finetune: FinetuneSpec | None, info: ValidationInfo) -> FinetuneSpec | None:
+        pruning = info.data.get("pruning")
+        if finetune is not None and pruning is not None:
+            require_thresholds(pruning, finetune)
+        return finetune
 
     def to_yaml(self) -> str:
         """The recipe with all defaults written out; `load_recipe` reads it back to an equal one."""

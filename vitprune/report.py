@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from vitprune.results import Comparison, Latency, Plan, Report, ScheduleSearch, Throughput
+from vitprune.results import Comparison, Latency, Plan, Report, ScheduleSearch, Throughput, Training
 from vitprune.tables import Cells, count, percent, rich_table
 
 PAYS = 1.05  # a speed-up worth having: less is lost in the noise
@@ -42,6 +42,8 @@ def findings(report: Report) -> list[str]:
         sentences.append(_latency(report.latency))
     if report.schedule is not None:
         sentences.append(_schedule(report.schedule))
+    if report.training is not None:
+        sentences.append(_training(report.training))
     sentences += [_quality(name, pair.dense, pair.pruned) for name, pair in result.metrics.items()]
     if result.agreement is not None:
         sentences.append(
@@ -77,6 +79,20 @@ def _schedule(search: ScheduleSearch) -> str:
     if not others:
         return f"{sentence})."
     return f"{sentence}; others {others[0].distance:.2g} to {others[-1].distance:.2g})."
+
+
+def _training(training: Training) -> str:
+    first, kept = training.checks[0], min(training.checks, key=lambda check: check.loss)
+    images = f"{training.images} training images that were held out"
+    if not training.kept_step:
+        return (
+            f"Fine-tuning gained nothing: on {images} the loss was {first.loss:.4f} before it and at best "
+            f"{min(check.loss for check in training.checks[1:]):.4f} after; the calibrated model was kept."
+        )
+    return (
+        f"Fine-tuning brought the loss on {images} from {first.loss:.4f} to {kept.loss:.4f}: the state after step "
+        f"{kept.step} of {training.steps} was kept."
+    )
 
 
 def _quality(name: str, dense: float, pruned: float) -> str:
@@ -124,6 +140,8 @@ def tables_of(report: Report) -> list[tuple[str, Cells]]:
     if report.schedule is not None:
         title = f"Schedules tried, {report.schedule.measure} to dense on {report.schedule.images} calibration images"
         tables.append((title, _schedule_cells(report.schedule)))
+    if report.training is not None:
+        tables.append((f"Fine-tuning, {report.training.images} held-out images", _training_cells(report)))
     if report.throughput:
         tables.append((f"Speed on {where}", _speed_cells(report.throughput)))
     if report.latency is not None:
@@ -164,6 +182,17 @@ def _schedule_cells(search: ScheduleSearch) -> Cells:
     for tried in search.tried[:SHOWN_SCHEDULES]:
         blocks, shares = (" ".join(map(str, values)) for values in (tried.before_blocks, _rounded(tried.shares)))
         cells.append((blocks, shares, percent(tried.ratio), f"{tried.distance:.3g}"))
+    return cells
+
+
+def _training_cells(report: Report) -> Cells:
+    """What the checks saw; kept: parts of the patches after each stage."""
+    assert report.training is not None
+    cells: Cells = [("after step", "loss", "ratio", *(f"kept before {s.before_block}" for s in report.comparison.kept))]
+    for check in report.training.checks:
+        mark = " (kept)" if check.step == report.training.kept_step else ""
+        kept = (percent(part) for part in check.kept)
+        cells.append((f"{check.step}{mark}", f"{check.loss:.4f}", percent(check.ratio), *kept))
     return cells
 
 

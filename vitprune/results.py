@@ -108,6 +108,32 @@ class ScheduleSearch(Result):
     tried: tuple[TriedSchedule, ...]
 
 
+class Check(Result):
+    """What the held-out training images said of the state after `step` steps, the thresholds held to the budget.
+
+    `loss` is the sum of `losses`, which training minimises; `ratio` of costs; `kept`: part of the patches that are left
+    after each stage.
+    """
+
+    step: int
+    loss: float
+    losses: dict[str, float]
+    ratio: float
+    kept: tuple[float, ...]
+
+
+class Training(Result):
+    """A fine-tuning: its steps, and the checks on so many held-out `images`, the first before any step.
+
+    `kept_step`: of the state that was kept, that of the lowest loss; 0: nothing was gained, it is the calibrated one.
+    """
+
+    steps: int
+    images: int
+    kept_step: int
+    checks: tuple[Check, ...]
+
+
 class Timing(Result):
     """Seconds for one batch, over the repeats."""
 
@@ -228,7 +254,8 @@ class Document(Result):
 
 
 class Report(Document):
-    """Everything that a run found out. `calibrated`: the comparison before fine-tuning, where there was one.
+    """Everything that a run found out. `calibrated`: the comparison before fine-tuning, `training`: of it, where there
+    was one.
 
     `schedule`: how the stages were found, where the recipe leaves them open.
     `budget`: of MACs; `latency`: of time. One of them is what was asked for.
@@ -239,6 +266,7 @@ class Report(Document):
     budget: float | None
     comparison: Comparison
     calibrated: Comparison | None = None
+    training: Training | None = None
     schedule: ScheduleSearch | None = None
     throughput: tuple[Throughput, ...] = ()
     latency: Latency | None = None

@@ -21,6 +21,8 @@ from torch import Tensor, nn
 
 from vitprune import processes
 from vitprune.losses import LOSSES
+from vitprune.results import Check
+from vitprune.threshold_training import ThresholdTraining
 from vitprune.tracing import eval_mode, pruning_of, trace
 
 DIMMED = 0.25  # how bright a picture is where its tokens left
@@ -59,6 +61,7 @@ class Tracking:
 
     accelerator: Accelerator
     student: nn.Module
+    thresholds: ThresholdTraining
     diary: Diary
     images_per_step: int
     _last: float = field(default_factory=time.perf_counter, init=False)
@@ -68,18 +71,21 @@ class Tracking:
         self.accelerator.init_trackers(self.diary.run, config=plain)
         self._last = time.perf_counter()
 
-    def tell(self, record: Mapping[str, float], learning_rates: Sequence[float], step: int) -> None:
-        """Figures of one step: losses, ratio, kept parts, thresholds, learning rates, images a second."""
+    def tell(
+        self, record: Mapping[str, float], learning_rates: Mapping[str, float], step: int, check: Check | None = None
+    ) -> None:
+        """Figures of one step: losses, ratio, kept parts, thresholds, learning rates, images a second; a check's."""
         now = time.perf_counter()
         speed, self._last = self.images_per_step / (now - self._last), now
         pruning = pruning_of(self.student)
-        levels = processes.whole(pruning.levels).tolist()
-        rates = dict(zip(("weights", "vectors", "thresholds"), learning_rates, strict=False))
+        levels = self.thresholds.levels(processes.whole(pruning.levels)).tolist()
+        seen = {} if check is None else {"loss": check.loss, "ratio": check.ratio, **check.losses}
         self.accelerator.log(
             {
                 **{_NAMES.get(name, name): value for name, value in record.items() if name != "lr"},
                 **{f"level/before_block_{b}": level for b, level in zip(pruning.before_blocks, levels, strict=True)},
-                **{f"learning_rate/{name}": rate for name, rate in rates.items() if name != "vectors"},
+                **{f"learning_rate/{name}": rate for name, rate in learning_rates.items()},
+                **{f"held_out/{name}": value for name, value in seen.items()},
                 "images_per_second": speed,
             },
             step=step,

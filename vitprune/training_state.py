@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from accelerate import Accelerator
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from vitprune.memory import GIB
 from vitprune.recipe import FinetuneSpec
@@ -23,13 +26,22 @@ from vitprune.recipe_errors import first_line
 from vitprune.recipe_values import seconds
 from vitprune.training_data import Position
 
+_BEST = "best.safetensors"
+
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a fine-tuning has come: optimizer steps, and where its data goes on."""
+    """How far a fine-tuning has come: optimizer steps, where its data goes on, the log of the factor on its thresholds.
+
+    checks: of held-out images so far. best_factor: of the best state, whose weights lie beside; None while it is the
+    first.
+    """
 
     steps: int
     position: Position
+    log_factor: float = 0.0
+    checks: tuple[dict[str, Any], ...] = ()
+    best_factor: float | None = None
 
 
 @dataclass
@@ -55,8 +67,11 @@ class States:
         assert self.seconds is not None
         return time.monotonic() - self._saved_at >= self.seconds
 
-    def save(self, accelerator: Accelerator, progress: Progress) -> None:
-        """Called by all processes at once. Raises OSError where it can't be written; what was there before still is."""
+    def save(self, accelerator: Accelerator, progress: Progress, best: Mapping[str, Tensor] | None = None) -> None:
+        """Called by all processes at once. best: weights of the best state.
+
+        Raises OSError where it can't be written; what was there before still is.
+        """
         place = self.folder / f"step-{progress.steps:09d}"
         if place.exists():
             return
@@ -64,6 +79,8 @@ class States:
         with self._told(progress, accelerator.is_local_main_process, unfinished):
             accelerator.save_state(str(unfinished))
             if accelerator.is_local_main_process:
+                if best is not None:
+                    save_file({name: weight.contiguous() for name, weight in best.items()}, unfinished / _BEST)
                 (unfinished / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
             accelerator.wait_for_everyone()
             if accelerator.is_local_main_process:
@@ -73,8 +90,8 @@ class States:
             accelerator.wait_for_everyone()
         self._saved_at = time.monotonic()
 
-    def load(self, accelerator: Accelerator) -> Progress | None:
-        """Goes back to the newest state, in all processes; None where there is none."""
+    def load(self, accelerator: Accelerator) -> tuple[Progress, dict[str, Tensor] | None] | None:
+        """Goes back to the newest state, in all processes; None where there is none. Also the weights of the best."""
         complete = self._complete()
         if not complete:
             return None
@@ -82,7 +99,9 @@ class States:
         # states are kept between steps; how many parts those have may have changed since
         accelerator.step = 0
         found = json.loads((complete[-1] / "progress.json").read_text(encoding="utf-8"))
-        return Progress(found["steps"], Position(**found["position"]))
+        progress = Progress(**{**found, "position": Position(**found["position"]), "checks": tuple(found["checks"])})
+        best = complete[-1] / _BEST
+        return progress, load_file(best) if best.is_file() else None
 
     def newest(self) -> int | None:
         """The step that a run would go on from."""

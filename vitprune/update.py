@@ -3,13 +3,13 @@
 Knows that a global batch is cut in parts, by processes and by accumulation, and that the result mustn't depend on how:
 every loss is one of all its images. Leaves which images, how often and what is kept of it to `finetuning`.
 
-Shapes: B images, C channels, H height, W width, S stages.
+Shapes: B images, C channels, H height, W width, S stages, N tokens of an image in the dense sequence, D width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,40 +20,21 @@ from torch.optim import Optimizer
 
 from vitprune import processes
 from vitprune.answers import Answers, require_same_width
-from vitprune.losses import LOSSES, answer_losses, budget_loss
+from vitprune.losses import LOSSES, NonFiniteLoss, answer_losses, token_loss
 from vitprune.recipe import FinetuneSpec
-from vitprune.tracing import trace
+from vitprune.student import FinalTokens, Seen, taken
+from vitprune.threshold_training import ThresholdTraining
 
 SNAPSHOT_STEPS = 100
 _WAY_OUT = "lower finetune.learning_rate, or set finetune.mixed_precision to bf16 or no"
-
-
-class NonFiniteLoss(RuntimeError):
-    """The loss or its gradient became infinite or NaN; the model has the last weights that were known to be good."""
-
-
-class Student(nn.Module):
-    """A pruned model as a function that also gives out what it cost: who distributes a model wants to see all outputs.
-
-    Returns answers, costs_B, dense_costs_B, and kept_BS, the part of its patches that an image has after each stage.
-    """
-
-    def __init__(self, answers: Answers) -> None:
-        super().__init__()
-        self.answers = answers
-
-    def forward(self, pixel_values: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        with trace(self.answers) as watched:
-            answers = self.answers(pixel_values)
-        kept_BS = torch.stack([mask.float().mean(1) for mask in watched.keep_masks], dim=1)
-        return answers, watched.costs, watched.dense_costs, kept_BS
 
 
 @dataclass
 class Update:
     """Runs an update and says what it saw. stand_in: a batch for a process that has no image at its turn.
 
-    good_weights: those of a step whose loss and gradient were finite, up to `SNAPSHOT_STEPS` steps ago.
+    good_weights: those of a step whose loss and gradient were finite, up to `SNAPSHOT_STEPS` steps ago, and the factor
+    on the thresholds at that time.
     """
 
     accelerator: Accelerator
@@ -61,16 +42,21 @@ class Update:
     teacher: Answers
     optimizer: Optimizer
     spec: FinetuneSpec
-    budget: float
+    thresholds: ThresholdTraining
     before_blocks: tuple[int, ...]
     stand_in: Mapping[str, Tensor]
     good_weights: dict[str, Tensor] = field(default_factory=dict)
+    good_factor: float = 0.0
+    _taught: FinalTokens | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._taught = FinalTokens(self.teacher) if self.spec.losses.tokens else None
 
     def __call__(self, parts: Sequence[Mapping[str, Tensor] | None], step: int) -> dict[str, float] | None:
         """One step on this process's parts of a global batch; None, and nothing done, where nobody has an image.
 
         Returns means over all images of the global batch: loss and its parts, ratio of costs, kept part of the patches
-        at the end and after each stage.
+        at the end and after each stage; and the factor on the thresholds.
 
         Raises NonFiniteLoss, in all processes.
         """
@@ -78,45 +64,48 @@ class Update:
         if not images:
             return None
         batches = [(self._placed(part or self.stand_in), _count(part)) for part in parts]
-        overall = None
-        if self.spec.losses.budget and len(batches) > 1:
-            overall = self._overall_ratio(batches, images)
         sums: dict[str, Tensor] = {}
         for batch, count in batches:
             with self.accelerator.accumulate(self.student):
-                with self.accelerator.autocast():
-                    answers, costs_B, dense_costs_B, kept_BS = self.student(batch["pixel_values"])
-                    ratio = (costs_B.detach() / dense_costs_B).mean()
-                    if overall is None:
-                        overall = self._sum(ratio * count) / images
-                    losses = self._losses(batch, answers, budget_loss(costs_B, dense_costs_B, self.budget, overall))
+                losses, seen = self._look(batch)
+                ratio_B = seen.costs_B / seen.dense_costs_B
                 # the gradients are averaged over parts and processes, so each part brings its share of the images
                 share = count * len(batches) * self.accelerator.num_processes / images
-                self.accelerator.backward(share * torch.stack(list(losses.values())).sum())
-            seen = {**losses, "ratio": ratio, **self._kept(kept_BS)}
-            sums = {name: sums.get(name, 0.0) + count * value.detach().double() for name, value in seen.items()}
+                loss = torch.stack(list(losses.values())).sum()
+                if ratio_B.requires_grad:
+                    loss = loss + self.thresholds.price(self.spec.losses.budget) * ratio_B.mean().float()
+                self.accelerator.backward(share * loss)
+            found = {**losses, "ratio": ratio_B.mean(), **self._kept(seen.kept_BS)}
+            sums = {name: sums.get(name, 0.0) + count * value.detach().double() for name, value in found.items()}
         record = self._record(sums, images)
         self._step(record, step)
+        self.thresholds.follow(record["ratio"])
         return record
 
-    def _losses(self, batch: Mapping[str, Tensor], answers: Tensor, budget: Tensor) -> dict[str, Tensor]:
-        weights, taught = self.spec.losses, None
-        if weights.distillation:
-            with torch.no_grad():
-                taught = self.teacher(batch["pixel_values"])
-            require_same_width(answers, taught)
-        others = answer_losses(answers, taught, batch.get("labels"), weights, are_logits=self.teacher.are_logits)
-        return {"budget": weights.budget * budget.float(), **others}
-
     @torch.no_grad()
-    def _overall_ratio(self, batches: Sequence[tuple[Mapping[str, Tensor], int]], images: Tensor) -> Tensor:
-        """The ratio of the whole global batch, before the first gradient: its side of the budget decides their sign."""
-        total = torch.zeros((), dtype=torch.float64, device=self.accelerator.device)
-        with _same_chance_again(self.accelerator.device), self.accelerator.autocast():
-            for batch, count in batches:
-                _, costs_B, dense_costs_B, _ = self.student(batch["pixel_values"])
-                total += (costs_B / dense_costs_B).mean() * count
-        return self._sum(total) / images
+    def look(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
+        """Losses and ratio on a batch that all processes have, with nothing learned; the student is in eval mode."""
+        losses, seen = self._look(self._placed(batch))
+        ratio = (seen.costs_B / seen.dense_costs_B).mean()
+        found = {**losses, "ratio": ratio, **self._kept(seen.kept_BS)}
+        return {name: value.item() for name, value in found.items()}
+
+    def _look(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Seen]:
+        weights, x_BCHW = self.spec.losses, batch["pixel_values"]
+        taught, tokens = None, list[Tensor]()
+        with self.accelerator.autocast():
+            seen = self.student(x_BCHW)
+            if weights.distillation or weights.tokens:
+                with torch.no_grad(), taken(self._taught) as tokens:
+                    taught = self.teacher(x_BCHW)
+                require_same_width(seen.answers, taught)
+            labels_B = batch.get("labels")
+            losses = answer_losses(seen.answers, taught, labels_B, weights, are_logits=self.teacher.are_logits)
+            if tokens:
+                assert seen.final_BND is not None
+                assert seen.there_BN is not None
+                losses["tokens"] = weights.tokens * token_loss(seen.final_BND, tokens[0], seen.there_BN)
+        return losses, seen
 
     def _kept(self, kept_BS: Tensor) -> dict[str, Tensor]:
         kept_S = kept_BS.mean(0)
@@ -127,7 +116,7 @@ class Update:
         means = (self._sum(torch.stack(list(sums.values()))) / images).tolist()
         record = dict(zip(sums, means, strict=True))
         loss = sum(record[name] for name in LOSSES if name in record)
-        return {"loss": loss, **record}
+        return {"loss": loss, **record, "factor": math.exp(self.thresholds.log_factor)}
 
     def _step(self, record: Mapping[str, float], step: int) -> None:
         if not torch.tensor(record["loss"]).isfinite():
@@ -141,6 +130,7 @@ class Update:
         if step % SNAPSHOT_STEPS == 0 or not self.good_weights:
             weights = self.accelerator.unwrap_model(self.student).state_dict()
             self.good_weights = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
+            self.good_factor = self.thresholds.log_factor
         self.optimizer.step()
         self.optimizer.zero_grad()
 
@@ -155,10 +145,3 @@ class Update:
 
 def _count(part: Mapping[str, Tensor] | None) -> int:
     return 0 if part is None else len(part["pixel_values"])
-
-
-@contextmanager
-def _same_chance_again(device: torch.device) -> Iterator[None]:
-    """What is random inside, such as stochastic depth, comes out the same the next time."""
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield

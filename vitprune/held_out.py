@@ -1,0 +1,62 @@
+"""Training images that are kept back: which state of a training is the best, and whether it gained anything.
+
+Knows how states are compared: by what training minimises, on the same images, at the budget. Leaves what a state is to
+the caller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from vitprune import processes
+from vitprune.data import Images
+from vitprune.losses import LOSSES
+from vitprune.results import Check
+from vitprune.student import State
+from vitprune.tracing import eval_mode
+from vitprune.update import Update
+
+
+@dataclass
+class HeldOut:
+    """Looks at the student every so often, and keeps the best state.
+
+    images: every process looks at all of them; what the main one finds counts. checks: so far, the first before any
+    step. best: of the best check, unless that is the first, whose state the caller has.
+    """
+
+    images: Images
+    batch_size: int
+    before_blocks: Sequence[int]
+    count: int = 0
+    checks: list[Check] = field(default_factory=list)
+    best: State | None = None
+
+    def look(self, update: Update, step: int) -> bool:
+        """Compares the student as it is; returns whether it is the best so far."""
+        sums: dict[str, float] = {}
+        images = 0
+        with eval_mode(update.student):
+            for batch in self.images.loader(self.batch_size):
+                count = len(batch["pixel_values"])
+                images += count
+                for name, value in update.look(batch).items():
+                    sums[name] = sums.get(name, 0.0) + count * value
+        if not images:
+            return False
+        self.count = images
+        means = {name: value / images for name, value in sums.items()}
+        losses = {name: means[name] for name in LOSSES if name in means}
+        kept = tuple(means[f"kept/before_block_{block}"] for block in self.before_blocks)
+        own = Check(step=step, loss=sum(losses.values()), losses=losses, ratio=means["ratio"], kept=kept)
+        check = processes.on_main(lambda: own)
+        best = min((one.loss for one in self.checks), default=math.inf)
+        self.checks.append(check)
+        return check.loss < best
+
+    @property
+    def kept_step(self) -> int:
+        """The step of the best check; 0: nothing was gained."""
+        return min(self.checks, key=lambda check: check.loss).step if self.checks else 0
