@@ -62,3 +62,8 @@ def test_the_classes_are_no_part_of_a_checkpoint() -> None:
     answers = Answers(tiny.build("clip-zero-shot"), torch.ones(3, 12))
     assert "classes_CE" not in answers.state_dict()
     assert Answers.of(answers) is answers
+
+
+def test_a_wrapper_is_refused_with_the_way_to_the_model() -> None:
+    with pytest.raises(TypeError, match=r"Sequential is no model of transformers.*peft_model\.get_base_model\(\)"):
+        Answers.of(torch.nn.Sequential(tiny.build("vit")))

@@ -73,3 +73,10 @@ def test_read_part() -> None:
     for text, message in (("65", "write 65% or 0.65"), ("0", "above 0%"), ("half", "should be a part such as 65%")):
         with pytest.raises(ValueError, match=message):
             read_part(text)
+
+
+def test_data_may_have_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / "\N{LLAMA} é"
+    folder.mkdir()
+    (tmp_path / "r.yaml").write_text("version: 1\nmodel: {checkpoint: a/b}\ndata: {path: c/d}\nbudget: {macs: 65%}\n")
+    assert read_target(str(tmp_path / "r.yaml"), str(folder))[0].data.path == str(folder)

@@ -13,6 +13,7 @@ import torch
 from tiny import Tolerance
 from torch import Tensor
 from torch.testing import assert_close
+from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 import vitprune
@@ -354,3 +355,25 @@ def test_the_whole_budget_keeps_everything(spec: dict[str, Any], batch_size: int
 def test_a_budget_is_a_part_of_the_dense_macs(budget: float) -> None:
     with pytest.raises(ValueError, match="budget"):
         calibrate(pruned(), batches(), budget, progress=False)
+
+
+@pytest.mark.parametrize("kind", ["tensor", "generator", "loader", "dicts"])
+def test_images_may_come_in_whatever_holds_them(kind: str) -> None:
+    images = torch.cat(batches())
+    rows = [{"pixel_values": image, "labels": 0} for image in images]
+    given: dict[str, Any] = {
+        "tensor": images,
+        "generator": (batch for batch in batches()),
+        "loader": DataLoader(rows, batch_size=12),  # pyright: ignore[reportArgumentType]
+        "dicts": [{"pixel_values": batch, "label": torch.zeros(len(batch))} for batch in batches()],
+    }
+    spec = {**tiny.AS_VIT, "select": "top-k"}
+    expected = calibrate(pruned(**spec), batches(), 0.6, progress=False)
+    found = calibrate(pruned(**spec), given[kind], 0.6, progress=False)
+    assert found.levels == pytest.approx(expected.levels)
+
+
+def test_what_holds_no_images_is_refused() -> None:
+    given: Any = [["a.png", "b.png"]]
+    with pytest.raises(TypeError, match=r"batches hold list; pass tensors of pixel values \(B, C, H, W\), or dicts"):
+        calibrate(pruned(), given, 0.6, progress=False)

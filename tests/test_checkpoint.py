@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import samples
 import tiny
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tiny import Tolerance
 from torch.testing import assert_close
@@ -25,7 +27,7 @@ from transformers import (
 
 import vitprune
 from vitprune.calibration import calibrate
-from vitprune.checkpoint import load_tokenizer
+from vitprune.checkpoint import load_tokenizer, require_room
 from vitprune.recipe import PruningSpec
 from vitprune.tracing import is_pruned, pruning_of
 
@@ -226,9 +228,9 @@ def test_broken_weights_are_named(saved: tuple[PreTrainedModel, Path]) -> None:
 
 def test_missing_weights_are_named(saved: tuple[PreTrainedModel, Path]) -> None:
     _, path = saved
-    weights = {n: w for n, w in load_file(path / "model.safetensors").items() if not n.startswith("vitprune.")}
+    weights = {n: w for n, w in load_file(path / "model.safetensors").items() if not n.startswith("classifier.")}
     save_file(weights, path / "model.safetensors", {"format": "pt"})
-    with pytest.raises(ValueError, match=r"lacks weights of ViTForImageClassification \(vitprune\.temperatures"):
+    with pytest.raises(ValueError, match=r"lacks weights of ViTForImageClassification \(classifier\.bias"):
         vitprune.load(path)
 
 
@@ -280,3 +282,93 @@ def test_several_devices_are_refused(saved: tuple[PreTrainedModel, Path]) -> Non
     places = {"vit.embeddings": 0, "vit.layers": "cuda:1", "vit.layernorm": "cpu", "classifier": "disk", "vitprune": 0}
     with pytest.raises(ValueError, match=r"spreads the model over 0, cuda:1.*device_map='cuda:0'"):
         AutoModelForImageClassification.from_pretrained(saved[1], device_map=places)
+
+
+def changed(path: Path, **values: object) -> Path:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, **values}))
+    return path
+
+
+@pytest.fixture
+def dense(tmp_path: Path) -> Path:
+    tiny.build("vit").save_pretrained(tmp_path / "dense")
+    return tmp_path / "dense"
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("dtype", "torch.float16"),
+        ("hidden_size", "48"),
+        ("hidden_act", "nope"),
+        ("num_hidden_layers", 0),
+        ("image_size", None),
+        ("num_attention_heads", 0),
+        ("id2label", 7),
+    ],
+)
+def test_odd_values_in_a_config_are_one_line_that_names_the_checkpoint(dense: Path, key: str, value: object) -> None:
+    with pytest.raises(ValueError, match=str(dense)) as failed:
+        vitprune.load(changed(dense, **{key: value}))
+    assert "\n" not in str(failed.value)
+
+
+def test_an_index_without_a_map_is_one_line(dense: Path) -> None:
+    (dense / "model.safetensors").unlink()
+    (dense / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(ValueError, match="its weights can't be read"):
+        vitprune.load(dense)
+
+
+def test_a_checkpoint_that_does_not_say_its_class_names_one(dense: Path) -> None:
+    with pytest.raises(ValueError, match=r'add .* "architectures": \["ViTForImageClassification"\]'):
+        vitprune.load(changed(dense, architectures=None))
+    assert isinstance(vitprune.load(changed(dense, architectures="ViTForImageClassification")), PreTrainedModel)
+    with pytest.raises(ValueError, match=r"Nobody \(`architectures` in config.json"):
+        vitprune.load(changed(dense, architectures=["Nobody"]))
+
+
+def test_pickled_weights_alone_are_refused_with_the_way_out(dense: Path) -> None:
+    (dense / "model.safetensors").rename(dense / "pytorch_model.bin")
+    with pytest.raises(ValueError, match=r"nothing is unpickled; load it where you trust it, `save_pretrained` it"):
+        vitprune.load(dense)
+
+
+def test_a_package_that_is_missing_is_one_line(dense: Path) -> None:
+    with pytest.raises(ValueError, match=r"bitsandbytes.*isn't installed") as failed:
+        vitprune.load(changed(dense, quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True}))
+    assert "\n" not in str(failed.value)
+
+
+def test_a_disk_without_room_is_found_at_the_start_and_at_the_end(
+    saved: tuple[PreTrainedModel, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = saved
+    require_room(tmp_path / "new" / "out", model)
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
+    with pytest.raises(ValueError, match=r"output\.path .*out: the checkpoint takes .* GiB, and .* are free"):
+        require_room(tmp_path / "new" / "out", model)
+
+    def write(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(model, "save_pretrained", write)
+    with pytest.raises(OSError, match=r"can't be written to .*No space left on device.*make room, or choose"):
+        vitprune.save(model, tmp_path / "new" / "out")
+    assert list((tmp_path / "new").iterdir()) == []
+
+
+def test_thresholds_are_never_uninitialised_memory(saved: tuple[PreTrainedModel, Path]) -> None:
+    """As saved by somebody without vitprune, whose weights lack them while the config still says so."""
+    _, path = saved
+    weights = load_file(path / "model.safetensors")
+    without = {name: weight for name, weight in weights.items() if not name.startswith("vitprune.")}
+    save_file(without, path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match="its weights lack thresholds, temperatures; it was saved without"):
+        AutoModelForImageClassification.from_pretrained(path)
+
+
+def test_attention_maps_asked_for_when_loading_are_refused(saved: tuple[PreTrainedModel, Path]) -> None:
+    with pytest.raises(ValueError, match="output_attentions in its config"):
+        AutoModelForImageClassification.from_pretrained(saved[1], output_attentions=True)

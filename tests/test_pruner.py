@@ -12,7 +12,7 @@ import torch
 from tiny import Tolerance
 from torch import nn
 from torch.testing import assert_close
-from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification
+from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification, ViTForImageClassification
 
 import vitprune
 from vitprune import attention
@@ -375,3 +375,22 @@ def test_padding_comes_back_as_zeros(family: str, mode: str) -> None:
     padding = x["pixel_attention_mask"] == 0
     assert padding.any()
     assert not last[padding].any()
+
+
+def test_a_quantised_model_is_refused() -> None:
+    model = tiny.build("vit")
+    model.config.quantization_config = {"quant_method": "torchao"}
+    with pytest.raises(ValueError, match=r"is quantised \(torchao\); prune the model that it was made from"):
+        vitprune.prune_(model, tiny.POLICIES["as-vit"])
+    assert model.config.quantization_config == {"quant_method": "torchao"}
+
+
+def test_models_of_one_config_are_pruned_one_by_one() -> None:
+    config = tiny.build("vit").config
+    teacher, student = ViTForImageClassification(config).eval(), ViTForImageClassification(config).eval()
+    vitprune.prune_(student, tiny.POLICIES["as-vit"])
+    assert teacher.config._attn_implementation == "sdpa"
+    assert not hasattr(teacher.config, "quantization_config")
+    assert student.config._attn_implementation == attention.NAME
+    # all parts of the student have the same one, as before
+    assert {id(module.config) for module in student.modules() if hasattr(module, "config")} == {id(student.config)}

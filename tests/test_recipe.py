@@ -9,7 +9,18 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from vitprune.cli import app
-from vitprune.recipe import FinetuneSpec, LossWeights, PruningSpec, Recipe, RecipeError, SplitSpec, load_recipe, locate
+from vitprune.recipe import (
+    DataSpec,
+    FinetuneSpec,
+    LossWeights,
+    PruningSpec,
+    Recipe,
+    RecipeError,
+    SplitSpec,
+    load_recipe,
+    locate,
+    require_thresholds,
+)
 
 HEAD = """\
 version: 1
@@ -450,3 +461,37 @@ def test_what_shows_only_beside_the_model_gets_its_line() -> None:
     assert str(locate(caught.value, "recipe.yaml")).startswith("recipe.yaml:6: pruning.before_blocks: stage 99")
     overrides = ["pruning.before_blocks=[98]"]
     assert str(locate(caught.value, "recipe.yaml", overrides)).startswith("--set pruning.before_blocks=[98]: ")
+
+
+def test_paths_have_environment_variables_and_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATA", str(tmp_path))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "images").mkdir()
+    text = HEAD.replace("fashion_mnist", "$DATA/images") + 'output: {path: "~/${DATA}"}\n'
+    (tmp_path / "r.yaml").write_text(text)
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.data.path == str(tmp_path / "images")
+    assert recipe.output.path == f"{tmp_path}/home/{tmp_path}"
+    assert DataSpec(path="~/images").path == f"{tmp_path}/home/images"
+    with pytest.raises(RecipeError, match=r"r\.yaml.*output\.path: .*no environment variable NOWHERE is set; set it"):
+        load_recipe(tmp_path / "r.yaml", ["output.path=$NOWHERE/x"])
+
+
+def test_a_name_with_a_dollar_that_is_there_is_meant_so(tmp_path: Path) -> None:
+    (tmp_path / "$HOME").mkdir()
+    assert DataSpec(path=f"{tmp_path}/$HOME").path == f"{tmp_path}/$HOME"
+
+
+def test_a_threshold_has_to_be_a_number_of_float32() -> None:
+    assert PruningSpec(before_blocks=[1], thresholds=[3e38]).thresholds == (3e38,)
+    with pytest.raises(ValueError, match=r"has 1e\+39, but a threshold is at most 3\.4e\+38"):
+        PruningSpec(before_blocks=[1], thresholds=[1e39])
+
+
+def test_learned_thresholds_need_thresholds() -> None:
+    learned = FinetuneSpec(thresholds="learned")
+    require_thresholds(PruningSpec(), learned)
+    with pytest.raises(ValueError, match=r"thresholds: learned, but pruning\.select is 'tome', which has none"):
+        require_thresholds(PruningSpec(select="tome"), learned)
+    with pytest.raises(ValueError, match="so nothing would learn; write 'learned'"):
+        FinetuneSpec(train="thresholds", thresholds="scaled")

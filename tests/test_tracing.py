@@ -265,3 +265,21 @@ def test_macs_carry_a_gradient_to_the_thresholds_in_training() -> None:
     gradient = pruning_of(model).levels.grad
     assert gradient is not None
     assert gradient.item() < 0, "a higher threshold has to cost less"
+
+
+def test_a_trace_of_two_sizes_has_macs_and_no_masks() -> None:
+    model = pruned("vit", "as-vit").eval()
+    with vitprune.trace(model) as trace, torch.no_grad():
+        model(tiny.images(2))
+        model(torch.rand(1, 3, 64, 64), interpolate_pos_encoding=True)
+    assert trace.macs.shape == (3,)
+    with pytest.raises(ValueError, match=r"images of different sizes \(\d+, \d+ patches\).*use a trace for each size"):
+        _ = trace.keep_masks
+
+
+def test_a_trace_without_a_forward_says_so() -> None:
+    with vitprune.trace(pruned("vit", "as-vit")) as trace:
+        pass
+    for name in ("keep_masks", "macs", "dense_macs", "costs", "dense_costs", "ratio"):
+        with pytest.raises(ValueError, match="the trace saw no forward"):
+            getattr(trace, name)

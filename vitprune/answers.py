@@ -37,9 +37,18 @@ class Answers(nn.Module):
 
     @staticmethod
     def of(model: nn.Module) -> Answers:
-        """The model itself if it is one already."""
-        assert isinstance(model, Answers | PreTrainedModel)
-        return model if isinstance(model, Answers) else Answers(model)
+        """The model itself if it is one already.
+
+        Raises TypeError for what is no model of transformers, such as a wrapper around one.
+        """
+        if isinstance(model, Answers):
+            return model
+        if not isinstance(model, PreTrainedModel):
+            raise TypeError(
+                f"{type(model).__name__} is no model of transformers (PreTrainedModel); pass the model inside it, such "
+                "as model.module of DistributedDataParallel or peft_model.get_base_model()"
+            )
+        return Answers(model)
 
     @property
     def are_logits(self) -> bool:

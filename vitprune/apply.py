@@ -18,7 +18,7 @@ from torch import Tensor
 from vitprune import preemption, processes
 from vitprune.augmentation import pixel_scale
 from vitprune.calibration import calibrate, scale_to_budget
-from vitprune.checkpoint import require_free, save
+from vitprune.checkpoint import require_free, require_room, save
 from vitprune.cost_measurement import measure_latency
 from vitprune.cost_table import CostTable
 from vitprune.data import Images
@@ -51,25 +51,26 @@ def apply(recipe: Recipe, *, restart: bool = False) -> Report:
         NonFiniteLoss: fine-tuning broke off; the model from before is saved beside the output path.
         Terminated: by SIGTERM; the same call goes on.
     """
-    output = Path(recipe.output.path).expanduser().resolve()
+    output = Path(recipe.output.path).resolve()
     with preemption.watch():
         _require_free(recipe, output)
         run = _Run.load(recipe)
-        folder = RunFolder.open(output, run.fingerprint, restart=restart)
-        calibrated = training = None
-        search = run.find_schedule(folder) if recipe.pruning.is_searched else None
-        if recipe.budget.latency is not None and run.train is not None:
-            run.measure_latency(folder)
-        if recipe.pruning.is_calibrated:
-            run.calibrate(folder)
-        if recipe.finetune is not None:
-            calibrated = folder.stage("calibrated", Comparison, run.compare)
-            training = run.finetune(output, folder)
-        comparison = folder.stage("comparison", Comparison, run.compare)
-        report = folder.stage("report", Report, lambda: run.report(comparison, calibrated, search, training))
-        if run.is_main:
-            run.save(report, output)
-        folder.remove()
+        require_room(output, run.pruned)
+        with RunFolder.open(output, run.fingerprint, restart=restart) as folder:
+            calibrated = training = None
+            search = run.find_schedule(folder) if recipe.pruning.is_searched else None
+            if recipe.budget.latency is not None and run.train is not None:
+                run.measure_latency(folder)
+            if recipe.pruning.is_calibrated:
+                run.calibrate(folder)
+            if recipe.finetune is not None:
+                calibrated = folder.stage("calibrated", Comparison, run.compare)
+                training = run.finetune(output, folder)
+            comparison = folder.stage("comparison", Comparison, run.compare)
+            report = folder.stage("report", Report, lambda: run.report(comparison, calibrated, search, training))
+            if run.is_main:
+                run.save(report, output)
+            folder.remove()
     return report
 
 

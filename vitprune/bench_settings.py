@@ -71,7 +71,7 @@ def read_target(target: str, data: str | None, overrides: Sequence[str] = ()) ->
     `key.path=value` strings. Raises RecipeError with everything that is wrong.
     """
     if is_recipe(target):
-        changed = [*overrides, f"data.path={json.dumps(data)}"] if data is not None else overrides
+        changed = [*overrides, f"data.path={json.dumps(data, ensure_ascii=False)}"] if data is not None else overrides
         return load_recipe(target, changed), False
     place = Place(target)
     tree: dict[str, Any] = {

@@ -7,7 +7,7 @@ calibrates on the same images gets the same levels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -22,6 +22,8 @@ from vitprune.tracing import Pruning, Trace, eval_mode, pruning_of, trace, watch
 
 # how near the calibrated ratio of costs has to come to the budget
 TOLERANCE = 0.002
+Batches = Tensor | Iterable[Inputs]
+_LABELS = ("labels", "label")
 MAX_PASSES = 10
 # τ is so wide that this part of a stage's scores lies within τ to one side of the threshold: about what the paper's
 # 1e-4 holds at 196 patches
@@ -46,21 +48,23 @@ class Calibration:
     measure: str = ""
 
 
-def calibrate(model: nn.Module, batches: Sequence[Inputs], budget: float, *, progress: bool = True) -> Calibration:
+def calibrate(model: nn.Module, batches: Batches, budget: float, *, progress: bool = True) -> Calibration:
     """Sets the levels of a pruned model so that it meets a budget, in place.
 
     With `before_blocks: auto` it looks for the stages, too: of the schedules that meet the budget the one whose answers
     to these images are nearest to the dense model's, by KL divergence of its classes or cosine of its embeddings.
 
-    batches: pixel values (B, C, H, W) of a random sample of images, a few hundred in all; processed as the model
-        expects them. budget: MACs of the pruned pass ÷ MACs of the dense pass, in (0, 1]; seconds where the model has
-        a latency table (`latency.budget_latency`).
+    batches: a random sample of images, a few hundred in all, processed as the model expects them: a tensor
+        (B, C, H, W), or a list, a DataLoader or another iterable of such tensors or of dicts with `pixel_values`.
+    budget: MACs of the pruned pass ÷ MACs of the dense pass, in (0, 1]; seconds where the model has a latency table
+        (`latency.budget_latency`).
 
     Raises:
         ValueError: the model isn't pruned, there are no images, or no levels reach the budget.
     """
     pruning = pruning_of(model)
     spec, first = pruning.spec, pruning.before_blocks
+    batches = _listed(batches)
     _check(batches, budget)
     if pruning.spec.select != "threshold" and not pruning.spec.is_searched:
         batches = [first_image(batches[0])]  # the counts of one image are those of all
@@ -143,12 +147,30 @@ def _distance(dense: Tensor, pruned: Tensor, *, are_logits: bool) -> float:
     return (1 - F.cosine_similarity(dense, pruned, dim=-1)).mean().item()
 
 
-def scale_to_budget(model: nn.Module, batches: Sequence[Inputs], budget: float, *, progress: bool = True) -> float:
-    """Scales all thresholds by one common factor so that a trained model meets its budget; returns the ratio got."""
-    pruning = pruning_of(model)
+def scale_to_budget(model: nn.Module, batches: Batches, budget: float, *, progress: bool = True) -> float:
+    """Scales all thresholds by one common factor so that a trained model meets its budget; returns the ratio got.
+
+    batches, budget: as for `calibrate`.
+    """
+    pruning, batches = pruning_of(model), _listed(batches)
     _check(batches, budget)
     with tqdm(desc="meeting the budget", unit="pass", disable=not progress, leave=False) as bar:
         return _scale(pruning, _Passes(model, batches, bar), budget)
+
+
+def _listed(batches: Batches) -> list[Inputs]:
+    """The batches one by one, without labels. Raises TypeError for what holds no images."""
+    found: list[Inputs] = []
+    for batch in [batches] if isinstance(batches, Tensor) else batches:
+        if isinstance(batch, Mapping):
+            batch = {name: values for name, values in batch.items() if name not in _LABELS}
+        if not isinstance(batch, Tensor) and not (isinstance(batch, Mapping) and batch):
+            raise TypeError(
+                f"batches hold {type(batch).__name__}; pass tensors of pixel values (B, C, H, W), or dicts with them "
+                "as 'pixel_values'"
+            )
+        found.append(batch)
+    return found
 
 
 def _check(batches: Sequence[Inputs], budget: float) -> None:
@@ -164,10 +186,10 @@ def require_budget(budget: float) -> None:
 
 
 @torch.no_grad()
-def mean_ratio(model: nn.Module, batches: Sequence[Inputs]) -> float:
-    """Cost of the pruned pass ÷ that of the dense pass, averaged over the images."""
+def mean_ratio(model: nn.Module, batches: Batches) -> float:
+    """Cost of the pruned pass ÷ that of the dense pass, averaged over the images of `batches`, as for `calibrate`."""
     with trace(model) as watched:
-        for inputs in batches:
+        for inputs in _listed(batches):
             run_on_images(model, inputs)
     return watched.ratio
 

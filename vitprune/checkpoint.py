@@ -24,10 +24,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from vitprune.anatomy import Anatomy, examine
 from vitprune.families import supported
-from vitprune.hub import CONFIG, PROCESSOR, TOKENIZER, WEIGHTS, WEIGHTS_INDEX, absence
+from vitprune.hub import CONFIG, NO_SAFETENSORS, PROCESSOR, TOKENIZER, WEIGHTS, WEIGHTS_INDEX, absence
+from vitprune.memory import GIB
+from vitprune.output_paths import beside, contents, require_name_fits
 from vitprune.pruner import SUBMODULE
 from vitprune.recipe_errors import first_line
 from vitprune.tracing import is_pruned
@@ -37,25 +40,48 @@ def load_config(checkpoint: str, revision: str | None = None) -> PreTrainedConfi
     """The config of a checkpoint on the Hub or in a folder. Raises ValueError naming the checkpoint and the way out."""
     try:
         return AutoConfig.from_pretrained(checkpoint, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        reason = absence(error, checkpoint, revision, "its config is", CONFIG) or first_line(error)
+    except Exception as error:  # of a config.json with odd values anything
+        reason = absence(error, checkpoint, revision, "its config is", CONFIG) or _odd("config.json", error)
         raise ValueError(f"model.checkpoint {checkpoint}: {reason}") from error
+
+
+def _odd(file: str, error: Exception) -> str:
+    """What to say of a library's error about one of a checkpoint's files."""
+    match error:
+        case ImportError():
+            return f"{first_line(error)} (a package that this checkpoint needs isn't installed)"
+        case OSError() | ValueError():
+            return first_line(error)
+        case _:
+            return f"its {file} can't be used ({type(error).__name__}: {first_line(error)}); correct it"
 
 
 def model_class(checkpoint: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that a checkpoint was saved from, if vitprune can prune it. Raises ValueError listing what works."""
-    names = [name for name in config.architectures or [] if isinstance(getattr(transformers, name, None), type)]
+    place = f"model.checkpoint {checkpoint}"
+    given = config.architectures or []
+    architectures = [given] if isinstance(given, str) else list(given)
+    if not architectures:
+        raise ValueError(
+            f"{place}: its config.json doesn't say what it was saved from; add the class's name, such as "
+            f'"architectures": ["{_classifier_of(config)}"]'
+        )
+    names = [name for name in architectures if isinstance(getattr(transformers, str(name), None), type)]
     if not names:
         raise ValueError(
-            f"model.checkpoint {checkpoint}: {', '.join(config.architectures or []) or 'a model'} (model type "
+            f"{place}: {', '.join(map(str, architectures))} (`architectures` in config.json, model type "
             f"'{config.model_type}') is none of transformers' models; supported are: {supported()}"
         )
     cls = getattr(transformers, names[0])
     try:
         outline(cls, config)
-    except ValueError as error:
-        raise ValueError(f"model.checkpoint {checkpoint}: {error}") from error
+    except Exception as error:  # as above
+        raise ValueError(f"{place}: {_odd('config.json', error)}") from error
     return cls
+
+
+def _classifier_of(config: PreTrainedConfig) -> str:
+    return MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type, "ViTForImageClassification")
 
 
 def outline(cls: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[PreTrainedModel, Anatomy]:
@@ -89,22 +115,30 @@ def load(checkpoint: str | Path, *, dtype: torch.dtype = torch.float32, revision
     checkpoint = str(checkpoint)
     config = load_config(checkpoint, revision)
     cls = model_class(checkpoint, config)
+    require_safetensors(checkpoint)
     try:
         loaded: Any = cls.from_pretrained(
             checkpoint, revision=revision or "main", dtype=dtype, use_safetensors=True, output_loading_info=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # as above
         absent = absence(error, checkpoint, revision, "its weights are", (WEIGHTS, WEIGHTS_INDEX))
         if absent is not None:
             raise ValueError(f"model.checkpoint {checkpoint}: {absent}") from error
         hint = "; is it a Git LFS pointer? run `git lfs pull`" if isinstance(error, SafetensorError) else ""
-        raise ValueError(f"{checkpoint}: its weights can't be read: {first_line(error)}{hint}") from error
+        raise ValueError(f"{checkpoint}: its weights can't be read: {_odd('weights', error)}{hint}") from error
     model, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise ValueError(f"{checkpoint}: lacks weights of {cls.__name__} ({shown}); name a checkpoint that has them")
     return model.eval()
+
+
+def require_safetensors(checkpoint: str) -> None:
+    """Raises ValueError for a folder whose weights lie in other files alone."""
+    folder = Path(checkpoint)
+    if folder.is_dir() and not any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
+        raise ValueError(f"model.checkpoint {checkpoint}: {NO_SAFETENSORS}")
 
 
 def digest_weights(model: PreTrainedModel) -> str:
@@ -120,7 +154,7 @@ def load_processor(checkpoint: str, revision: str | None = None) -> BaseImagePro
     """The image processor of a checkpoint; the PIL one, which needs no torchvision. Raises ValueError if none."""
     try:
         return AutoImageProcessor.from_pretrained(checkpoint, revision=revision or "main", backend="pil")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # as above
         absent = absence(error, checkpoint, revision, "its image processor is", PROCESSOR)
         reason = absent or f"no image processor: {first_line(error)}; add a preprocessor_config.json"
         raise ValueError(f"model.checkpoint {checkpoint}: {reason}") from error
@@ -133,14 +167,15 @@ def require_free(path: Path, *, overwrite: bool) -> None:
     """
     if path == path.parent:
         raise ValueError(f"output.path {path} is no folder of its own; name one below it")
-    above = next(folder for folder in path.parents if folder.exists())
+    above = _there(path.parent)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         trouble = "may not be written" if above.is_dir() else "is no folder"
         raise ValueError(f"output.path {path}: {above} {trouble}; choose another path")
-    old = _old(path)
+    old = beside(path, "old")
     if old.exists() and not path.exists():  # of a run that was killed between two renames
         old.rename(path)
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    require_name_fits(path)
+    if not path.exists() or (path.is_dir() and not any(contents(path))):
         return
     if not overwrite:
         raise ValueError(f"output.path {path} exists; choose another path or set output.overwrite=true")
@@ -150,7 +185,7 @@ def require_free(path: Path, *, overwrite: bool) -> None:
 
 def _is_pruned_checkpoint(path: Path) -> bool:
     config = path / "config.json"
-    if not config.is_file() or any(entry.is_dir() for entry in path.iterdir()):
+    if not config.is_file() or any(entry.is_dir() for entry in contents(path)):
         return False
     return f'"quant_method": "{SUBMODULE}"' in config.read_text(encoding="utf-8")
 
@@ -176,7 +211,7 @@ def save(
         raise ValueError(f"{type(model).__name__} isn't pruned; save it with its own save_pretrained")
     require_free(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{path.name}.unfinished")
+    unfinished = beside(path, "unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     try:
         model.save_pretrained(unfinished)
@@ -186,16 +221,42 @@ def save(
         for name, text in (files or {}).items():
             (unfinished / name).write_text(text, encoding="utf-8")
         _replace(unfinished, path)
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(_there(path)).free / GIB
+        raise OSError(
+            f"the checkpoint can't be written to {path}: {first_line(error)} ({free:.3g} GiB are free there); make "
+            "room, or choose another path"
+        ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
     return path
+
+
+def require_room(path: Path, model: PreTrainedModel) -> None:
+    """Raises ValueError for an output path on a disk that has no room for the model."""
+    needed = sum(weight.numel() * weight.element_size() for weight in model.state_dict().values())
+    free = shutil.disk_usage(_there(path)).free
+    if free < needed:
+        raise ValueError(
+            f"output.path {path}: the checkpoint takes {needed / GIB:.3g} GiB, and {free / GIB:.3g} GiB are free "
+            "there; make room, or choose another path"
+        )
+
+
+def _there(path: Path) -> Path:
+    """The nearest folder above a path, or itself, that is there."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def _replace(new: Path, path: Path) -> None:
     if not path.exists():
         new.rename(path)
         return
-    old = _old(path)
+    if path.is_mount():  # config.json, by which it is a checkpoint, last
+        for file in sorted(new.iterdir(), key=lambda file: file.name in CONFIG):
+            file.replace(path / file.name)
+        return
+    old = beside(path, "old")
     shutil.rmtree(old, ignore_errors=True)
     path.rename(old)
     try:
@@ -204,7 +265,3 @@ def _replace(new: Path, path: Path) -> None:
         old.rename(path)
         raise
     shutil.rmtree(old)
-
-
-def _old(path: Path) -> Path:
-    return path.with_name(f".{path.name}.old")

@@ -10,6 +10,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from vitprune import processes
 from vitprune.data import Images
 from vitprune.losses import LOSSES
@@ -33,16 +35,19 @@ class HeldOut:
     count: int = 0
     checks: list[Check] = field(default_factory=list)
     best: State | None = None
+    _taught: list[Tensor | None] = field(default_factory=list, init=False)
 
     def look(self, update: Update, step: int) -> bool:
         """Compares the student as it is; returns whether it is the best so far."""
         sums: dict[str, float] = {}
         images = 0
         with eval_mode(update.student):
-            for batch in self.images.loader(self.batch_size):
+            for number, batch in enumerate(self.images.loader(self.batch_size)):
                 count = len(batch["pixel_values"])
                 images += count
-                for name, value in update.look(batch).items():
+                if len(self._taught) == number:
+                    self._taught.append(update.teach(batch))
+                for name, value in update.look(batch, self._taught[number]).items():
                     sums[name] = sums.get(name, 0.0) + count * value
         if not images:
             return False

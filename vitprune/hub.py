@@ -6,6 +6,7 @@ Knows the caches' folders, the variables that set them, and which files are a ch
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -19,6 +20,10 @@ from huggingface_hub.utils import HFValidationError, get_session, httpx, validat
 from vitprune.recipe_errors import first_line
 
 WEIGHTS, WEIGHTS_INDEX = constants.SAFETENSORS_SINGLE_FILE, constants.SAFETENSORS_INDEX_FILE
+NO_SAFETENSORS = (
+    f"has no {WEIGHTS}, and nothing is unpickled; load it where you trust it, `save_pretrained` it to a folder and "
+    "name that, or name a model.revision that has safetensors"
+)
 CONFIG = ("config.json",)
 PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
@@ -59,7 +64,7 @@ class Cache(NamedTuple):
 
     def trouble(self, error: BaseException) -> str | None:
         """What to say of an error if it is that a cache's folder can't be read or written: the folder, the way out."""
-        for cause in (*_causes(error), *self._unreadable()):
+        for cause in (*causes(error), *self._unreadable()):
             if not isinstance(cause, OSError) or cause.filename is None:
                 continue
             for cache in (self, Cache.of_models(), Cache("HF_HOME", Path(constants.HF_HOME), False)):
@@ -69,6 +74,14 @@ class Cache(NamedTuple):
                         f"the cache {cache.folder} can't be used ({cause.strerror}: {cause.filename}); set {variable} "
                         "to a folder that can be read and written"
                     )
+        return None
+
+    def full(self, error: BaseException) -> str | None:
+        """What to say of an error if it is that there is no room left: the folder, the way out."""
+        for cause in causes(error):
+            if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
+                variable = self.variable if self.variable in os.environ else "HF_HOME"
+                return f"{cause}: the cache {self.folder} is full; make room, or set {variable} to a folder that has it"
         return None
 
     def _unreadable(self) -> Iterator[OSError]:
@@ -138,7 +151,7 @@ def shard_names(index: Path) -> tuple[str, ...]:
     return tuple(sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())))
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
     """An error and what it was raised from. Not what was only being handled: that may have been an expected one."""
     while error is not None:
         yield error

@@ -71,6 +71,21 @@ class PruningQuantizer(HfQuantizer):
             model._keep_in_fp32_modules_strict.add(SUBMODULE)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        """Raises ValueError where thresholds weren't in the checkpoint: transformers leaves memory as it was there."""
+        from vitprune.tracing import is_pruned, pruning_of
+
+        if is_pruned(model):
+            pruning = pruning_of(model)
+            tensors = (*pruning.named_parameters(), *pruning.named_buffers())
+            # by which transformers knows what came from the checkpoint
+            there = {name for name, tensor in tensors if getattr(tensor, "_is_hf_initialized", False) or tensor.is_meta}
+            lacking = [name for name, _ in tensors if name not in there]
+            if lacking:
+                raise ValueError(
+                    f"config.json says that the checkpoint is pruned, but its weights lack {', '.join(lacking)}; it "
+                    "was saved without `import vitprune`: take the entry `quantization_config` out of config.json to "
+                    "load it dense, or save the pruned model again"
+                )
         # nothing is quantized: .half() and .float() are as free as on a model fresh from prune_
         model.is_quantized = False
         return model

@@ -15,9 +15,10 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from vitprune.answers import is_two_towers
-from vitprune.checkpoint import load_config, load_tokenizer, model_class, outline
+from vitprune.checkpoint import load_config, load_tokenizer, model_class, outline, require_safetensors
 from vitprune.hub import (
     CONFIG,
+    NO_SAFETENSORS,
     PROCESSOR,
     TOKENIZER,
     WEIGHTS,
@@ -73,6 +74,7 @@ def _fetch_checkpoint(spec: ModelSpec) -> Iterator[Piece]:
         load_tokenizer(spec.checkpoint, spec.revision)
         parts["tokenizer"] = TOKENIZER
     if not is_hub_id(spec.checkpoint):
+        require_safetensors(spec.checkpoint)
         for what in (*parts, "weights"):
             yield Piece("model.checkpoint", spec.checkpoint, what, LOCAL)
         return
@@ -98,10 +100,7 @@ def _fetch_weights(spec: ModelSpec) -> list[Path]:
         raise ValueError(f"{place}: {_absent(spec, error) or first_line(error)}") from error
     files = weights_in_cache(spec.checkpoint, spec.revision)
     if not files:
-        error = ValueError(
-            f"has no {WEIGHTS}, and nothing is unpickled; load it where you trust it, `save_pretrained` it to a "
-            "folder and name that, or name a model.revision that has safetensors"
-        )
+        error = ValueError(NO_SAFETENSORS)
         raise ValueError(f"{place}: {_absent(spec, error) or error}")
     return files
 

@@ -10,13 +10,14 @@ alone: how many tokens an image keeps is decided by their values.
 
 from __future__ import annotations
 
+import copy
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from vitprune import attention
@@ -26,7 +27,7 @@ from vitprune.masked import MaskedPass
 from vitprune.packed import PackedPass
 from vitprune.pruning_spec import METHOD, PruningSpec
 from vitprune.tokens import TokenBatch
-from vitprune.tracing import Pruning, Trace, as_config, is_pruned, pruning_of, watched_traces
+from vitprune.tracing import Pruning, Trace, as_config, is_pruned, pruning_of, watched_traces, whole_sequence
 
 SUBMODULE = METHOD
 # whether nobody but the model's own head sees what the backbone gives out
@@ -49,11 +50,13 @@ def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
     """
     if is_pruned(model):
         raise ValueError(f"{type(model).__name__} is pruned already; call vitprune.restore_(model) first")
+    _require_plain(model)
     anatomy = examine(model)
     if any(isinstance(hook, _Begin) for hook in anatomy.backbone._forward_pre_hooks.values()):
         raise ValueError(
             f"{type(model).__name__} is part of a model that is pruned already; call vitprune.restore_ on it"
         )
+    _own_config(model)
     pruning = Pruning(spec, anatomy)
     device = next(model.parameters()).device
     owner = model if anatomy.inner is None else anatomy.inner
@@ -64,6 +67,32 @@ def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
     pruning.config = model.config
     model.config.quantization_config = as_config(spec)
     return model
+
+
+def _require_plain(model: nn.Module) -> None:
+    """Raises ValueError for a model that is more than its weights: quantised, or asked for attention maps for good."""
+    configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
+    for config in configs:
+        entry: Any = getattr(config, "quantization_config", None)
+        method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
+        if entry is not None and method != METHOD:
+            raise ValueError(
+                f"{type(model).__name__} is quantised ({getattr(method, 'value', method)}); prune the model that it "
+                "was made from, and quantise afterwards"
+            )
+        if getattr(config, "output_attentions", False):
+            raise ValueError(
+                f"{type(model).__name__} is set to give out attention maps (output_attentions in its config), which a "
+                "pruned model hasn't; set it to false"
+            )
+
+
+def _own_config(model: nn.Module) -> None:
+    """Gives a model configs of its own, since models that are made from one config object share it."""
+    copies: dict[int, Any] = {}
+    for module in model.modules():
+        if isinstance(vars(module).get("config"), PreTrainedConfig):
+            vars(module)["config"] = copy.deepcopy(module.config, copies)
 
 
 def restore_(model: PreTrainedModel) -> PreTrainedModel:
@@ -114,7 +143,7 @@ def _attach(model: PreTrainedModel, pruning: Pruning, anatomy: Anatomy) -> list[
 def _begin_for_head(module: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
     wanted = kwargs.get("output_hidden_states")
     wanted = module.config.output_hidden_states if wanted is None else wanted
-    _for_head.set(wanted is None or wanted is False)
+    _for_head.set(not (wanted or whole_sequence.get()))
 
 
 @torch.compiler.disable()

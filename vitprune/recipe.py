@@ -31,6 +31,7 @@ from vitprune.recipe_values import (
     LISTS_TOO,
     Fraction,
     HubOrLocal,
+    LocalPath,
     Text,
 )
 from vitprune.spec import Spec
@@ -162,7 +163,7 @@ class EvaluateSpec(Spec):
 class OutputSpec(Spec):
     """Where the result goes."""
 
-    path: Text = "runs/pruned"
+    path: LocalPath = "runs/pruned"
     """Folder for the checkpoint and its report, seen from where the command runs."""
     overwrite: bool = False
     """Whether a result that is already there may be replaced."""

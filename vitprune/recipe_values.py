@@ -25,6 +25,7 @@ from pydantic import (
 
 from vitprune.recipe_errors import LIST, WORD
 
+LARGEST_FLOAT32 = 3.4e38
 _FILE_SUFFIXES = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".zip", ".tar", ".safetensors", ".bin", ".pt")
 
 
@@ -52,18 +53,29 @@ def _part(allowed: Callable[[float], bool], words: str) -> BeforeValidator:
     return BeforeValidator(read)
 
 
+def _expanded(value: str) -> str:
+    """`~` and environment variables of a path as a shell has them; what is there by that very name is meant so."""
+    if os.path.exists(value):
+        return value
+    expanded = os.path.expanduser(os.path.expandvars(value))
+    if unset := re.search(r"\$\{?(\w+)", expanded):
+        raise ValueError(f"is {value!r}, but no environment variable {unset[1]} is set; set it, or write the path out")
+    return expanded
+
+
 def _existing(value: str, info: ValidationInfo) -> str:
     """A local path as an absolute one, a Hub id as it is. Without folders to look in (Python API) both as they are."""
+    written, value = value, _expanded(value)
     folders: Mapping[str, Sequence[Path]] | None = info.context
     if folders is None or "://" in value:
         return value
-    places = [os.path.abspath(folder / os.path.expanduser(value)) for folder in folders[str(info.field_name)]]
+    places = [os.path.abspath(folder / value) for folder in folders[str(info.field_name)]]
     for place in places:
         if os.path.exists(place):
             return place
-    if value.startswith((".", "/", "~")) or value.count("/") > 1 or Path(value).suffix in _FILE_SUFFIXES:
+    if value.startswith((".", "/")) or value.count("/") > 1 or Path(value).suffix in _FILE_SUFFIXES:
         looked = " or ".join(dict.fromkeys(places))
-        raise ValueError(f"{value!r} is not there; looked for {looked}")
+        raise ValueError(f"{written!r} is not there; looked for {looked}")
     return value
 
 
@@ -83,6 +95,7 @@ _PERCENT_OR_PART = {
 }
 
 Text = Annotated[str, StringConstraints(min_length=1)]
+LocalPath = Annotated[Text, AfterValidator(_expanded)]
 HubOrLocal = Annotated[Text, AfterValidator(_existing)]
 Positive = Annotated[float, Field(gt=0), BeforeValidator(_number)]
 NonNegative = Annotated[float, Field(ge=0), BeforeValidator(_number)]
@@ -127,7 +140,17 @@ LISTS_TOO = Field(strict=False)
 _AutoOrEvery = Annotated[Literal["auto", "every"], Tag(WORD)]
 _Calibrated = Annotated[Literal["calibrated"], Tag(WORD)]
 _Ints = Annotated[Sequence[PositiveInt], AfterValidator(tuple), Tag(LIST)]
-_Numbers = Annotated[Sequence[NonNegative], AfterValidator(tuple), Tag(LIST)]
+
+
+def _float32(value: float) -> float:
+    """What a threshold can be: beyond it is infinite, and then tokens leave that always stay."""
+    if value > LARGEST_FLOAT32:
+        raise ValueError(f"has {value:g}, but a threshold is at most {LARGEST_FLOAT32:g}")
+    return value
+
+
+_Float32 = Annotated[NonNegative, AfterValidator(_float32)]
+_Numbers = Annotated[Sequence[_Float32], AfterValidator(tuple), Tag(LIST)]
 _Fractions = Annotated[Sequence[Fraction], AfterValidator(tuple), Tag(LIST)]
 
 Blocks = Annotated[_Ints | _AutoOrEvery, _either("auto", "every", form="of block numbers such as [4, 7, 10]")]

@@ -7,24 +7,31 @@ Knows files and the fingerprint that guards them. Leaves what the stages are to 
 from __future__ import annotations
 
 import json
+import os
+import platform
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
+from typing_extensions import Self
 
 from vitprune import processes
+from vitprune.output_paths import beside
 
 T = TypeVar("T")
 _FINGERPRINT = "fingerprint.json"
 _REPORT = "report.json"
 _ABSENT = "nothing"
+_LOCK = "lock"
+_OWNER = "owner.txt"
 
 
 def place_of(output: Path) -> Path:
-    return output.parent / f".{output.name}.run"
+    return beside(output, "run")
 
 
 def was_saved(output: Path) -> bool:
@@ -38,9 +45,10 @@ def was_saved(output: Path) -> bool:
 
 @dataclass(frozen=True)
 class RunFolder:
-    """`.NAME.run` beside the output NAME. Every process has one; the main process alone writes."""
+    """`.NAME.run` beside the output NAME. Every process has one; the main process alone writes, and holds the lock."""
 
     path: Path
+    lock: FileLock | None
 
     @classmethod
     def open(cls, output: Path, fingerprint: Callable[[], Mapping[str, Any]], *, restart: bool) -> RunFolder:
@@ -48,22 +56,40 @@ class RunFolder:
 
         fingerprint: asked of the main process alone.
 
-        Raises ValueError, with the list of differences, if that run had another recipe, data or base checkpoint.
+        Raises ValueError, with the list of differences, if that run had another recipe, data or base checkpoint; and if
+        it is still under way.
         """
         path = place_of(output)
+        lock = FileLock(path / _LOCK, blocking=False) if processes.join().is_main_process else None
 
         def prepare() -> None:
-            shutil.rmtree(path.with_suffix(".done"), ignore_errors=True)
-            mark = path / _FINGERPRINT
-            if mark.is_file() and not restart and any(entry != mark for entry in path.iterdir()):
-                _require_same(json.loads(mark.read_text(encoding="utf-8")), fingerprint(), path)
-                return
-            shutil.rmtree(path, ignore_errors=True)
+            assert lock is not None
+            shutil.rmtree(beside(output, "done"), ignore_errors=True)
             path.mkdir(parents=True, exist_ok=True)
-            _write(mark, json.dumps(fingerprint(), indent=1))
+            _acquire(lock, path)
+            try:
+                mark = path / _FINGERPRINT
+                others = [entry for entry in path.iterdir() if entry.name not in (_FINGERPRINT, _LOCK, _OWNER)]
+                if mark.is_file() and not restart and others:
+                    _require_same(json.loads(mark.read_text(encoding="utf-8")), fingerprint(), path)
+                    return
+                for entry in (mark, *others):
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+                _write(mark, json.dumps(fingerprint(), indent=1))
+            except BaseException:
+                lock.release()
+                raise
 
         processes.on_main(prepare)
-        return cls(path)
+        return cls(path, lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Another process may go on."""
+        if self.lock is not None:
+            self.lock.release()
 
     def stage(self, name: str, kind: type[T] | Any, compute: Callable[[], T]) -> T:
         """The result of a stage: found here, or computed, by all processes, and kept. `kind`: its type, for JSON."""
@@ -84,9 +110,22 @@ class RunFolder:
         """The run is done."""
         if processes.join().is_main_process:
             # half a folder is no run to go on with
-            done = self.path.with_suffix(".done")
+            done = self.path.with_name(self.path.name.removesuffix("run") + "done")
             self.path.rename(done)
             shutil.rmtree(done)
+
+
+def _acquire(lock: FileLock, path: Path) -> None:
+    """Raises ValueError where another run has it."""
+    owner = path / _OWNER
+    try:
+        lock.acquire()
+    except Timeout:
+        who = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
+        raise ValueError(
+            f"a run into the same output is under way ({who}); wait for it, or choose another output.path"
+        ) from None
+    _write(owner, f"process {os.getpid()} on {platform.node()}")
 
 
 def _write(place: Path, text: str) -> None:

@@ -16,7 +16,7 @@ import datasets
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value
 from datasets.exceptions import DatasetsError
 
-from vitprune.hub import PREFETCH, Cache, Disconnected, is_hub_id
+from vitprune.hub import PREFETCH, Cache, Disconnected, causes, is_hub_id
 from vitprune.recipe import DataSpec
 
 FILE_KINDS: Mapping[str, str] = {".parquet": "parquet", ".arrow": "arrow"}
@@ -137,6 +137,8 @@ def _quiet() -> Iterator[None]:
 
 def _reason(data: DataSpec, error: Exception) -> str:
     cache = Cache.of_data()
+    if full := cache.full(error):
+        return full
     if trouble := cache.trouble(error):
         return trouble
     if is_hub_id(data.path):
@@ -149,7 +151,7 @@ def _reason(data: DataSpec, error: Exception) -> str:
     if "Unknown split" in str(error):
         return f"{error} Name one, or a part of one as in 'train[:80%]', in `data.train.split` or `data.eval.split`"
     if Path(data.path).expanduser().exists() or isinstance(error, ValueError):
-        return str(error)
+        return " ".join(dict.fromkeys(str(cause) for cause in causes(error) if str(cause)))
     return (
         f"there is no such file or folder (seen from {Path.cwd()}), and the Hub doesn't give it: {error}; check the "
         "spelling, the network, and for a gated data set that `hf auth login` was done"

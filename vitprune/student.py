@@ -26,7 +26,7 @@ from vitprune.losses import NonFiniteLoss
 from vitprune.optimization import learning
 from vitprune.recipe import FinetuneSpec
 from vitprune.threshold_training import ThresholdTraining
-from vitprune.tracing import pruning_of
+from vitprune.tracing import pruning_of, whole_sequence
 
 Weights = dict[str, Tensor]
 
@@ -92,10 +92,11 @@ class FinalTokens:
         def take(module: nn.Module, args: Any, output: Any) -> None:
             found.append(output[0] if isinstance(output, tuple) else output)
 
-        handle = self._source.register_forward_hook(take)
+        handle, token = self._source.register_forward_hook(take), whole_sequence.set(True)
         try:
             yield found
         finally:
+            whole_sequence.reset(token)
             handle.remove()
 
 

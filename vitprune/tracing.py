@@ -28,6 +28,8 @@ PUBLISHED_TEMPERATURE = 1e-4
 # a threshold that keeps everything: what a stage has until it is calibrated
 KEEPS_ALL = -torch.inf
 
+# whether the sequence behind the last block is wanted whole, though the head reads few tokens of it
+whole_sequence: ContextVar[bool] = ContextVar("vitprune_whole_sequence", default=False)
 watched_traces: ContextVar[tuple[Trace, ...]] = ContextVar("vitprune_traces", default=())
 
 
@@ -180,23 +182,38 @@ class Trace:
 
     @property
     def keep_masks(self) -> list[Tensor]:
+        self._require_forwards()
+        patches = {masks[-1].shape[1] for masks in self._keep_masks}
+        if len(patches) > 1:
+            raise ValueError(
+                f"the trace saw images of different sizes ({', '.join(map(str, sorted(patches)))} patches), whose "
+                "masks are no one tensor; use a trace for each size (macs and costs are there for all)"
+            )
         return [torch.cat(masks) for masks in zip(*self._keep_masks, strict=True)]
 
     @property
     def macs(self) -> Tensor:
-        return torch.cat(self._macs)
+        return self._joined(self._macs)
 
     @property
     def dense_macs(self) -> Tensor:
-        return torch.cat(self._dense_macs)
+        return self._joined(self._dense_macs)
 
     @property
     def costs(self) -> Tensor:
-        return torch.cat(self._costs)
+        return self._joined(self._costs)
 
     @property
     def dense_costs(self) -> Tensor:
-        return torch.cat(self._dense_costs)
+        return self._joined(self._dense_costs)
+
+    def _joined(self, parts: list[Tensor]) -> Tensor:
+        self._require_forwards()
+        return torch.cat(parts)
+
+    def _require_forwards(self) -> None:
+        if not self._macs:
+            raise ValueError("the trace saw no forward; run the model inside `with vitprune.trace(model)`")
 
     @property
     def ratio(self) -> float:

@@ -83,21 +83,33 @@ class Update:
         return record
 
     @torch.no_grad()
-    def look(self, batch: Mapping[str, Tensor]) -> dict[str, float]:
-        """Losses and ratio on a batch that all processes have, with nothing learned; the student is in eval mode."""
-        losses, seen = self._look(self._placed(batch))
+    def look(self, batch: Mapping[str, Tensor], taught: Tensor | None = None) -> dict[str, float]:
+        """Losses and ratio on a batch that all processes have, with nothing learned; the student is in eval mode.
+
+        taught: the teacher's answers to it, where they are known.
+        """
+        losses, seen = self._look(self._placed(batch), taught)
         ratio = (seen.costs_B / seen.dense_costs_B).mean()
         found = {**losses, "ratio": ratio, **self._kept(seen.kept_BS)}
         return {name: value.item() for name, value in found.items()}
 
-    def _look(self, batch: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], Seen]:
+    @torch.no_grad()
+    def teach(self, batch: Mapping[str, Tensor]) -> Tensor | None:
+        """What the teacher answers to a batch; None where not that alone, or nothing, is wanted of it."""
+        if self.spec.losses.tokens or not self.spec.losses.distillation:
+            return None
+        with self.accelerator.autocast():
+            return self.teacher(self._placed(batch)["pixel_values"])
+
+    def _look(self, batch: Mapping[str, Tensor], taught: Tensor | None = None) -> tuple[dict[str, Tensor], Seen]:
         weights, x_BCHW = self.spec.losses, batch["pixel_values"]
-        taught, tokens = None, list[Tensor]()
+        tokens = list[Tensor]()
         with self.accelerator.autocast():
             seen = self.student(x_BCHW)
-            if weights.distillation or weights.tokens:
+            if taught is None and (weights.distillation or weights.tokens):
                 with torch.no_grad(), taken(self._taught) as tokens:
                     taught = self.teacher(x_BCHW)
+            if taught is not None:
                 require_same_width(seen.answers, taught)
             labels_B = batch.get("labels")
             losses = answer_losses(seen.answers, taught, labels_B, weights, are_logits=self.teacher.are_logits)

@@ -1,0 +1,62 @@
+"""Held-out images: which state is the best."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vitprune.held_out import HeldOut
+
+
+class Pictures:
+    """Three batches, of 2, 2 and 1 images."""
+
+    def loader(self, batch_size: int) -> Any:
+        assert batch_size == 2
+        return [{"pixel_values": torch.zeros(count, 3, 2, 2)} for count in (2, 2, 1)]
+
+
+class Updates:
+    """Stands for an update whose student has such losses."""
+
+    def __init__(self, losses: list[float]) -> None:
+        self.student = nn.Dropout().train()
+        self.losses = losses
+        self.seen = self.taught = 0
+
+    def teach(self, batch: Any) -> None:
+        self.taught += 1
+
+    def look(self, batch: Any, taught: None) -> dict[str, float]:
+        assert not self.student.training
+        images, self.seen = len(batch["pixel_values"]), self.seen + 1
+        loss = self.losses[(self.seen - 1) // 3]
+        # the last image alone has another loss
+        return {"task": loss + (images == 1), "distillation": 0.5, "ratio": 0.6, "kept/before_block_4": 0.25}
+
+
+def test_a_check_is_the_mean_over_the_images_and_the_lowest_loss_is_kept() -> None:
+    update: Any = Updates([3.0, 2.0, 2.5])
+    images: Any = Pictures()
+    held = HeldOut(images, 2, (4,))
+    assert held.kept_step == 0
+    assert [held.look(update, step) for step in (0, 10, 20)] == [True, True, False]
+    assert held.count == 5
+    assert held.kept_step == 10
+    first = held.checks[0]
+    assert first.losses == pytest.approx({"task": 3.2, "distillation": 0.5})
+    assert first.loss == pytest.approx(3.7)
+    assert (first.ratio, first.kept) == (pytest.approx(0.6), pytest.approx((0.25,)))
+    assert update.student.training
+    assert update.taught == 3  # the teacher is asked once
+
+
+def test_without_an_image_there_is_nothing_to_choose_by() -> None:
+    images: Any = type("Nothing", (), {"loader": lambda self, size: []})()
+    update: Any = Updates([])
+    held = HeldOut(images, 2, (4,))
+    assert not held.look(update, 0)
+    assert held.checks == []
