@@ -23,7 +23,7 @@ import vitprune
 from vitprune.apply import apply, evaluate
 from vitprune.finetuning import NonFiniteLoss
 from vitprune.planning import plan
-from vitprune.recipe import Recipe, load_recipe
+from vitprune.recipe import Recipe, RecipeError, load_recipe
 from vitprune.results import Report
 from vitprune.tracing import is_pruned
 
@@ -232,6 +232,27 @@ def test_a_plan_for_a_budget_of_time_expects_no_tokens(tmp_path: Path) -> None:
     assert planned.steps[0] == "measure what blocks and stages take by tokens, in batches of 4"
     assert planned.steps[1].endswith("to 60% of the dense model's time")
     assert any("check by measurement" in step for step in planned.steps)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["pruning.before_blocks=[5]", "budget.macs=20%"],
+        ["pruning.before_blocks=auto", "budget.macs=5%"],
+        ["pruning={select: tome}", "budget.macs=10%"],
+    ],
+)
+def test_a_plan_knows_budgets_that_nothing_reaches(tmp_path: Path, changes: list[str]) -> None:
+    with pytest.raises(RecipeError, match=r"budget\.macs: .*% can't be met by pruning before blocks .* the nearest is"):
+        plan(recipe(tmp_path, RECIPE, "vit", *changes))
+
+
+def test_a_plan_knows_a_checkpoint_that_is_pruned(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, RECIPE)
+    apply(asked)
+    again = asked.model_copy(update={"model": asked.model.model_copy(update={"checkpoint": str(tmp_path / "out")})})
+    with pytest.raises(ValueError, match="out is pruned already; name the dense model"):
+        plan(again)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -21,7 +21,9 @@ from transformers import (
     PreTrainedModel,
     Trainer,
     TrainingArguments,
+    ViTConfig,
     ViTImageProcessorPil,
+    ViTModel,
     pipeline,
 )
 
@@ -372,3 +374,17 @@ def test_thresholds_are_never_uninitialised_memory(saved: tuple[PreTrainedModel,
 def test_attention_maps_asked_for_when_loading_are_refused(saved: tuple[PreTrainedModel, Path]) -> None:
     with pytest.raises(ValueError, match="output_attentions in its config"):
         AutoModelForImageClassification.from_pretrained(saved[1], output_attentions=True)
+
+
+@pytest.mark.parametrize("pruned", [False, True])
+def test_a_model_that_was_built_without_a_pooler_comes_back_so(tmp_path: Path, pruned: bool) -> None:
+    model = ViTModel(ViTConfig(**tiny.SHAPE), add_pooling_layer=False).eval()
+    if pruned:
+        vitprune.save(vitprune.prune_(model, tiny.POLICIES["as-vit"]), tmp_path / "ck")
+    else:
+        model.save_pretrained(tmp_path / "ck")
+    back = vitprune.load(tmp_path / "ck")
+    assert is_pruned(back) is pruned
+    with torch.no_grad():
+        found, expected = back(tiny.images(2)), model(tiny.images(2))
+    assert_close(found.last_hidden_state, expected.last_hidden_state, **EXACT)

@@ -162,3 +162,17 @@ def test_environment(dense: PreTrainedModel) -> None:
     assert environment.numba == version("numba")
     assert environment.threads >= 1
     assert environment.cpu
+
+
+def test_answers_that_are_no_numbers_are_counted_and_wrong(
+    dense: PreTrainedModel, images: Callable[..., Images]
+) -> None:
+    """In float16 a layer may overflow: neither the same answer nor a right one."""
+    with torch.no_grad():
+        dense.get_parameter("classifier.bias")[0] = torch.nan
+    pruned = vitprune.prune_(copy.deepcopy(dense), tiny.POLICIES["redundancy-merge"])
+    result = compare(dense, pruned, images(), SPEC, progress=False)
+    assert (result.not_finite.dense, result.not_finite.pruned) == (10, 10)
+    assert result.agreement == 0.0
+    assert result.metrics["accuracy"].dense == result.metrics["accuracy"].pruned == 0.0
+    assert result.metrics["top-5-accuracy"].pruned == 0.0

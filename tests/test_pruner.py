@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -12,7 +13,14 @@ import torch
 from tiny import Tolerance
 from torch import nn
 from torch.testing import assert_close
-from transformers import PreTrainedModel, SwinConfig, SwinForImageClassification, ViTForImageClassification
+from transformers import (
+    PreTrainedModel,
+    SwinConfig,
+    SwinForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
+)
 
 import vitprune
 from vitprune import attention
@@ -394,3 +402,19 @@ def test_models_of_one_config_are_pruned_one_by_one() -> None:
     assert student.config._attn_implementation == attention.NAME
     # all parts of the student have the same one, as before
     assert {id(module.config) for module in student.modules() if hasattr(module, "config")} == {id(student.config)}
+
+
+def test_an_encoder_whose_layers_have_a_config_of_their_own_is_pruned() -> None:
+    """As in a VisionEncoderDecoderModel made of two models: what one image gives mustn't depend on the batch."""
+    encoder = ViTModel(ViTConfig(**tiny.SHAPE), add_pooling_layer=False)
+    encoder.config = copy.deepcopy(encoder.config)
+    dense = copy.deepcopy(encoder).eval()
+    x = tiny.images(3)
+    vitprune.prune_(encoder.eval(), tiny.POLICIES["as-vit"])
+    with torch.no_grad():
+        together, alone = encoder(x).last_hidden_state[:1], encoder(x[:1]).last_hidden_state
+    assert_close(together, alone, **FLOAT32)
+    vitprune.restore_(encoder)
+    assert {module.config._attn_implementation for module in encoder.modules() if hasattr(module, "config")} == {"sdpa"}
+    with torch.no_grad():
+        assert_close(encoder(x).last_hidden_state, dense(x).last_hidden_state, **EXACT)

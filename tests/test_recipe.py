@@ -473,7 +473,7 @@ def test_paths_have_environment_variables_and_home(tmp_path: Path, monkeypatch: 
     assert recipe.data.path == str(tmp_path / "images")
     assert recipe.output.path == f"{tmp_path}/home/{tmp_path}"
     assert DataSpec(path="~/images").path == f"{tmp_path}/home/images"
-    with pytest.raises(RecipeError, match=r"r\.yaml.*output\.path: .*no environment variable NOWHERE is set; set it"):
+    with pytest.raises(RecipeError, match=r"output\.path: .*no environment variable NOWHERE is set; set it"):
         load_recipe(tmp_path / "r.yaml", ["output.path=$NOWHERE/x"])
 
 

@@ -17,7 +17,7 @@ from vitprune.cost import CostModel
 from vitprune.departure import Departure, depart
 from vitprune.recipe import PruningSpec
 from vitprune.scoring import true_indices
-from vitprune.stage import Decision, Policy, SeenTokens, decide, stage_macs
+from vitprune.stage import REDUNDANCY_BY_SIZE, Decision, Policy, SeenTokens, decide, stage_macs
 from vitprune.tokens import TokenBatch
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
@@ -363,7 +363,15 @@ def test_images_of_different_sizes_are_each_judged_by_their_own(tokens: Tokens) 
     assert_close(weighed, plain * torch.tensor([[1.0], [0.25]]), **FLOAT32)
 
 
-@pytest.mark.parametrize("spec", [{}, {"select": "tome"}, {**AS_VIT, "select": "random"}], ids=str)
+def test_redundancy_grows_with_the_patches_that_lie_between(tokens: Tokens) -> None:
+    found = findings(tokens)
+    expected = ask(policy(), found, tokens).scores_BM
+    ours = ask(policy(patches=4), found, tokens).scores_BM
+    assert_close(ours, expected * 2**REDUNDANCY_BY_SIZE, **FLOAT32)
+    assert_close(ask(policy(patches=M - PREFIX), found, tokens).scores_BM, expected, **EXACT)
+
+
+@pytest.mark.parametrize("spec", [{"select": "tome"}, {**AS_VIT, "select": "random"}], ids=str)
 def test_other_scores_say_the_same_of_images_of_any_size(spec: dict[str, Any], tokens: Tokens) -> None:
     found = findings(tokens)
     ours, expected = (ask(policy(**s), found, tokens).scores_BM for s in ({**spec, "patches": 4}, spec))

@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from vitprune.anatomy import Inputs, first_image, run_on_images
 from vitprune.answers import Answers
-from vitprune.schedule import STRONGEST, Schedule, Tried, search
+from vitprune.schedule import STRONGEST, Schedule, Tried, search, unreachable
 from vitprune.tracing import Pruning, Trace, eval_mode, pruning_of, trace, watching
 
 # how near the calibrated ratio of costs has to come to the budget
@@ -99,10 +99,7 @@ def calibrate(model: nn.Module, batches: Batches, budget: float, *, progress: bo
     if abs(ratio - budget) > 5 * TOLERANCE:
         key, unit = ("macs", "MACs") if pruning.latency is None else ("latency", "time")
         pruning.adopt(spec, first)
-        raise ValueError(
-            f"budget.{key}: {budget:.1%} can't be met by pruning before blocks {list(first)}: "
-            f"the nearest is {ratio:.1%}; allow more {unit} or prune before earlier blocks"
-        )
+        raise ValueError(f"budget.{key}: {unreachable(budget, first, ratio, unit)}")
     return found(ratio)
 
 

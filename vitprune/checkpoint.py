@@ -6,6 +6,7 @@ Knows files; leaves what a pruned model is to `pruner`, and its way back through
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import shutil
 from collections.abc import Mapping
@@ -81,7 +82,8 @@ def model_class(checkpoint: str, config: PreTrainedConfig) -> type[PreTrainedMod
 
 
 def _classifier_of(config: PreTrainedConfig) -> str:
-    return MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.get(config.model_type, "ViTForImageClassification")
+    names: Mapping[str, Any] = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    return names.get(config.model_type, "ViTForImageClassification")
 
 
 def outline(cls: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[PreTrainedModel, Anatomy]:
@@ -116,10 +118,27 @@ def load(checkpoint: str | Path, *, dtype: torch.dtype = torch.float32, revision
     config = load_config(checkpoint, revision)
     cls = model_class(checkpoint, config)
     require_safetensors(checkpoint)
+    model, missing = _read(cls, checkpoint, revision, dtype)
+    if missing and all(name.startswith("pooler.") for name in missing) and _pools_by_choice(cls):
+        # as it was saved from: a model that was built without
+        model, missing = _read(cls, checkpoint, revision, dtype, add_pooling_layer=False)
+    if missing:
+        shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        raise ValueError(f"{checkpoint}: lacks weights of {cls.__name__} ({shown}); name a checkpoint that has them")
+    return model.eval()
+
+
+def _pools_by_choice(cls: type[PreTrainedModel]) -> bool:
+    return "add_pooling_layer" in inspect.signature(cls.__init__).parameters
+
+
+def _read(
+    cls: type[PreTrainedModel], checkpoint: str, revision: str | None, dtype: torch.dtype, **options: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of weights that the checkpoint lacks."""
+    places = {"revision": revision or "main", "use_safetensors": True, "output_loading_info": True}
     try:
-        loaded: Any = cls.from_pretrained(
-            checkpoint, revision=revision or "main", dtype=dtype, use_safetensors=True, output_loading_info=True
-        )
+        loaded: Any = cls.from_pretrained(checkpoint, dtype=dtype, **places, **options)
     except Exception as error:  # as above
         absent = absence(error, checkpoint, revision, "its weights are", (WEIGHTS, WEIGHTS_INDEX))
         if absent is not None:
@@ -127,11 +146,7 @@ def load(checkpoint: str | Path, *, dtype: torch.dtype = torch.float32, revision
         hint = "; is it a Git LFS pointer? run `git lfs pull`" if isinstance(error, SafetensorError) else ""
         raise ValueError(f"{checkpoint}: its weights can't be read: {_odd('weights', error)}{hint}") from error
     model, info = loaded
-    missing = sorted(info["missing_keys"])
-    if missing:
-        shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
-        raise ValueError(f"{checkpoint}: lacks weights of {cls.__name__} ({shown}); name a checkpoint that has them")
-    return model.eval()
+    return model, sorted(info["missing_keys"])
 
 
 def require_safetensors(checkpoint: str) -> None:

@@ -26,11 +26,12 @@ from vitprune.answers import Answers, require_same_kind, require_same_width
 from vitprune.data import Images
 from vitprune.metrics import RANKED, load_metric
 from vitprune.recipe import EvaluateSpec
-from vitprune.results import Comparison, Distribution, Environment, KeptPatches, Macs, MetricPair, Throughput
+from vitprune.results import Comparison, Distribution, Environment, KeptPatches, Macs, MetricPair, NotFinite, Throughput
 from vitprune.timing import PlacedBatches, Runner, placed, time_in_turn, whole_batches
 from vitprune.tracing import Trace, eval_mode, pruning_of, trace
 
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
+NO_CLASS = -1
 
 
 def compare(
@@ -83,6 +84,7 @@ class _Seen:
     ranked: tuple[Tensor, Tensor] | None
     cosines_B: Tensor | None
     labels_B: Tensor | None
+    finite_B: tuple[Tensor, Tensor]
 
     @classmethod
     def of(cls, dense: Tensor, pruned: Tensor, watched: Trace, labels_B: Tensor | None, *, are_logits: bool) -> _Seen:
@@ -94,6 +96,7 @@ class _Seen:
             ranked=(_ranked(dense), _ranked(pruned)) if are_logits else None,
             cosines_B=None if are_logits else F.cosine_similarity(dense.float(), pruned.float(), dim=-1).cpu(),
             labels_B=labels_B if are_logits else None,
+            finite_B=(_are_finite(dense), _are_finite(pruned)),
         )
 
     @classmethod
@@ -113,13 +116,17 @@ class _Seen:
             else None,
             cosines_B=joined([part.cosines_B for part in parts]),
             labels_B=joined([part.labels_B for part in parts]),
+            finite_B=(
+                torch.cat([part.finite_B[0] for part in parts]),
+                torch.cat([part.finite_B[1] for part in parts]),
+            ),
         )
 
 
 def _comparison(seen: _Seen, before_blocks: Sequence[int], metrics: Sequence[str], skipped: int) -> Comparison:
-    agreement, pairs = None, {}
+    agreement, pairs, finite_B = None, {}, seen.finite_B[0] & seen.finite_B[1]
     if seen.ranked is not None:
-        agreement = float((seen.ranked[0][:, 0] == seen.ranked[1][:, 0]).double().mean())
+        agreement = float(((seen.ranked[0][:, 0] == seen.ranked[1][:, 0]) & finite_B).double().mean())
         if seen.labels_B is not None:
             labels = seen.labels_B.tolist()
             values = [{name: _value(name, ranked.tolist(), labels) for name in metrics} for ranked in seen.ranked]
@@ -129,7 +136,8 @@ def _comparison(seen: _Seen, before_blocks: Sequence[int], metrics: Sequence[str
         skipped=skipped,
         metrics=pairs,
         agreement=agreement,
-        similarity=None if seen.cosines_B is None else float(seen.cosines_B.double().mean()),
+        similarity=None if seen.cosines_B is None else float(seen.cosines_B.double().where(finite_B, 0.0).mean()),
+        not_finite=NotFinite(dense=int((~seen.finite_B[0]).sum()), pruned=int((~seen.finite_B[1]).sum())),
         macs=Macs(dense=float(seen.dense_macs_B.mean()), pruned=_distribution(seen.macs_B)),
         kept=tuple(
             KeptPatches(before_block=block, patches=seen.patches, kept=_distribution(kept_B))
@@ -210,8 +218,14 @@ def _cpu_name() -> str:
 
 
 def _ranked(logits: Tensor) -> Tensor:
-    """(B, 5) ids of the likeliest classes, likeliest first; all where there are fewer."""
-    return logits.topk(min(RANKED, logits.shape[-1]), dim=-1).indices.cpu()
+    """(B, 5) ids of the likeliest classes, likeliest first; all where there are fewer. −1 for answers that are none."""
+    ids_BR = logits.topk(min(RANKED, logits.shape[-1]), dim=-1).indices.cpu()
+    return ids_BR.masked_fill(~_are_finite(logits)[:, None], NO_CLASS)
+
+
+def _are_finite(answers: Tensor) -> Tensor:
+    """Whether all numbers of an image's answer are, (B,)."""
+    return answers.isfinite().flatten(1).all(1).cpu()
 
 
 def _distribution(values: Tensor) -> Distribution:

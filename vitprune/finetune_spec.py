@@ -58,7 +58,7 @@ class FinetuneSpec(Spec):
     thresholds: ThresholdMode = "scaled"
     """scaled: a common factor holds them to the budget while weights learn; learned: gradients move them, too;
     calibrated: they stay as they were until the end."""
-    threshold_learning_rate: Positive = 0.002
+    threshold_learning_rate: Positive = 0.0005
     """Highest learning rate of thresholds that learn: the part of a stage's patches that a step moves, at most."""
     weight_decay: NonNegative = 0.05
     """AdamW's."""

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from vitprune.anatomy import Anatomy, count_tokens
 from vitprune.checkpoint import load_config, load_processor, model_class, outline
+from vitprune.cost import CostModel
 from vitprune.finetune_spec import Trained
+from vitprune.pruning_spec import ANCHORS, METHOD
 from vitprune.reading import blank_image
 from vitprune.recipe import Recipe
+from vitprune.recipe_errors import Problem, RecipeError
 from vitprune.results import Plan, PlanRow
-from vitprune.schedule import MOST_TRIES, Schedule
+from vitprune.schedule import MOST_TRIES, Schedule, unreachable
+from vitprune.tracing import quantization_method
 
 _WHAT: dict[Trained, str] = {"all": "all weights", "norms": "norms", "thresholds": "thresholds"}
 
@@ -20,6 +24,8 @@ def plan(recipe: Recipe) -> Plan:
     cls = model_class(spec.checkpoint, config)
     _, anatomy = outline(cls, config)
     require_images(spec.checkpoint, anatomy)
+    if quantization_method(config) == METHOD:
+        raise ValueError(f"model.checkpoint {spec.checkpoint} is pruned already; name the dense model")
     stages = anatomy.stages(recipe.pruning)
     pixels = blank_image(load_processor(spec.checkpoint, spec.revision))
     prefix, cost = anatomy.num_prefix_tokens, anatomy.cost
@@ -27,6 +33,7 @@ def plan(recipe: Recipe) -> Plan:
     expected: list[float | None] = [None] * len(cost.linear)
     if recipe.budget.macs is not None and _meets_budget(recipe):  # what takes some time is known when it was measured
         schedule = Schedule.even(stages)
+        _require_reachable(recipe, schedule, cost, patches, prefix)
         strength = schedule.strength(cost, patches, prefix, recipe.budget.macs)
         expected = [*schedule.tokens(strength, len(cost.linear), patches, prefix)]
     rows = tuple(
@@ -51,6 +58,24 @@ def plan(recipe: Recipe) -> Plan:
         rows=rows,
         steps=_steps(recipe),
     )
+
+
+def _require_reachable(recipe: Recipe, first: Schedule, cost: CostModel, patches: int, prefix: int) -> None:
+    """Raises ValueError for a budget that would take more than all patches but those that always stay."""
+    budget, least = recipe.budget.macs, recipe.pruning.min_tokens
+    assert budget is not None
+    schedule = Schedule.even((1,)) if recipe.pruning.is_searched else first
+    # by ToMe half of them stay at each stage
+    stays = ANCHORS if recipe.pruning.select == "tome" else 0.0
+    tokens, left = [], float(patches)
+    for block in range(len(cost.linear)):
+        if block in schedule.before_blocks:
+            left = max(least, left * stays)
+        tokens.append(prefix + left)
+    macs = sum(cost.pruned_block(block, n) for block, n in enumerate(tokens)) + cost.outside(patches)
+    nearest = macs / cost.dense(patches, prefix)
+    if nearest > budget:
+        raise RecipeError([Problem(("budget", "macs"), unreachable(budget, schedule.before_blocks, nearest, "MACs"))])
 
 
 def require_images(checkpoint: str, anatomy: Anatomy) -> None:

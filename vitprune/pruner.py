@@ -27,7 +27,16 @@ from vitprune.masked import MaskedPass
 from vitprune.packed import PackedPass
 from vitprune.pruning_spec import METHOD, PruningSpec
 from vitprune.tokens import TokenBatch
-from vitprune.tracing import Pruning, Trace, as_config, is_pruned, pruning_of, watched_traces, whole_sequence
+from vitprune.tracing import (
+    Pruning,
+    Trace,
+    as_config,
+    is_pruned,
+    pruning_of,
+    quantization_method,
+    watched_traces,
+    whole_sequence,
+)
 
 SUBMODULE = METHOD
 # whether nobody but the model's own head sees what the backbone gives out
@@ -63,7 +72,7 @@ def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
     owner.add_module(SUBMODULE, pruning if device.type == "meta" else pruning.to(device))
     pruning.handles = _attach(model, pruning, anatomy)
     if anatomy.family.has_interface:
-        anatomy.backbone.set_attn_implementation(attention.NAME)
+        _set_attention(anatomy.backbone, attention.NAME)
     pruning.config = model.config
     model.config.quantization_config = as_config(spec)
     return model
@@ -73,11 +82,10 @@ def _require_plain(model: nn.Module) -> None:
     """Raises ValueError for a model that is more than its weights: quantised, or asked for attention maps for good."""
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     for config in configs:
-        entry: Any = getattr(config, "quantization_config", None)
-        method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
-        if entry is not None and method != METHOD:
+        method = quantization_method(config)
+        if method not in (None, METHOD):
             raise ValueError(
-                f"{type(model).__name__} is quantised ({getattr(method, 'value', method)}); prune the model that it "
+                f"{type(model).__name__} is quantised ({method}); prune the model that it "
                 "was made from, and quantise afterwards"
             )
         if getattr(config, "output_attentions", False):
@@ -95,6 +103,15 @@ def _own_config(model: nn.Module) -> None:
             vars(module)["config"] = copy.deepcopy(module.config, copies)
 
 
+def _set_attention(backbone: PreTrainedModel, name: str) -> None:
+    """Also where layers have a config of their own, as those of an encoder that was put into a larger model."""
+    backbone.set_attn_implementation(name)
+    for module in backbone.modules():
+        config: Any = vars(module).get("config")
+        if isinstance(config, PreTrainedConfig) and config._attn_implementation != name:
+            config._attn_implementation = name
+
+
 def restore_(model: PreTrainedModel) -> PreTrainedModel:
     """Gives back the dense model exactly, in place: `prune_` undone, weights as they are now.
 
@@ -106,7 +123,7 @@ def restore_(model: PreTrainedModel) -> PreTrainedModel:
         handle.remove()
     backbone = find_backbone(model)
     if backbone.config._attn_implementation == attention.NAME:
-        backbone.set_attn_implementation(pruning.dense_attention)
+        _set_attention(backbone, pruning.dense_attention)
     delattr(next(module for module in model.modules() if SUBMODULE in module._modules), SUBMODULE)
     # also what from_pretrained left on a model that it brought back
     for owner, name in [(model.config, "quantization_config"), *((model, name) for name in _QUANTIZER_MARKS)]:
@@ -162,6 +179,8 @@ class _Begin:
     @torch.compiler.disable()
     def __call__(self, module: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
         self._refuse(module, kwargs)
+        if any(isinstance(x, Tensor) and x.ndim and not len(x) for x in (*args, *kwargs.values())):
+            return  # no image: what the dense model makes of it
         observers = tuple(t for t in watched_traces.get() if t.pruning is self.pruning)
         policy = self.pruning()
         if module.training and self.pruning.execution == "masked":

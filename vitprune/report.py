@@ -54,6 +54,12 @@ def findings(report: Report) -> list[str]:
         sentences.append(
             f"Its embeddings of {result.images} images have a cosine of {cosine} with the dense ones on average."
         )
+    if result.not_finite.dense or result.not_finite.pruned:
+        sentences.append(
+            f"Of {result.images} images {result.not_finite.dense} have no finite answer from the dense model and "
+            f"{result.not_finite.pruned} none from the pruned one; they count as wrong and as different. In float16 "
+            "numbers may overflow: try model.dtype: bfloat16 or float32."
+        )
     sentences += _where_it_pays(report.throughput)
     if result.skipped:
         sentences.append(f"{result.skipped} broken images were left out.")

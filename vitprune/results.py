@@ -69,6 +69,13 @@ class KeptPatches(Result):
     kept: Distribution
 
 
+class NotFinite(Result):
+    """How many images each model answered with what is no number, such as an overflow in float16."""
+
+    dense: int = 0
+    pruned: int = 0
+
+
 class Comparison(Result):
     """Dense and pruned model on the same `images`; `skipped` broken ones were left out.
 
@@ -81,6 +88,7 @@ class Comparison(Result):
     metrics: dict[str, MetricPair]
     agreement: float | None
     similarity: float | None = None
+    not_finite: NotFinite = NotFinite()
     macs: Macs
     kept: tuple[KeptPatches, ...]
 

@@ -6,7 +6,7 @@ Knows what a schedule costs by formula and which ones are worth a try. Leaves ru
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -132,6 +132,14 @@ def moves(schedule: Schedule, num_blocks: int) -> Iterator[Schedule]:
     behind = min(last + max(1, num_blocks // 4), num_blocks - 1)
     if len(stages) < MOST_STAGES and behind > last:
         yield Schedule((*stages, behind), (*shares, shares[len(shares) - 1]))
+
+
+def unreachable(budget: float, before_blocks: Sequence[int], nearest: float, unit: str) -> str:
+    """What to say of a budget that stages can't meet."""
+    return (
+        f"{budget:.1%} can't be met by pruning before blocks {list(before_blocks)}: the nearest is {nearest:.1%}; "
+        f"allow more {unit} or prune before earlier blocks"
+    )
 
 
 def _at(values: tuple[Number, ...], index: int, value: Number) -> tuple[Number, ...]:

@@ -26,6 +26,12 @@ from vitprune.scoring import TILE, bipartite, density_peaks, importance_weights,
 from vitprune.thresholds import above_threshold, random_scores, top_counts
 from vitprune.tokens import TokenBatch
 
+# the more patches share what a class token sees, the less each has of it: S falls as 1/n
+ATTENTION_BY_SIZE = 1.0
+# the nearer patches lie, the more alike they are. Were keys smooth, δ would fall as 1/n; measured at 64 to 1,024
+# patches with thresholds found at 256, MACs stay nearest to the budget at this power of n
+REDUNDANCY_BY_SIZE = 0.6
+
 
 @dataclass(frozen=True)
 class Policy:
@@ -176,23 +182,31 @@ def _scores(
     else:
         assert findings.attention_scores_BM is not None
         scores_BN = findings.attention_scores_BM[:, prefix:]
-        if policy.spec.patches is not None and not policy.is_redundancy:
-            # the more patches share what a class token sees, the less each has of it
-            scores_BN = scores_BN * (tokens.num_patches / policy.spec.patches)
+        if not policy.is_redundancy:
+            scores_BN = _resized(policy, scores_BN, tokens)
     if policy.is_redundancy and isinstance(tokens, TokenBatch) and tokens.loops:
         assert metric_TK is not None
         assert findings.attention_scores_BM is not None
         known = metric_TK, findings.attention_scores_BM, tokens.num_patches, policy.spec.redundancy_exponent, prefix
-        return cpu_stage.density_peaks(*known, tokens.layout), None
+        return _resized(policy, cpu_stage.density_peaks(*known, tokens.layout), tokens), None
     if policy.is_redundancy:
         assert metric_TK is not None
-        scores_BN = _redundancy(policy, scores_BN, metric_TK, tokens)
+        scores_BN = _resized(policy, _redundancy(policy, scores_BN, metric_TK, tokens), tokens)
     scores_BM = F.pad(scores_BN, (prefix, 0), value=torch.inf)
     if tokens.layout is None:
         return scores_BM.masked_fill(~tokens.valid_BM, -torch.inf), None
     if tokens.layout.is_even:
         return scores_BM, None
     return scores_BM.masked_fill_(on_device(~tokens.layout.valid_BM, tokens.device), -torch.inf), None
+
+
+def _resized(policy: Policy, scores: Tensor, tokens: TokenBatch | SeenTokens) -> Tensor:
+    """Scores as they would be at the image size that the thresholds were found at, if that is known."""
+    found_at = policy.spec.patches
+    if found_at is None or (isinstance(tokens.num_patches, int) and tokens.num_patches == found_at):
+        return scores
+    power = REDUNDANCY_BY_SIZE if policy.is_redundancy else ATTENTION_BY_SIZE
+    return scores * (tokens.num_patches / found_at) ** power
 
 
 def _redundancy(policy: Policy, attention_BN: Tensor, metric_TK: Tensor, tokens: TokenBatch | SeenTokens) -> Tensor:

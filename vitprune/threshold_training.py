@@ -20,8 +20,8 @@ from vitprune.recipe import ThresholdMode
 from vitprune.tracing import Pruning, Trace, watching
 
 # log of the factor ← log of the factor + GAIN · (ratio − budget) at each step: half of what is too much is gone after
-# some ten steps, while the ratio of a batch of 32 images, good to 0.01, changes the factor by 0.3 %
-GAIN = 0.3
+# some five steps, while the ratio of a batch of 32 images, good to 0.01, changes the factor by 0.5 %
+GAIN = 0.5
 # of a MAC, for each unit of the log of the factor: where thresholds learn to keep more than the factor lets them, the
 # loss counts MACs at so much
 PRICE = 5.0

@@ -125,6 +125,13 @@ def as_config(spec: PruningSpec) -> dict[str, object]:
     return {"quant_method": METHOD, "format": FORMAT, "pruning": spec.model_dump(mode="json")}
 
 
+def quantization_method(config: PreTrainedConfig) -> str | None:
+    """By what name a config says that its model is more than plain weights: `METHOD` of a pruned one."""
+    entry: Any = getattr(config, "quantization_config", None)
+    method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
+    return None if entry is None else str(getattr(method, "value", method))
+
+
 @dataclass(frozen=True)
 class Levels:
     """What a `Pruning` has learned: where it prunes, levels and temperatures, (stages,) float32 each.

@@ -111,3 +111,9 @@ def test_a_recipe_becomes_a_checkpoint(tmp_path: Path) -> None:
     report = apply(load_recipe(recipe, [f"output.path={tmp_path / 'out'}"]))
     assert report.comparison.macs.ratio == pytest.approx(0.6, abs=0.05)
     assert vitprune.load(tmp_path / "out")(tiny.images(1)).logits.shape == (1, 5)
+
+
+def test_a_batch_without_images_has_no_answers() -> None:
+    dense = timm_model().eval()
+    expected = dense(tiny.images(1)[:0]).logits.shape
+    assert vitprune.prune_(dense, tiny.POLICIES["as-vit"])(tiny.images(1)[:0]).logits.shape == expected
