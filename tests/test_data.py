@@ -234,28 +234,63 @@ def label_error(folder: Path, id2label: dict[int, str], **options: Any) -> str:
     return str(error.value)
 
 
-def test_label_names_must_agree(parquet: Callable[..., Path]) -> None:
+def labels_of(folder: Path, id2label: dict[int, str], **options: Any) -> list[int]:
+    """Of rows 0, 1, 2, which the data calls bird, cat, dog."""
+    return next(iter(load(folder, id2label=id2label, **options).loader(3)))["labels"].tolist()
+
+
+def test_labels_are_matched_by_name(parquet: Callable[..., Path], tmp_path: Path) -> None:
     folder = parquet(rows(3))
-    message = label_error(folder, {0: "bird", 1: "Cat", 2: "dog"})
-    assert "1   cat   Cat" in message
-    assert "bird" not in message
-    assert "split 'train'" in message
-    assert "another order" in label_error(folder, {0: "cat", 1: "bird", 2: "dog"})
-    assert "3 in the data, 2 in the checkpoint" in label_error(folder, {0: "bird", 1: "cat"})
-    assert "2   dog   (none)" in label_error(folder, {0: "bird", 1: "cat"})
+    assert labels_of(folder, {0: "bird", 1: "cat", 2: "dog"}) == [0, 1, 2]
+    assert labels_of(folder, {0: "cat", 1: "fish", 2: "bird", 3: "dog"}) == [2, 0, 3]
+    assert load(folder, id2label={0: "cat", 1: "fish", 2: "bird", 3: "dog"}).notes == (
+        "The data has 3 of the checkpoint's 4 classes.",
+    )
+    message = label_error(folder, {0: "bird", 1: "kitten", 2: "dog"})
+    assert "split 'train': 1 of the data's 3 classes are not among the checkpoint's 3" in message
+    assert "data: cat\n" in message
+    assert "data.label_names" in message
+    given = {0: "bird", 1: "kitten", 2: "dog"}
+    assert labels_of(folder, given, label_names={"cat": "kitten"}) == [0, 1, 2]
+    assert labels_of(folder, given, label_names={"cat": 1}) == [0, 1, 2]
+    (tmp_path / "names.yaml").write_text("cat: kitten\n")
+    assert labels_of(folder, given, label_names=str(tmp_path / "names.yaml")) == [0, 1, 2]
+    (tmp_path / "names.yaml").write_text("- cat\n")
+    with pytest.raises(ValueError, match=r"data\.label_names: .*names\.yaml holds no mapping"):
+        load(folder, id2label=given, label_names=str(tmp_path / "names.yaml"))
+    assert not load(folder, id2label=given, labels="ignore").labelled
+
+
+def test_names_in_a_column_of_text_are_matched_alike(parquet: Callable[..., Path]) -> None:
+    data = Dataset.from_dict({"image": [png(i) for i in range(3)], "label": ["Dog", "bird", "a_cat"]})
+    folder = parquet(data.cast_column("image", Image()))
+    assert labels_of(folder, {0: "bird", 1: "a cat, Felis", 2: "dog"}) == [2, 0, 1]
+    twice = {0: "bird", 1: "dog", 2: "a cat", 3: "dog"}
+    assert "'Dog' is the name of several of the checkpoint's classes (ids 1, 3)" in label_error(folder, twice)
+
+
+@pytest.mark.parametrize(("column", "values"), [("target", [0, 1]), ("class", ["a", "b"]), ("label", [True, False])])
+def test_labels_that_were_not_taken_are_said(parquet: Callable[..., Path], column: str, values: list[Any]) -> None:
+    data = Dataset.from_dict({"image": [png(0), png(1)], column: values}).cast_column("image", Image())
+    images = load(parquet(data))
+    assert not images.labelled
+    (note,) = images.notes
+    assert f"no labels were found, so there is no accuracy and no task loss. If they are in {column!r}" in note
+    assert load(parquet(data), labels="ignore").notes == ()
 
 
 def test_default_label_names_only_count(parquet: Callable[..., Path]) -> None:
     folder = parquet(rows(3))
     assert load(folder, id2label={i: f"LABEL_{i}" for i in range(3)}).labelled
     assert load(folder, id2label=None).labelled
-    assert "3 in the data, 4 in the checkpoint" in label_error(folder, {i: f"LABEL_{i}" for i in range(4)})
+    message = label_error(folder, {i: f"LABEL_{i}" for i in range(4)})
+    assert "3 classes in the data, 4 in the checkpoint, which has no names for them" in message
 
 
 def test_many_differing_labels_are_cut_short(parquet: Callable[..., Path]) -> None:
     names = [f"a{i}" for i in range(100)]
     message = label_error(parquet(rows(3, ClassLabel(names=names))), {i: f"b{i}" for i in range(100)})
-    assert "and 80 more" in message
+    assert "a19, ... (100 in all)" in message
 
 
 @pytest.mark.parametrize("streaming", [False, True])

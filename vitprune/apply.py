@@ -243,7 +243,7 @@ class _Run(RunInputs):
             )
         latency = self._check_latency()
         missed = None if latency is None else shortfall(latency)
-        notes = [] if missed is None else [missed]
+        notes = [*self.eval.notes] if missed is None else [*self.eval.notes, missed]
         found_at, shown = pruning_of(self.pruned).spec.patches, comparison.kept[0].patches
         if found_at is not None and found_at != shown:
             notes.append(

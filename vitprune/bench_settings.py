@@ -84,5 +84,5 @@ def read_target(target: str, data: str | None, overrides: Sequence[str] = ()) ->
     for override in overrides:
         source.override(override)
     here = (Path.cwd(),)
-    recipe = source.validate(Recipe, {"checkpoint": here, "path": here})
+    recipe = source.validate(Recipe, {"checkpoint": here, "path": here, "label_names": here})
     return recipe, recipe.data.path == _NO_DATA

@@ -82,8 +82,9 @@ def model_class(checkpoint: str, config: PreTrainedConfig) -> type[PreTrainedMod
 
 
 def _classifier_of(config: PreTrainedConfig) -> str:
-    names: Mapping[str, Any] = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
-    return names.get(config.model_type, "ViTForImageClassification")
+    names: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    found = names.get(config.model_type, "ViTForImageClassification")
+    return found if isinstance(found, str) else found[0]
 
 
 def outline(cls: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[PreTrainedModel, Anatomy]:

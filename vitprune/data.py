@@ -87,6 +87,11 @@ class Images:
         return None if labels is None else labels.names
 
     @property
+    def notes(self) -> tuple[str, ...]:
+        """What somebody should know of the labels."""
+        return self.rows.reader.source.notes
+
+    @property
     def skipped(self) -> int:
         """Broken images left out so far. Of a stream: each time that one was met, whichever part of it."""
         return self.rows.skipped

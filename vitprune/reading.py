@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from datasets import Image
 from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
 
+from vitprune.colours import in_colours, mode_of
 from vitprune.sources import Source
 
 DECODER = Image()
@@ -42,12 +44,17 @@ class Reader:
     processor: BaseImageProcessor
     skip_broken: bool
 
+    @cached_property
+    def mode(self) -> str:
+        """As Pillow calls it."""
+        return mode_of(self.processor)
+
     def read(self, row: Mapping[str, Any], number: str) -> Sample | None:
         """None for a broken image where those are skipped, BrokenImageError raised where they aren't."""
         place = f"{self.source.place}, row {number}"
-        value = row[self.source.image_column]
+        value, mode = row[self.source.image_column], self.mode
         try:
-            pixels_CHW = self._pixels(value)
+            pixels_CHW = self._pixels(value, mode)
         except Exception as error:  # files are broken in more ways than decoders have errors for
             if self.skip_broken:
                 return None
@@ -63,19 +70,19 @@ class Reader:
         except ValueError as error:
             raise ValueError(f"{place}, column {labels.column!r}: {error}") from error
 
-    def _pixels(self, value: Mapping[str, Any] | None) -> Tensor:
+    def _pixels(self, value: Mapping[str, Any] | None, mode: str) -> Tensor:
         if value is None:
             raise ValueError("the row has no image")
         path, encoded = value["path"], value["bytes"]
         if encoded is None and path is not None and Path(path).is_file():
             encoded = Path(path).read_bytes()  # the decoder would leave the file open where it turns out broken
-        image = DECODER.decode_example({"path": path, "bytes": encoded}).convert("RGB")
+        image = in_colours(DECODER.decode_example({"path": path, "bytes": encoded}), mode)
         return self.processor(image, return_tensors="pt")["pixel_values"][0].float()
 
 
 def blank_image(processor: BaseImageProcessor) -> Tensor:
     """Pixel values of an empty image, (1, C, H, W): the size that the processor gives every image."""
-    return processor(PIL.Image.new("RGB", (256, 256)), return_tensors="pt")["pixel_values"]
+    return processor(PIL.Image.new(mode_of(processor), (256, 256)), return_tensors="pt")["pixel_values"]
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ from vitprune.recipe_values import (
     LISTS_TOO,
     Fraction,
     HubOrLocal,
+    LocalFile,
     LocalPath,
     Text,
 )
@@ -89,6 +90,11 @@ class DataSpec(Spec):
     """The column of images; found by its type if left out."""
     label_column: Text | None = None
     """The column of labels; found by its type if left out."""
+    labels: Literal["auto", "ignore"] = "auto"
+    """Whether labels are taken, where there are some; ignore: as if there were none."""
+    label_names: dict[str, str | int] | LocalFile | None = None
+    """For classes of the data whose names aren't the checkpoint's: {name: the checkpoint's name or id}, or a YAML or
+    JSON file with such pairs. Case, underscores and lists of names are matched without."""
     streaming: bool = False
     """Read while running instead of downloading first."""
     on_error: Literal["raise", "skip"] = "raise"
@@ -224,7 +230,7 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     folders = {
         # What was typed in a shell is meant as seen from there.
         key[1]: (cwd, here) if source.place(key).line is None else (here, cwd)
-        for key in (("model", "checkpoint"), ("data", "path"))
+        for key in (("model", "checkpoint"), ("data", "path"), ("data", "label_names"))
     }
     return source.validate(Recipe, folders)
 

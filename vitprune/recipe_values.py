@@ -96,6 +96,7 @@ _PERCENT_OR_PART = {
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 LocalPath = Annotated[Text, AfterValidator(_expanded)]
+LocalFile = Annotated[Text, AfterValidator(_existing)]
 HubOrLocal = Annotated[Text, AfterValidator(_existing)]
 Positive = Annotated[float, Field(gt=0), BeforeValidator(_number)]
 NonNegative = Annotated[float, Field(ge=0), BeforeValidator(_number)]

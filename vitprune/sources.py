@@ -8,42 +8,23 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
 import datasets
+import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value
 from datasets.exceptions import DatasetsError
 
 from vitprune.hub import PREFETCH, Cache, Disconnected, causes, is_hub_id
+from vitprune.labels import Classes, Labels, match
 from vitprune.recipe import DataSpec
+from vitprune.recipe_errors import first_line
 
 FILE_KINDS: Mapping[str, str] = {".parquet": "parquet", ".arrow": "arrow"}
 LABEL_NAMES = ("label", "labels")
+_MAY_BE_LABELS = (*LABEL_NAMES, "class", "classes", "target", "targets", "category", "class_id", "label_id", "y")
 _CANT_BE_OPENED = (OSError, ValueError, RuntimeError, DatasetsError, Disconnected)
-SHOWN = 20  # differing labels that an error shows
-
-
-@dataclass(frozen=True)
-class Labels:
-    """What a label column holds: class ids, or names that `ids` maps to them. names: those that the data has, by id."""
-
-    column: str
-    ids: Mapping[str, int] | None
-    count: int | None
-    names: tuple[str, ...] | None = None
-
-    def id_of(self, value: Any) -> int:
-        """The class id of a row's value. Raises ValueError where the checkpoint has no such class."""
-        if self.ids is not None:
-            if value not in self.ids:
-                raise ValueError(f"{value!r} is not among the checkpoint's labels: {_some(list(self.ids))}")
-            return self.ids[value]
-        if not isinstance(value, int) or value < 0 or (self.count is not None and value >= self.count):
-            bound = "" if self.count is None else f", the checkpoint has labels 0 to {self.count - 1}"
-            raise ValueError(f"{value!r} is not a class id{bound}")
-        return value
 
 
 @dataclass(frozen=True)
@@ -54,6 +35,7 @@ class Source:
     place: str
     image_column: str
     labels: Labels | None
+    notes: tuple[str, ...] = ()
 
 
 def open_source(data: DataSpec, split: str, id2label: Mapping[int, str] | None, *, labelled: bool = True) -> Source:
@@ -69,15 +51,32 @@ def open_source(data: DataSpec, split: str, id2label: Mapping[int, str] | None, 
     if rows.features is None:
         raise ValueError(f"{place}: what the columns hold can't be told while streaming; set `data.streaming: false`")
     image = _image_column(rows.features, data.image_column, place)
+    labelled = labelled and data.labels != "ignore"
     column = _label_column(rows.features, data.label_column, place) if labelled else None
     values = [] if column is None else _label_values(rows, column)
     if set(values) in ({-1}, {None}):  # as test splits hide them, and folders that are splits have none
         column = None
-    labels = None if column is None else _labels(rows.features, column, id2label, place)
+    labels = None if column is None else _labels(rows.features, column, data, id2label, place)
     if labels is not None:
         _require_ids(labels, values, place)
+    if labels is not None:
+        notes = labels.notes
+    else:
+        notes = _unnoticed(rows.features, image, place) if labelled and not values else ()
     rows = rows.select_columns([image] if labels is None else [image, labels.column])
-    return Source(rows.cast_column(image, Image(decode=False)), place, image, labels)
+    return Source(rows.cast_column(image, Image(decode=False)), place, image, labels, notes)
+
+
+def _unnoticed(features: Features, image: str, place: str) -> tuple[str, ...]:
+    """A note on columns that may be labels and weren't taken for them."""
+    others = [name for name in features if name != image and name.casefold() in _MAY_BE_LABELS]
+    if not others:
+        return ()
+    shown = ", ".join(f"{name!r} ({_kind(features[name])})" for name in others)
+    return (
+        f"{place}: no labels were found, so there is no accuracy and no task loss. If they are in {shown}, name the "
+        "column in data.label_column (class ids or names); data.labels: ignore says that there are none.",
+    )
 
 
 def require_found(data: DataSpec) -> None:
@@ -207,19 +206,33 @@ def _label_values(rows: Dataset | IterableDataset, column: str) -> list[Any]:
     return rows.unique(column) if may_hold and isinstance(rows, Dataset) else []
 
 
-def _labels(features: Features, column: str, id2label: Mapping[int, str] | None, place: str) -> Labels:
+def _labels(features: Features, column: str, data: DataSpec, id2label: Mapping[int, str] | None, place: str) -> Labels:
     feature, count = features[column], None if id2label is None else len(id2label)
+    classes = None if id2label is None else Classes(id2label, _given(data.label_names))
     if isinstance(feature, ClassLabel):
-        if id2label is not None:
-            check_label_names(feature.names, id2label, place)
-        return Labels(column, None, len(feature.names), tuple(feature.names))
+        if classes is not None:
+            return match(feature.names, classes, column, place)
+        return Labels(column, len(feature.names), names=tuple(feature.names))
     if not _is_label_value(feature):
         raise ValueError(f"{place}: data.label_column {column!r} holds no labels but {_kind(feature)}")
     if "string" not in feature.dtype:
-        return Labels(column, None, count)
-    if id2label is None:
+        return Labels(column, count)
+    if classes is None:
         raise ValueError(f"{place}: column {column!r} holds names, and the model has no `id2label` to look them up in")
-    return Labels(column, {name: index for index, name in id2label.items()}, count)
+    return Labels(column, count, classes=classes)
+
+
+def _given(label_names: Mapping[str, str | int] | str | None) -> Mapping[str, str | int]:
+    """What a recipe says of names, or the file that it names: YAML or JSON."""
+    if not isinstance(label_names, str):
+        return label_names or {}
+    try:
+        found: Any = yaml.safe_load(Path(label_names).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"data.label_names: {label_names} can't be read: {first_line(error)}") from error
+    if not isinstance(found, dict) or not all(isinstance(meant, str | int) for meant in found.values()):
+        raise ValueError(f"data.label_names: {label_names} holds no mapping of the data's names to classes")
+    return {str(name): meant for name, meant in found.items()}
 
 
 def _is_label_value(feature: Any) -> bool:
@@ -235,32 +248,6 @@ def _require_ids(labels: Labels, values: Sequence[Any], place: str) -> None:
             raise ValueError(f"{place}, column {labels.column!r}: {error}") from error
 
 
-def check_label_names(names: Sequence[str], id2label: Mapping[int, str], place: str) -> None:
-    """Raises ValueError unless the data's class names are the checkpoint's, in order and spelling.
-
-    A checkpoint that was never given names (LABEL_0, LABEL_1, ...) only has to have as many.
-    """
-    theirs = [id2label[index] for index in sorted(id2label)]
-    unnamed = all(name == f"LABEL_{index}" for index, name in enumerate(theirs))
-    if len(names) == len(theirs) and (unnamed or list(names) == theirs):
-        return
-    pairs = enumerate(zip_longest(names, theirs, fillvalue="(none)"))
-    differ = [(str(index), *pair) for index, pair in pairs if pair[0] != pair[1]]
-    shown = [("id", "data", "checkpoint"), *differ[:SHOWN]]
-    widths = [max(len(row[column]) for row in shown) for column in range(3)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in shown]
-    if len(differ) > SHOWN:
-        lines.append(f"... and {len(differ) - SHOWN} more")
-    counts = f"{len(names)} in the data, {len(theirs)} in the checkpoint"
-    trouble = "the same names in another order" if sorted(names) == sorted(theirs) else counts
-    table = "\n  ".join(lines)
-    raise ValueError(
-        f"{place}: its labels aren't the checkpoint's ({trouble}):\n  {table}\n"
-        "Make them equal: correct `id2label` in the checkpoint's config.json if only the spelling differs, cast the "
-        "data's column to ClassLabel(names=[...]) in the checkpoint's order, or take a checkpoint made for this data."
-    )
-
-
 def _require(features: Features, column: str, key: str, place: str) -> None:
     if column not in features:
         raise ValueError(f"{place}: {key} names {column!r}, but the columns are {_columns(features)}")
@@ -272,7 +259,3 @@ def _columns(features: Features) -> str:
 
 def _kind(feature: Any) -> str:
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:SHOWN]) + (f", ... ({len(names)} in all)" if len(names) > SHOWN else "")
