@@ -29,13 +29,16 @@ CALIBRATION_IMAGES = 256
 AT_A_TIME = 32
 DROPPED = {"redundancy": ("merge", "leave"), "head-weighted-class-attention": ("leave",)}
 
+HALF = False
+
 Images = list[tuple[Tensor, Tensor, Tensor]]
 
 
 def losses(model: PreTrainedModel, x_BCHW: Tensor, labels_B: Tensor, taught_BC: Tensor) -> Tensor:
     """Means over a few images, (3,)."""
-    with trace(model) as seen:
-        logits_BC = model(pixel_values=x_BCHW).logits
+    half = torch.autocast("cpu", torch.bfloat16, enabled=HALF)
+    with trace(model) as seen, half:
+        logits_BC = model(pixel_values=x_BCHW).logits.float()
     ratio = (seen.macs / seen.dense_macs).mean().to(logits_BC.dtype)
     return torch.stack([F.cross_entropy(logits_BC, labels_B), distillation_loss(logits_BC, taught_BC), ratio])
 
@@ -103,6 +106,8 @@ def main() -> None:
     parser.add_argument("--step", type=float, default=0.03, help="part of a stage's patches that changes sides")
     parser.add_argument("--softness", type=float, default=1.0, help="temperatures, times this")
     parser.add_argument("--before-blocks", type=int, nargs="+", default=[1, 4, 7, 10])
+    parser.add_argument("--half", action="store_true", help="compute in bfloat16 (autocast)")
+    parser.add_argument("--dropped", nargs="+", choices=("merge", "leave"))
     parser.add_argument("--score", default="redundancy", choices=DROPPED)
     args = parser.parse_args()
 
@@ -110,7 +115,8 @@ def main() -> None:
     images = load_images(data, SplitSpec(split="train"), processor, id2label=None)
     first = [batch["pixel_values"] for batch in images.sample(CALIBRATION_IMAGES, 0).loader(AT_A_TIME)]
     batches = make_batches(load(args.checkpoint), images.sample(args.batches * args.batch_size, 1), args.batch_size)
-    for dropped in DROPPED[args.score]:
+    globals()["HALF"] = args.half
+    for dropped in args.dropped or DROPPED[args.score]:
         settings = {"score": args.score, "dropped": dropped, "before_blocks": args.before_blocks}
         model = prune_(load(args.checkpoint), PruningSpec.model_validate(settings, strict=False))
         calibrate(model, first, args.budget, progress=False)

@@ -45,6 +45,7 @@ def tell_main_to_end(at: object) -> None:
 
 def run(out: Path, settings: dict[str, object]) -> None:
     data, fsdp = str(settings.pop("data")), settings.pop("fsdp", False)
+    held_out = settings.pop("held_out", 0)
     policy, told_at = settings.pop("policy", tiny.AS_VIT), settings.pop("told_at", None)
     state = processes.join()
     if fsdp:
@@ -63,11 +64,13 @@ def run(out: Path, settings: dict[str, object]) -> None:
     pruning.thresholds = torch.nn.Parameter(pruning.thresholds.double())
     pruning.register_buffer("temperatures", pruning.temperatures.double())
     calibrate(pruned, [batch["pixel_values"] for batch in images.loader(16)], 0.6, progress=False)
+    train, holdout = (images, None) if not held_out else images.holdout(int(str(held_out)), 0)
     spec = FinetuneSpec.model_validate(settings, strict=False)
     tell_main_to_end(told_at)
     try:
         with preemption.watch():
-            history = finetune(pruned, dense, images, spec, 0.6, progress=False, states=States.of(spec, out))
+            states = States.of(spec, out)
+            history = finetune(pruned, dense, train, spec, 0.6, holdout=holdout, progress=False, states=states)
     except preemption.Terminated:
         sys.exit(TERMINATED)
     if state.is_main_process:

@@ -247,6 +247,15 @@ def test_a_plan_knows_budgets_that_nothing_reaches(tmp_path: Path, changes: list
         plan(recipe(tmp_path, RECIPE, "vit", *changes))
 
 
+def test_given_thresholds_are_trained_at_the_budget(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, RECIPE + FINETUNE, "vit", "pruning.thresholds=[0.001, 0.001]", "evaluate.batch_sizes=[]")
+    report = apply(asked)
+    assert report.training is not None
+    assert report.training.checks[0].ratio == pytest.approx(0.6, abs=0.05)
+    assert report.calibrated is not None
+    assert report.calibrated.macs.ratio == pytest.approx(0.6, abs=0.05)
+
+
 def test_a_plan_knows_a_checkpoint_that_is_pruned(tmp_path: Path) -> None:
     asked = recipe(tmp_path, RECIPE)
     apply(asked)

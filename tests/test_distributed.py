@@ -44,7 +44,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(out: Path, processes: int, *, fsdp: bool, **settings: object) -> subprocess.CompletedProcess[str]:
     """20 steps: batches of 16 that share 50 images don't end where epochs do."""
-    common = {"data": str(out.parent / "data"), "epochs": 20 * 16 / 50, "augmentation": "light", "fsdp": fsdp}
+    common = {"data": str(out.parent / "data"), "steps": 20, "augmentation": "light", "fsdp": fsdp, "held_out": 10}
+    common["thresholds"] = "learned" if settings["policy"] == PAPER else "scaled"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     arguments = [str(WORKER), str(out), json.dumps(common | settings)]
     command = [sys.executable, *(torchrun if processes > 1 else []), *arguments]

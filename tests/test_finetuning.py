@@ -121,7 +121,7 @@ def test_fixed_counts_train_and_have_no_thresholds_to_learn(tmp_path: Path) -> N
     history = finetune(pruned, dense, data, SPEC, BUDGET, progress=False)
     assert all(record["ratio"] == pytest.approx(BUDGET, abs=0.02) for record in history.records)
     assert torch.equal(pruning_of(pruned).levels, counts)
-    with pytest.raises(ValueError, match=r"thresholds: learned, but pruning\.select is 'top-k', which has none"):
+    with pytest.raises(ValueError, match=r"thresholds: learned has none to learn, as pruning\.select is 'top-k'"):
         finetune(pruned, dense, data, LEARNED, BUDGET, progress=False)
 
 
@@ -282,7 +282,7 @@ def test_the_best_state_is_kept(tmp_path: Path, thresholds: str) -> None:
     training = finetune(pruned, dense, train, spec, BUDGET, holdout=holdout, progress=False).training
     assert training is not None
     assert [check.step for check in training.checks] == [*range(0, training.steps + 1, training.steps // 12)]
-    best = min(training.checks, key=lambda check: check.loss)
+    best = min((check for check in training.checks if check.counts), key=lambda check: check.loss)
     assert training.kept_step == best.step
     assert best.step not in (0, training.steps)
     assert held_out_loss(pruned, dense, holdout) == pytest.approx(best.loss, rel=1e-4)
@@ -297,3 +297,26 @@ def test_what_gains_nothing_is_not_kept(tmp_path: Path) -> None:
     assert training is not None
     assert training.kept_step == 0
     assert_close(dict(pruned.state_dict()), dict(before), **EXACT)
+
+
+def test_without_a_held_out_image_the_last_state_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = images(tmp_path)
+    dense, pruned = models(data)
+    before = {name: weight.clone() for name, weight in pruned.state_dict().items()}
+    monkeypatch.setattr("vitprune.held_out.HeldOut.look", lambda *_: False)
+    history = finetune(pruned, dense, data, SPEC, BUDGET, holdout=data, progress=False)
+    assert history.training is None
+    assert not torch.equal(pruned.get_parameter("classifier.weight"), before["classifier.weight"])
+
+
+def test_a_look_at_all_tokens_counts_what_inference_does(tmp_path: Path) -> None:
+    """A class head reads few tokens of the last block, and the loss on tokens all of them."""
+    data = images(tmp_path)
+    ratios = []
+    for tokens in (0.0, 1.0):
+        dense, pruned = models(data)
+        spec = SPEC.model_copy(update={"losses": LossWeights(tokens=tokens), "steps": 1})
+        training = finetune(pruned, dense, data, spec, BUDGET, holdout=data, progress=False).training
+        assert training is not None
+        ratios.append(training.checks[0].ratio)
+    assert ratios[0] == pytest.approx(ratios[1])

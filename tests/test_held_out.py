@@ -22,7 +22,8 @@ class Pictures:
 class Updates:
     """Stands for an update whose student has such losses."""
 
-    def __init__(self, losses: list[float]) -> None:
+    def __init__(self, losses: list[float], ratios: tuple[float, ...] = (0.6, 0.6, 0.6)) -> None:
+        self.ratios = ratios
         self.student = nn.Dropout().train()
         self.losses = losses
         self.seen = self.taught = 0
@@ -35,13 +36,14 @@ class Updates:
         images, self.seen = len(batch["pixel_values"]), self.seen + 1
         loss = self.losses[(self.seen - 1) // 3]
         # the last image alone has another loss
-        return {"task": loss + (images == 1), "distillation": 0.5, "ratio": 0.6, "kept/before_block_4": 0.25}
+        ratio = self.ratios[(self.seen - 1) // 3]
+        return {"task": loss + (images == 1), "distillation": 0.5, "ratio": ratio, "kept/before_block_4": 0.25}
 
 
 def test_a_check_is_the_mean_over_the_images_and_the_lowest_loss_is_kept() -> None:
     update: Any = Updates([3.0, 2.0, 2.5])
     images: Any = Pictures()
-    held = HeldOut(images, 2, (4,))
+    held = HeldOut(images, 2, (4,), 0.6)
     assert held.kept_step == 0
     assert [held.look(update, step) for step in (0, 10, 20)] == [True, True, False]
     assert held.count == 5
@@ -57,6 +59,15 @@ def test_a_check_is_the_mean_over_the_images_and_the_lowest_loss_is_kept() -> No
 def test_without_an_image_there_is_nothing_to_choose_by() -> None:
     images: Any = type("Nothing", (), {"loader": lambda self, size: []})()
     update: Any = Updates([])
-    held = HeldOut(images, 2, (4,))
+    held = HeldOut(images, 2, (4,), 0.6)
     assert not held.look(update, 0)
     assert held.checks == []
+
+
+def test_what_costs_more_than_the_budget_is_no_better_for_that() -> None:
+    update: Any = Updates([3.0, 1.0, 2.0], ratios=(0.6, 0.7, 0.61))
+    images: Any = Pictures()
+    held = HeldOut(images, 2, (4,), 0.6)
+    assert [held.look(update, step) for step in (0, 10, 20)] == [True, False, True]
+    assert [check.counts for check in held.checks] == [True, False, True]
+    assert held.kept_step == 20

@@ -11,7 +11,7 @@ from tiny import images
 
 import vitprune
 from vitprune.checkpoint import require_free
-from vitprune.output_paths import KINDS, beside, contents, require_name_fits
+from vitprune.output_paths import KINDS, beside, contents, require_name_fits, sibling
 from vitprune.run_folder import RunFolder
 
 
@@ -71,3 +71,20 @@ def test_two_runs_into_one_output_dont_mix(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path / "out", lambda: {"budget": 0.55}, restart=True) as anew:
         assert anew.stage("calibration", dict, lambda: {"levels": 3}) == {"levels": 3}
         assert json.loads((anew.path / "fingerprint.json").read_text()) == {"budget": 0.55}
+
+
+def test_a_mount_point_needs_no_room_beside_it(mount: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) == mount)
+    require_free(mount, overwrite=False)
+    assert sibling(mount, "logs") == mount / "logs"
+    sibling(mount, "logs").mkdir()
+    assert list(contents(mount)) == []
+    monkeypatch.setattr("os.access", lambda path, mode: Path(path) != mount)
+    with pytest.raises(ValueError, match="may not be written"):
+        require_free(mount, overwrite=False)
+
+
+def test_a_mount_point_that_was_half_written_is_gone_on_with(mount: Path) -> None:
+    (mount / ".vitprune.unfinished").mkdir()
+    (mount / "report.json").write_text("{}")
+    require_free(mount, overwrite=False)

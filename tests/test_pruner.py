@@ -394,7 +394,7 @@ def test_a_quantised_model_is_refused() -> None:
 
 
 def test_models_of_one_config_are_pruned_one_by_one() -> None:
-    config = tiny.build("vit").config
+    config: Any = tiny.build("vit").config
     teacher, student = ViTForImageClassification(config).eval(), ViTForImageClassification(config).eval()
     vitprune.prune_(student, tiny.POLICIES["as-vit"])
     assert teacher.config._attn_implementation == "sdpa"
@@ -415,6 +415,7 @@ def test_an_encoder_whose_layers_have_a_config_of_their_own_is_pruned() -> None:
         together, alone = encoder(x).last_hidden_state[:1], encoder(x[:1]).last_hidden_state
     assert_close(together, alone, **FLOAT32)
     vitprune.restore_(encoder)
-    assert {module.config._attn_implementation for module in encoder.modules() if hasattr(module, "config")} == {"sdpa"}
+    configs: list[Any] = [module.config for module in encoder.modules() if hasattr(module, "config")]
+    assert {config._attn_implementation for config in configs} == {"sdpa"}
     with torch.no_grad():
         assert_close(encoder(x).last_hidden_state, dense(x).last_hidden_state, **EXACT)

@@ -491,7 +491,8 @@ def test_a_threshold_has_to_be_a_number_of_float32() -> None:
 def test_learned_thresholds_need_thresholds() -> None:
     learned = FinetuneSpec(thresholds="learned")
     require_thresholds(PruningSpec(), learned)
-    with pytest.raises(ValueError, match=r"thresholds: learned, but pruning\.select is 'tome', which has none"):
+    with pytest.raises(ValueError, match=r"thresholds: learned has none to learn, as pruning\.select is 'tome'"):
         require_thresholds(PruningSpec(select="tome"), learned)
-    with pytest.raises(ValueError, match="so nothing would learn; write 'learned'"):
-        FinetuneSpec(train="thresholds", thresholds="scaled")
+    for spec in ({}, {"thresholds": "scaled"}, {"thresholds": "calibrated"}):
+        with pytest.raises(ValueError, match=r"trains thresholds, but these are \w+; write thresholds: learned"):
+            FinetuneSpec.model_validate({"train": "thresholds", **spec})

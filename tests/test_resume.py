@@ -52,7 +52,7 @@ def result(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Weights, and the report but for what a clock tells."""
     report = json.loads((folder / "out" / "report.json").read_text())
     return load_file(folder / "out" / "model.safetensors"), {
-        key: report[key] for key in ("comparison", "calibrated", "budget")
+        key: report[key] for key in ("comparison", "calibrated", "training", "budget")
     }
 
 

@@ -80,5 +80,13 @@ def test_fixed_counts_are_left_alone() -> None:
     pruned = pruning_of(vitprune.prune_(tiny.build("vit"), spec))
     training = ThresholdTraining.of(pruned, "scaled", 0.6)
     training.follow(0.9)
+    assert training.log_factor == 0.0
     training.settle(pruned)
     assert pruned.levels.tolist() == [0.5, 0.5]
+
+
+def test_a_budget_that_nothing_reaches_does_not_carry_the_factor_away() -> None:
+    training = ThresholdTraining.of(pruning(), "scaled", 0.1)
+    for _ in range(1000):
+        training.follow(0.9)
+    assert math.exp(training.log_factor) == pytest.approx(1e3)

@@ -26,6 +26,7 @@ from vitprune.evaluation import compare, describe_environment, measure_throughpu
 from vitprune.finetuning import NonFiniteLoss, finetune
 from vitprune.latency import budget_latency, check_latency, meet_latency, shortfall
 from vitprune.model_card import model_card
+from vitprune.output_paths import sibling
 from vitprune.recipe import Recipe
 from vitprune.results import Comparison, Latency, Report, ScheduleSearch, Training, TriedSchedule
 from vitprune.run_folder import RunFolder, was_saved
@@ -63,6 +64,8 @@ def apply(recipe: Recipe, *, restart: bool = False) -> Report:
                 run.measure_latency(folder)
             if recipe.pruning.is_calibrated:
                 run.calibrate(folder)
+            elif recipe.finetune is not None and recipe.pruning.select == "threshold":
+                run.begin_at_budget(folder)
             if recipe.finetune is not None:
                 calibrated = folder.stage("calibrated", Comparison, run.compare)
                 training = run.finetune(output, folder)
@@ -127,6 +130,11 @@ class _Run(RunInputs):
         met = settle if recipe.finetune is not None else self._until_met(settle)
         self._settle(folder, "calibration", met)
 
+    def begin_at_budget(self, folder: RunFolder) -> None:
+        """Scales given thresholds, so that what training makes of them can be compared with what it began with."""
+        scale = partial(scale_to_budget, self.pruned, self._calibration_batches, self._part, progress=self.is_main)
+        self._settle(folder, "start", scale)
+
     @property
     def _part(self) -> float:
         return self.recipe.budget.part
@@ -161,14 +169,16 @@ class _Run(RunInputs):
                 diary=diary,
             )
         except NonFiniteLoss as error:
-            rescued = output.with_name(f"{output.name}.last-good")
+            rescued = sibling(output, "last-good")
             if self.is_main:
                 save(self.pruned, rescued, processor=self.processor, tokenizer=self.tokenizer, overwrite=True)
             raise NonFiniteLoss(f"{error}; the last good model is in {rescued}") from error
         moved(self.pruned, self.dtype)
         moved(self.dense, self.dtype)
         training = history.training
-        if recipe.pruning.select == "threshold" and (training is None or training.kept_step):
+        # what was calibrated meets a budget of MACs already; one of time was not measured yet
+        is_met = training is not None and not training.kept_step and recipe.budget.latency is None
+        if recipe.pruning.select == "threshold" and not is_met:
             batches = self._batches(self.holdout, recipe.calibration.batch_size)
             scale = partial(scale_to_budget, self.pruned, batches, budget, progress=self.is_main)
             self._settle(folder, "thresholds", self._until_met(scale))
@@ -178,9 +188,7 @@ class _Run(RunInputs):
         assert self.holdout is not None
         settings = flat(self.recipe.model_dump(mode="json"))
         samples = self.holdout.sample(SHOWN, self.recipe.seed).pixels()
-        return Diary(
-            output.with_name(f"{output.name}.logs"), output.name, settings, samples, *pixel_scale(self.processor)
-        )
+        return Diary(sibling(output, "logs"), output.name, settings, samples, *pixel_scale(self.processor))
 
     def _until_met(self, settle: Callable[[], object]) -> Callable[[], object]:
         """Settles on levels for the budget; where it is one of time, until that is what is measured."""

@@ -183,7 +183,7 @@ def require_free(path: Path, *, overwrite: bool) -> None:
     """
     if path == path.parent:
         raise ValueError(f"output.path {path} is no folder of its own; name one below it")
-    above = _there(path.parent)
+    above = path if path.is_mount() else _there(path.parent)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         trouble = "may not be written" if above.is_dir() else "is no folder"
         raise ValueError(f"output.path {path}: {above} {trouble}; choose another path")
@@ -191,6 +191,8 @@ def require_free(path: Path, *, overwrite: bool) -> None:
     if old.exists() and not path.exists():  # of a run that was killed between two renames
         old.rename(path)
     require_name_fits(path)
+    if path.is_mount() and beside(path, "unfinished").exists():  # of a run that was killed while it moved its files
+        return
     if not path.exists() or (path.is_dir() and not any(contents(path))):
         return
     if not overwrite:
@@ -268,7 +270,9 @@ def _replace(new: Path, path: Path) -> None:
     if not path.exists():
         new.rename(path)
         return
-    if path.is_mount():  # config.json, by which it is a checkpoint, last
+    if path.is_mount():  # config.json, by which it is a checkpoint, goes first and comes last
+        for name in CONFIG:
+            (path / name).unlink(missing_ok=True)
         for file in sorted(new.iterdir(), key=lambda file: file.name in CONFIG):
             file.replace(path / file.name)
         return

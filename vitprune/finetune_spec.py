@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import PositiveInt, ValidationInfo
+from pydantic import PositiveInt, ValidationInfo, model_validator
 from pydantic import field_validator as check
 
 from vitprune.recipe_values import LISTS_TOO, Interval, NonNegative, Part, Positive
@@ -87,12 +87,11 @@ class FinetuneSpec(Spec):
     checkpoints_kept: PositiveInt = 2
     """The newest so many of these states stay while the run lasts."""
 
-    @check("thresholds")
-    @classmethod
-    def _something_to_train(cls, thresholds: str, info: ValidationInfo) -> str:
-        if info.data.get("train") == "thresholds" and thresholds != "learned":
-            raise ValueError(f"is {thresholds!r} and train is 'thresholds', so nothing would learn; write 'learned'")
-        return thresholds
+    @model_validator(mode="after")
+    def _something_to_train(self) -> FinetuneSpec:
+        if self.train == "thresholds" and self.thresholds != "learned":
+            raise ValueError(f"trains thresholds, but these are {self.thresholds}; write thresholds: learned")
+        return self
 
     @property
     def rate(self) -> float:

@@ -7,6 +7,7 @@ to `calibration`, and the folder of the run to the caller.
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -133,7 +134,8 @@ def finetune(
         accelerator.register_for_checkpointing(scheduler)
         stages = pruning_of(model).before_blocks
         update = Update(accelerator, prepared, taught_by, optimizer, spec, thresholds, stages, images.stand_in())
-        held_out = None if holdout is None else HeldOut(holdout, spec.batch_size, stages)
+        at_a_time = spec.batch_size // state.num_processes
+        held_out = None if holdout is None else HeldOut(holdout, at_a_time, stages, budget)
         tracking = _tracking(accelerator, prepared, thresholds, spec, diary)
         loop = _Loop(accelerator, update, scheduler, batches, states, tracking, held_out, ours.whole_weights)
         loop.resume()
@@ -144,7 +146,7 @@ def finetune(
                 accelerator.unwrap_model(prepared).load_state_dict(update.good_weights)
                 thresholds.log_factor = update.good_factor
             raise
-        if held_out is not None and held_out.kept_step != loop.step:
+        if held_out is not None and held_out.checks and held_out.kept_step != loop.step:
             ours.go_back(held_out.best)
     return History(loop.step, loop.records, loop.training)
 
@@ -180,6 +182,7 @@ class _Loop:
         self.update.thresholds.log_factor = progress.log_factor
         if self.held_out is not None:
             self.held_out.checks = [Check.model_validate(check) for check in progress.checks]
+            self.held_out.count = progress.held_out
             if best is not None:
                 assert progress.best_factor is not None
                 self.held_out.best = State(best, progress.best_factor)
@@ -223,15 +226,21 @@ class _Loop:
         if held is None:
             return None
         bar.set_postfix_str("looking at held-out images")
-        if held.look(self.update, self.step) and self.step:
+        began = time.perf_counter()
+        with self._clear_of_memory():
+            is_best = held.look(self.update, self.step)
+        if is_best and self.step:
             held.best = State(copied(self.whole_weights()), self.update.thresholds.log_factor)
+        if self.tracking is not None:
+            self.tracking.leave_out(time.perf_counter() - began)
         return held.checks[-1] if held.checks else None
 
     def _progress(self) -> Progress:
         held = self.held_out
         checks = () if held is None else tuple(check.model_dump(mode="json") for check in held.checks)
         factor = None if held is None or held.best is None else held.best.log_factor
-        return Progress(self.step, self.batches.position, self.update.thresholds.log_factor, checks, factor)
+        log_factor, images = self.update.thresholds.log_factor, 0 if held is None else held.count
+        return Progress(self.step, self.batches.position, log_factor, images, checks, factor)
 
     def _best_weights(self) -> dict[str, Tensor] | None:
         return None if self.held_out is None or self.held_out.best is None else self.held_out.best.weights
@@ -256,12 +265,8 @@ class _Loop:
         record = None
         while record is None:
             parts = [next(self.batches) for _ in range(self.update.spec.gradient_accumulation_steps)]
-            try:
+            with self._clear_of_memory():
                 record = self.update(parts, self.step)
-            except (RuntimeError, MemoryError) as error:
-                if is_out_of_memory(error):
-                    raise RuntimeError(_out_of_memory(self.update.spec, self.step, self.accelerator)) from error
-                raise
             if record is None:
                 _require_some(self.batches.position, self.update.spec.images_per_step)
                 self.batches.begin_epoch()
@@ -270,6 +275,16 @@ class _Loop:
         self.step += 1
         self.records.append(record)
         return record
+
+    @contextmanager
+    def _clear_of_memory(self) -> Iterator[None]:
+        """Says what takes less memory where it runs out."""
+        try:
+            yield
+        except (RuntimeError, MemoryError) as error:
+            if is_out_of_memory(error):
+                raise RuntimeError(_out_of_memory(self.update.spec, self.step, self.accelerator)) from error
+            raise
 
     def _agreed(self, due: bool, told: bool) -> tuple[bool, bool]:
         """By the main process's clock a state is due; told to end is the run where any process is."""

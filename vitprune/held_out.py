@@ -20,6 +20,10 @@ from vitprune.student import State
 from vitprune.tracing import eval_mode
 from vitprune.update import Update
 
+# a state that costs so much more than the budget may be better only for that
+ABOVE = 0.02
+NOTHING = Check(step=0, loss=math.inf, losses={}, ratio=0.0, kept=(), counts=False)
+
 
 @dataclass
 class HeldOut:
@@ -32,6 +36,7 @@ class HeldOut:
     images: Images
     batch_size: int
     before_blocks: Sequence[int]
+    budget: float
     count: int = 0
     checks: list[Check] = field(default_factory=list)
     best: State | None = None
@@ -55,13 +60,14 @@ class HeldOut:
         means = {name: value / images for name, value in sums.items()}
         losses = {name: means[name] for name in LOSSES if name in means}
         kept = tuple(means[f"kept/before_block_{block}"] for block in self.before_blocks)
-        own = Check(step=step, loss=sum(losses.values()), losses=losses, ratio=means["ratio"], kept=kept)
+        counts = step == 0 or means["ratio"] <= self.budget + ABOVE
+        own = Check(step=step, loss=sum(losses.values()), losses=losses, ratio=means["ratio"], kept=kept, counts=counts)
         check = processes.on_main(lambda: own)
-        best = min((one.loss for one in self.checks), default=math.inf)
+        best = min((one.loss for one in self.checks if one.counts), default=math.inf)
         self.checks.append(check)
-        return check.loss < best
+        return check.counts and check.loss < best
 
     @property
     def kept_step(self) -> int:
         """The step of the best check; 0: nothing was gained."""
-        return min(self.checks, key=lambda check: check.loss).step if self.checks else 0
+        return min((check for check in self.checks if check.counts), key=lambda check: check.loss, default=NOTHING).step

@@ -67,7 +67,9 @@ class F1(RankedMetric):
     label = "f1"
 
     def value(self, ranked: list[list[int]], true: list[int]) -> float:
-        return float(f1_score(true, [ids[0] for ids in ranked], average="macro"))
+        first = [ids[0] for ids in ranked]
+        classes = sorted({*true, *(index for index in first if index >= 0)})  # an answer that is none is no class
+        return float(f1_score(true, first, labels=classes, average="macro"))
 
 
 METRICS: Mapping[str, type[RankedMetric]] = {metric.label: metric for metric in (Accuracy, Top5Accuracy, F1)}

@@ -12,7 +12,7 @@ from vitprune.recipe import FinetuneSpec
 from vitprune.tracing import pruning_of
 
 # a key's bias has no gradient but rounding noise; with the usual 1e-8 AdamW makes steps of it, others on each machine
-EPSILON = 1e-7
+EPSILON = 1e-6
 
 
 @contextmanager

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 KINDS = ("run", "done", "unfinished", "old")
-"""What may lie beside an output."""
+"""What may lie beside an output, hidden."""
+SIBLINGS = ("last-good", "logs")
+"""And what may lie there for somebody to see."""
 
 
 def beside(path: Path, kind: str) -> Path:
@@ -20,9 +22,15 @@ def beside(path: Path, kind: str) -> Path:
     return path / f".vitprune.{kind}" if path.is_mount() else path.with_name(f".{path.name}.{kind}")
 
 
+def sibling(path: Path, name: str) -> Path:
+    """Where something of an output is that a person looks for: of `SIBLINGS`."""
+    assert name in SIBLINGS
+    return path / name if path.is_mount() else path.with_name(f"{path.name}.{name}")
+
+
 def contents(path: Path) -> Iterator[Path]:
-    """What lies in an output folder, without what `beside` may have put there, and a file system's own."""
-    own = {f".vitprune.{kind}" for kind in KINDS} | {"lost+found"} if path.is_mount() else set()
+    """What lies in an output folder, without what may have been put there in place of beside it."""
+    own = {*(f".vitprune.{kind}" for kind in KINDS), *SIBLINGS, "lost+found"} if path.is_mount() else set()
     return (entry for entry in path.iterdir() if entry.name not in own)
 
 

@@ -40,7 +40,7 @@ class PackedPass:
         self.policy = policy
         self.observers = observers
         self.trains = trains
-        self.learns = trains and policy.levels.requires_grad
+        self.learns = trains and policy.levels.requires_grad and torch.is_grad_enabled()
         self.read = policy.cost.read if for_head and not trains else None
         self.keep_masks: list[Tensor] = []
         self.tally: Tally | None = None

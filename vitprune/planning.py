@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from vitprune.anatomy import Anatomy, count_tokens
+from vitprune.calibration import TOLERANCE
 from vitprune.checkpoint import load_config, load_processor, model_class, outline
 from vitprune.cost import CostModel
 from vitprune.finetune_spec import Trained
@@ -74,7 +75,7 @@ def _require_reachable(recipe: Recipe, first: Schedule, cost: CostModel, patches
         tokens.append(prefix + left)
     macs = sum(cost.pruned_block(block, n) for block, n in enumerate(tokens)) + cost.outside(patches)
     nearest = macs / cost.dense(patches, prefix)
-    if nearest > budget:
+    if nearest > budget + 5 * TOLERANCE:
         raise RecipeError([Problem(("budget", "macs"), unreachable(budget, schedule.before_blocks, nearest, "MACs"))])
 
 

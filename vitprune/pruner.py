@@ -186,7 +186,9 @@ class _Begin:
         if module.training and self.pruning.execution == "masked":
             running = RunningForward(MaskedPass(policy, observers))
         else:
-            packed = PackedPass(policy, observers, trains=module.training, for_head=_for_head.get())
+            # a look at all tokens in eval mode counts as training does, by what inference will do
+            trains = module.training or whole_sequence.get()
+            packed = PackedPass(policy, observers, trains=trains, for_head=_for_head.get())
             if packed.is_dense:
                 return
             running = RunningForward(packed)

@@ -179,7 +179,7 @@ def require_thresholds(pruning: PruningSpec, finetune: FinetuneSpec) -> None:
     """Raises ValueError where thresholds are to learn and there are none."""
     if finetune.thresholds == "learned" and pruning.select != "threshold":
         raise ValueError(
-            f"has thresholds: learned, but pruning.select is '{pruning.select}', which has none; leave thresholds out"
+            f"thresholds: learned has none to learn, as pruning.select is '{pruning.select}'; leave thresholds out"
         )
 
 

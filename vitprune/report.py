@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from vitprune.results import Comparison, Latency, Plan, Report, ScheduleSearch, Throughput, Training
+from vitprune.results import Check, Comparison, Latency, Plan, Report, ScheduleSearch, Throughput, Training
 from vitprune.tables import Cells, count, percent, rich_table
 
 PAYS = 1.05  # a speed-up worth having: less is lost in the noise
@@ -88,17 +88,23 @@ def _schedule(search: ScheduleSearch) -> str:
 
 
 def _training(training: Training) -> str:
-    first, kept = training.checks[0], min(training.checks, key=lambda check: check.loss)
+    first, *others = training.checks
+    kept = next(check for check in training.checks if check.step == training.kept_step)
     images = f"{training.images} training images that were held out"
     if not training.kept_step:
         return (
-            f"Fine-tuning gained nothing: on {images} the loss was {first.loss:.4f} before it and at best "
-            f"{min(check.loss for check in training.checks[1:]):.4f} after; the calibrated model was kept."
+            f"Fine-tuning gained nothing: on {images} the loss was {first.loss:.4f} before it and, at the budget, "
+            f"{_lowest(others)} at best after; the calibrated model was kept."
         )
     return (
         f"Fine-tuning brought the loss on {images} from {first.loss:.4f} to {kept.loss:.4f}: the state after step "
         f"{kept.step} of {training.steps} was kept."
     )
+
+
+def _lowest(checks: Sequence[Check]) -> str:
+    losses = [check.loss for check in checks if check.counts]
+    return f"{min(losses):.4f}" if losses else "nowhere any better"
 
 
 def _quality(name: str, dense: float, pruned: float) -> str:

@@ -120,7 +120,7 @@ class Check(Result):
     """What the held-out training images said of the state after `step` steps, the thresholds held to the budget.
 
     `loss` is the sum of `losses`, which training minimises; `ratio` of costs; `kept`: part of the patches that are left
-    after each stage.
+    after each stage; `counts`: whether it may be the best, which one that costs more than the budget may not.
     """
 
     step: int
@@ -128,6 +128,7 @@ class Check(Result):
     losses: dict[str, float]
     ratio: float
     kept: tuple[float, ...]
+    counts: bool = True
 
 
 class Training(Result):

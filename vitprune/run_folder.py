@@ -112,7 +112,8 @@ class RunFolder:
             # half a folder is no run to go on with
             done = self.path.with_name(self.path.name.removesuffix("run") + "done")
             self.path.rename(done)
-            shutil.rmtree(done)
+            self.__exit__()  # an open file can't be removed on every file system
+            shutil.rmtree(done, ignore_errors=True)
 
 
 def _acquire(lock: FileLock, path: Path) -> None:

@@ -80,31 +80,23 @@ def key_metric(k_THK: Tensor) -> Tensor:
     return F.normalize(k_THK.sum(-2, dtype=_at_least_float32(k_THK.dtype)), dim=-1)
 
 
+@torch.no_grad()
 def density_peaks(metric_TK: Tensor, rows_BN: Tensor, importance_BN: Tensor) -> Tensor:
     """How little each patch resembles those that are more important than itself, (B, N).
 
     δ(i) = 1 − max { cos(k_i, k_j) : S(j) > S(i) }, at least 0, and of equal patches the first is the more important one
     (clustering by density peaks, Rodriguez & Laio, Science 2014, with S as the density). δ of the most important patch
     is +inf. rows_BN: each patch's row of the metric. What is no patch has to come last and be no more important than
-    any; its δ means nothing.
+    any; its δ means nothing. Without gradient.
     """
     order_BN = importance_BN.sort(dim=1, descending=True, stable=True).indices
-    sorted_rows_BN = rows_BN.gather(1, order_BN)
-    sorted_BNK = _rows(metric_TK, sorted_rows_BN)
-    learns = torch.is_grad_enabled() and metric_TK.requires_grad
-    found_BN = more_important(sorted_BNK, wants_index=learns)
-    if learns:  # which patch it is has no gradient, and how alike the two are needs no matrix of all
-        with torch.autocast(metric_TK.device.type, enabled=False):
-            distances_BN = 1.0 - torch.linalg.vecdot(sorted_BNK, _rows(metric_TK, sorted_rows_BN.gather(1, found_BN)))
-        first_BN = torch.arange(found_BN.shape[1], device=found_BN.device) == 0
-        found_BN = distances_BN.masked_fill(first_BN, torch.inf)
-    delta_BN = found_BN.clamp(min=0.0)
+    delta_BN = more_important(_rows(metric_TK, rows_BN.gather(1, order_BN))).clamp(min=0.0)
     return delta_BN.scatter(1, order_BN, delta_BN)  # each place is written to
 
 
 @torch.no_grad()
-def more_important(sorted_BNK: Tensor, *, wants_index: bool = False) -> Tensor:
-    """1 − cosine of each patch to the most similar one before it, +inf for the first; or its index, (B, N)."""
+def more_important(sorted_BNK: Tensor) -> Tensor:
+    """1 − cosine of each patch to the most similar one before it, +inf for the first, (B, N)."""
     tiles = []
     with torch.autocast(sorted_BNK.device.type, enabled=False):
         for start in range(0, sorted_BNK.shape[1], TILE):
@@ -112,7 +104,7 @@ def more_important(sorted_BNK: Tensor, *, wants_index: bool = False) -> Tensor:
             later_CA = _later(sorted_BNK.device).to(sorted_BNK.dtype)[: tile_BCK.shape[1], : tile_BCK.shape[1]]
             later_CA = F.pad(later_CA, (start, 0), value=1.0) if start else later_CA
             distances_BCA = torch.baddbmm(later_CA, tile_BCK, columns_BAK.mT, alpha=-1)
-            tiles.append(distances_BCA.argmin(-1) if wants_index else distances_BCA.amin(-1))
+            tiles.append(distances_BCA.amin(-1))
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles, 1)
 
 
@@ -126,10 +118,7 @@ def _later(device: torch.device) -> Tensor:
 
 def importance_weights(attention_score_BN: Tensor, num_patches: int | Tensor, exponent: float) -> Tensor:
     """(n·S(i))^α, (B, N), n the patches of the dense image: so an S spread over more patches means the same."""
-    weights_BN = attention_score_BN * num_patches
-    if weights_BN.requires_grad:  # also at 0 a finite one
-        weights_BN = weights_BN.clamp(min=1e-12)
-    return weights_BN**exponent
+    return (attention_score_BN * num_patches) ** exponent
 
 
 def bipartite(metric_BMK: Tensor, valid_BM: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:

@@ -209,21 +209,21 @@ def _resized(policy: Policy, scores: Tensor, tokens: TokenBatch | SeenTokens) ->
     return scores * (tokens.num_patches / found_at) ** power
 
 
+@torch.no_grad()
 def _redundancy(policy: Policy, attention_BN: Tensor, metric_TK: Tensor, tokens: TokenBatch | SeenTokens) -> Tensor:
-    """δ(i)·(n·S(i))^α, (B, N); the most important patch of an image has +inf."""
+    """δ(i)·(n·S(i))^α, (B, N); the most important patch of an image has +inf.
+
+    Without gradient: of what an earlier threshold does to later scores the straight-through estimate, steep as 1/τ,
+    tells the wrong sign (docs/results.md).
+    """
     prefix, exponent = policy.num_prefix_tokens, policy.spec.redundancy_exponent
-    importance_BN = attention_BN.detach()
+    importance_BN = attention_BN
     if tokens.layout is None:  # where a layout says what is padding, nobody sees it, and it lies behind the patches
         importance_BN = importance_BN.masked_fill(~tokens.valid_BM[:, prefix:], -torch.inf)
     delta_BN = density_peaks(metric_TK, tokens.index_BM[:, prefix:], importance_BN)
     if exponent == 0:
         return delta_BN
-    weights_BN = importance_weights(attention_BN, tokens.num_patches, exponent)
-    if not (torch.is_grad_enabled() and (weights_BN.requires_grad or delta_BN.requires_grad)):
-        return delta_BN * weights_BN
-    # where δ is infinite the product's gradient would be, too
-    always_BN = delta_BN == torch.inf
-    return (delta_BN.masked_fill(always_BN, 0.0) * weights_BN).masked_fill(always_BN, torch.inf)
+    return delta_BN * importance_weights(attention_BN, tokens.num_patches, exponent)
 
 
 def count_tokens(hidden_states: Tensor, valid_BN: Tensor | None) -> Tensor:

@@ -22,6 +22,8 @@ from vitprune.tracing import Pruning, Trace, watching
 # log of the factor ← log of the factor + GAIN · (ratio − budget) at each step: half of what is too much is gone after
 # some five steps, while the ratio of a batch of 32 images, good to 0.01, changes the factor by 0.5 %
 GAIN = 0.5
+# a budget that no threshold reaches would carry it away
+FARTHEST = math.log(1e3)
 # of a MAC, for each unit of the log of the factor: where thresholds learn to keep more than the factor lets them, the
 # loss counts MACs at so much
 PRICE = 5.0
@@ -31,10 +33,12 @@ PRICE = 5.0
 class ThresholdTraining:
     """The thresholds of one training. starts: where they begin; units: in each, what moves all of the stage's patches.
 
+    holds: whether the factor follows the ratio; fixed counts have no thresholds.
     log_factor: of the common factor. It and what learns are only told to the model while it is `watched`.
     """
 
     mode: ThresholdMode
+    holds: bool
     budget: float
     starts: tuple[float, ...]
     units: tuple[float, ...]
@@ -44,17 +48,14 @@ class ThresholdTraining:
     def of(cls, pruning: Pruning, mode: ThresholdMode, budget: float) -> ThresholdTraining:
         """Counts by temperatures, which calibration makes as wide as a fixed part of a stage's scores."""
         units = (pruning.temperatures / TEMPERATURE_SHARE).tolist()
-        return cls(mode, budget, tuple(pruning.levels.tolist()), tuple(units))
-
-    @property
-    def holds(self) -> bool:
-        """Whether the factor follows the ratio."""
-        return self.mode != "calibrated"
+        holds = mode != "calibrated" and pruning.spec.select == "threshold"
+        return cls(mode, holds, budget, tuple(pruning.levels.tolist()), tuple(units))
 
     def follow(self, ratio: float) -> None:
         """Takes notice of the ratio of costs that a step has seen."""
         if self.holds:
-            self.log_factor += GAIN * (ratio - self.budget)
+            moved = self.log_factor + GAIN * (ratio - self.budget)
+            self.log_factor = max(-FARTHEST, min(FARTHEST, moved))
 
     def price(self, strength: float) -> float:
         """What the loss counts a part of the dense model's cost at, where thresholds learn.

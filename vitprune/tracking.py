@@ -91,6 +91,10 @@ class Tracking:
             step=step,
         )
 
+    def leave_out(self, seconds: float) -> None:
+        """So much of the time since the last step was no training."""
+        self._last += seconds
+
     def show(self, step: int) -> None:
         """Pictures of the samples, each beside itself with the tokens dimmed that didn't stay to the end."""
         began = time.perf_counter()
@@ -104,7 +108,7 @@ class Tracking:
                 layout = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 if tracker.name in _TAKE_PICTURES:
                     tracker.log_images({"kept tokens": pictures}, step=step, **layout)
-        self._last += time.perf_counter() - began  # pictures are no training
+        self.leave_out(time.perf_counter() - began)
 
     def end(self) -> None:
         for tracker in self.accelerator.trackers:

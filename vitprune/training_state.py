@@ -33,13 +33,14 @@ _BEST = "best.safetensors"
 class Progress:
     """How far a fine-tuning has come: optimizer steps, where its data goes on, the log of the factor on its thresholds.
 
-    checks: of held-out images so far. best_factor: of the best state, whose weights lie beside; None while it is the
-    first.
+    checks: of so many held-out images, so far. best_factor: of the best state, whose weights lie beside; None while it
+    is the first.
     """
 
     steps: int
     position: Position
     log_factor: float = 0.0
+    held_out: int = 0
     checks: tuple[dict[str, Any], ...] = ()
     best_factor: float | None = None
 

@@ -95,8 +95,10 @@ def make_steps(contest: Contest, levels: Mapping[float | None, Levels], autocast
 
 
 def _student(contest: Contest, levels: Levels, execution: Execution) -> Answers:
+    """Packed as by default, with thresholds that don't learn; masked as published, with such as do."""
     student = contest.pruned(levels)
     pruning_of(student).execution = execution
+    pruning_of(student).requires_grad_(execution == "masked")
     return Answers(student)
 
 
