@@ -1,7 +1,7 @@
 """What fine-tuning is worth: dense, calibrated only and fine-tuned on the same test images, at one budget.
 
     python benchmarks/finetuning.py CHECKPOINT DATA --budget 0.35 --images 4000
-    python benchmarks/finetuning.py CHECKPOINT DATA --budget 0.35 --policy tome --set learning_rate=1e-5
+    python benchmarks/finetuning.py CHECKPOINT DATA --budget 0.35 --policy tome --set losses.distillation=2
 
 CHECKPOINT: folder or Hub id of a dense classifier. DATA: as `data.path` in a recipe, with splits train and test.
 Calibrates in bfloat16 on 256 training images, trains one epoch unless told otherwise, scales the thresholds to the
@@ -80,8 +80,11 @@ def main() -> None:
     parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
 
-    settings = dict(change.split("=", 1) for change in args.changes)
-    spec = FinetuneSpec.model_validate({"mixed_precision": "bf16", **settings}, strict=False)
+    settings: dict[str, object] = {"mixed_precision": "bf16"}
+    for key, value in (change.split("=", 1) for change in args.changes):
+        section, _, name = key.rpartition(".")
+        settings[section or key] = {**dict(settings.get(section, {})), name: value} if section else value  # type: ignore[call-overload]
+    spec = FinetuneSpec.model_validate(settings, strict=False)
     processor, data = load_processor(args.checkpoint), DataSpec(path=args.data)
     test = list(load_images(data, SplitSpec(split="test", limit=args.test_images), processor, id2label=None).loader(32))
     images, labels = half(test), torch.cat([batch["labels"] for batch in test])

@@ -45,3 +45,7 @@ assert not heavy, heavy
 )
 def test_transformers_knows_the_plug_in_whichever_comes_first(imports: str) -> None:
     in_a_fresh_python(imports + REGISTERED)
+
+
+def test_the_api_can_be_listed() -> None:
+    assert set(vitprune.__all__) <= set(dir(vitprune))

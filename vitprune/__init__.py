@@ -81,6 +81,10 @@ __all__ = [
 registration.register()
 
 
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'vitprune' has no attribute '{name}'")

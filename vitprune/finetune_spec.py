@@ -41,7 +41,7 @@ class LossWeights(Spec):
 
 
 class FinetuneSpec(Spec):
-    """Training weights and thresholds together. Without this section thresholds are only calibrated."""
+    """Training at the budget. Without this section thresholds are only calibrated."""
 
     epochs: Positive = 1.0
     """Passes over the training images; parts are fine."""

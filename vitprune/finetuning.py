@@ -1,4 +1,4 @@
-"""Fine-tuning on Accelerate: a pruned model and its thresholds learn together, from a table or a stream of images.
+"""Fine-tuning on Accelerate: a pruned model learns at its budget, from a table or a stream of images.
 
 Knows how long training lasts and what is kept of it on the way; leaves one step to `update`, where the thresholds start
 to `calibration`, and the folder of the run to the caller.

@@ -199,7 +199,7 @@ class Recipe(Spec):
     calibration: CalibrationSpec = CalibrationSpec()
     """Finding thresholds for the budget without training."""
     finetune: FinetuneSpec | None = None
-    """Training weights and thresholds together; only calibrated if left out."""
+    """Training at the budget; only calibrated if left out."""
     evaluate: EvaluateSpec = EvaluateSpec()
     """Comparing pruned with dense."""
     output: OutputSpec = OutputSpec()

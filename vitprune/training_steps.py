@@ -1,7 +1,8 @@
 """How long a step of fine-tuning takes, dense and pruned, and how much memory.
 
-Knows what such a step is: teacher, student, losses, backward, optimizer, as `finetuning` does them. The learning rate
-is 0, so that weights and thresholds stay and every step does the same work. Leaves training in earnest to `finetuning`.
+Knows what such a step is: teacher, student, losses, backward, optimizer, as `finetuning` does them; packed with
+thresholds that don't learn, masked, as published, with such as do. The learning rate is 0, so that weights and
+thresholds stay and every step does the same work. Leaves training in earnest to `finetuning`.
 
 Tensor suffixes: B images, C channels or classes, H height, W width.
 """
