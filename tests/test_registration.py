@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+import vitprune
+
 REGISTERED = """
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 import sys
