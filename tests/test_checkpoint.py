@@ -18,6 +18,9 @@ from torch.testing import assert_close
 from transformers import (
     AutoModel,
     AutoModelForImageClassification,
+    CLIPModel,
+    CLIPVisionModel,
+    CLIPVisionModelWithProjection,
     PreTrainedModel,
     Trainer,
     TrainingArguments,
@@ -28,6 +31,7 @@ from transformers import (
 )
 
 import vitprune
+from vitprune.answers import Answers
 from vitprune.calibration import calibrate
 from vitprune.checkpoint import load_tokenizer, require_room
 from vitprune.recipe import PruningSpec
@@ -388,3 +392,19 @@ def test_a_model_that_was_built_without_a_pooler_comes_back_so(tmp_path: Path, p
     with torch.no_grad():
         found, expected = back(tiny.images(2)), model(tiny.images(2))
     assert_close(found.last_hidden_state, expected.last_hidden_state, **EXACT)
+
+
+@pytest.mark.parametrize("cls", [CLIPModel, CLIPVisionModel, CLIPVisionModelWithProjection])
+def test_the_tower_of_a_pruned_pair_comes_back_pruned_alone(cls: Any, tmp_path: Path) -> None:
+    model = vitprune.prune_(tiny.build("clip-zero-shot"), tiny.POLICIES["redundancy-merge"])
+    thresholds = pruning_of(model).levels.tolist()
+    model.save_pretrained(tmp_path)
+    back = cls.from_pretrained(tmp_path).eval()
+    assert pruning_of(back).levels.tolist() == thresholds
+    x = tiny.images(3)
+    found, expected = Answers(back), Answers(model.eval())
+    if cls is not CLIPVisionModel:  # which has no projection
+        with torch.no_grad():
+            assert_close(found(x), expected(x), **EXACT)
+    restored = vitprune.restore_(back)
+    assert "quantization_config" not in restored.config.to_json_string()

@@ -30,7 +30,6 @@ from vitprune.tokens import TokenBatch
 from vitprune.tracing import (
     Pruning,
     Trace,
-    as_config,
     is_pruned,
     pruning_of,
     quantization_method,
@@ -73,8 +72,8 @@ def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
     pruning.handles = _attach(model, pruning, anatomy)
     if anatomy.family.has_interface:
         _set_attention(anatomy.backbone, attention.NAME)
-    pruning.config = model.config
-    model.config.quantization_config = as_config(spec)
+    pruning.configs = tuple({id(config): config for config in (model.config, anatomy.backbone.config)}.values())
+    pruning.tell_configs()
     return model
 
 
@@ -126,8 +125,10 @@ def restore_(model: PreTrainedModel) -> PreTrainedModel:
         _set_attention(backbone, pruning.dense_attention)
     delattr(next(module for module in model.modules() if SUBMODULE in module._modules), SUBMODULE)
     # also what from_pretrained left on a model that it brought back
-    for owner, name in [(model.config, "quantization_config"), *((model, name) for name in _QUANTIZER_MARKS)]:
-        vars(owner).pop(name, None)
+    for config in (*pruning.configs, model.config):
+        vars(config).pop("quantization_config", None)
+    for name in _QUANTIZER_MARKS:
+        vars(model).pop(name, None)
     return model
 
 

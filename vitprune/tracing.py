@@ -38,7 +38,7 @@ class Pruning(nn.Module):
 
     levels: parameter `thresholds` (stages,) for `select: threshold`, else buffer `keep_ratios` (stages,).
     temperatures: (stages,), τ of the straight-through gradient.
-    config: the model's, which says how it is pruned; None while there is none.
+    configs: the model's, which says how it is pruned, and its tower's, by which that comes back pruned alone.
     execution: how it trains: `masked` as published, or `packed`, where tokens leave that no threshold learns from.
     latency: a measured table that the budget counts by, instead of MACs; isn't saved with the model.
     All tensors stay float32 whatever the model's dtype: thresholds live near 1/N.
@@ -49,7 +49,7 @@ class Pruning(nn.Module):
     def __init__(self, spec: PruningSpec, anatomy: Anatomy) -> None:
         super().__init__()
         self.spec = spec
-        self.config: PreTrainedConfig | None = None
+        self.configs: tuple[PreTrainedConfig, ...] = ()
         self.before_blocks = anatomy.stages(spec)
         self.num_prefix_tokens = anatomy.num_prefix_tokens
         self.has_class_token = anatomy.has_class_token
@@ -89,8 +89,12 @@ class Pruning(nn.Module):
         if before_blocks != self.before_blocks:
             self.before_blocks = before_blocks
             self._make_levels(self.levels.device)
-        if self.config is not None:
-            self.config.quantization_config = as_config(self.spec)
+        self.tell_configs()
+
+    def tell_configs(self) -> None:
+        """How the model is pruned is in its config, by which it comes back pruned."""
+        for config in self.configs:
+            config.quantization_config = as_config(self.spec)
 
     @property
     def levels(self) -> Tensor:
