@@ -71,3 +71,10 @@ def test_what_costs_more_than_the_budget_is_no_better_for_that() -> None:
     assert [held.look(update, step) for step in (0, 10, 20)] == [True, False, True]
     assert [check.counts for check in held.checks] == [True, False, True]
     assert held.kept_step == 20
+
+
+def test_images_that_need_more_than_the_budget_need_it_before_training_too() -> None:
+    update: Any = Updates([3.0, 2.0, 1.0], ratios=(0.65, 0.66, 0.7))
+    images: Any = Pictures()
+    held = HeldOut(images, 2, (4,), 0.6)
+    assert [held.look(update, step) for step in (0, 10, 20)] == [True, True, False]

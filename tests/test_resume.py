@@ -120,6 +120,20 @@ def test_a_broken_run_ends_as_an_unbroken_one(
     assert not place_of(tmp_path / "out").exists()
 
 
+def test_the_best_state_outlasts_a_break(tmp_path: Path) -> None:
+    # ever faster, until it is too fast
+    rising = ("finetune.learning_rate=1.0", "finetune.warmup=0.99", "finetune.checks=6")
+    whole = apply(recipe(tmp_path / "unbroken", *rising)).training
+    assert whole is not None
+    assert 0 < whole.kept_step < 12
+    asked = recipe(tmp_path / "broken", *rising)
+    break_off(asked, _Loop, "_next_record", lambda loop: loop.step == 11)
+    assert apply(asked).training == whole
+    expected, found = result(tmp_path / "unbroken"), result(tmp_path / "broken")
+    assert_close(found[0], expected[0], **EXACT)
+    assert found[1] == expected[1]
+
+
 def test_a_stream_goes_on_in_mid_epoch(tmp_path: Path) -> None:
     streamed = ("data.streaming=true", "finetune.steps=7")
     apply(recipe(tmp_path / "unbroken", *streamed))

@@ -20,7 +20,7 @@ from vitprune.student import State
 from vitprune.tracing import eval_mode
 from vitprune.update import Update
 
-# a state that costs so much more than the budget may be better only for that
+# a state that costs so much more, than the budget or than before training, may be better only for that
 ABOVE = 0.02
 NOTHING = Check(step=0, loss=math.inf, losses={}, ratio=0.0, kept=(), counts=False)
 
@@ -60,7 +60,9 @@ class HeldOut:
         means = {name: value / images for name, value in sums.items()}
         losses = {name: means[name] for name in LOSSES if name in means}
         kept = tuple(means[f"kept/before_block_{block}"] for block in self.before_blocks)
-        counts = step == 0 or means["ratio"] <= self.budget + ABOVE
+        # these images may need more than those of the calibration, before training as after it
+        allowed = max([self.budget, *(check.ratio for check in self.checks[:1])])
+        counts = step == 0 or means["ratio"] <= allowed + ABOVE
         own = Check(step=step, loss=sum(losses.values()), losses=losses, ratio=means["ratio"], kept=kept, counts=counts)
         check = processes.on_main(lambda: own)
         best = min((one.loss for one in self.checks if one.counts), default=math.inf)
