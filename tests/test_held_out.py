@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from vitprune.held_out import HeldOut
+from vitprune.held_out import HeldOut, _is_gain
 
 
 class Pictures:
@@ -78,3 +78,11 @@ def test_images_that_need_more_than_the_budget_need_it_before_training_too() -> 
     images: Any = Pictures()
     held = HeldOut(images, 2, (4,), 0.6)
     assert [held.look(update, step) for step in (0, 10, 20)] == [True, True, False]
+
+
+def test_a_gain_is_more_than_chance() -> None:
+    before = [1.0, 2.0, 3.0, 4.0]
+    assert _is_gain(before, [0.9, 1.9, 2.9, 3.9])
+    assert not _is_gain(before, [1.1, 2.1, 3.1, 4.1])
+    assert not _is_gain(before, [0.4, 2.5, 2.4, 4.4])  # lower on average, by two batches of four
+    assert _is_gain([1.0], [2.0])  # of a single batch nobody can tell

@@ -182,7 +182,7 @@ class _Loop:
         self.update.thresholds.log_factor = progress.log_factor
         if self.held_out is not None:
             self.held_out.checks = [Check.model_validate(check) for check in progress.checks]
-            self.held_out.count = progress.held_out
+            self.held_out.count, self.held_out.first = progress.held_out, progress.first
             if best is not None:
                 assert progress.best_factor is not None
                 self.held_out.best = State(best, progress.best_factor)
@@ -239,8 +239,16 @@ class _Loop:
         held = self.held_out
         checks = () if held is None else tuple(check.model_dump(mode="json") for check in held.checks)
         factor = None if held is None or held.best is None else held.best.log_factor
-        log_factor, images = self.update.thresholds.log_factor, 0 if held is None else held.count
-        return Progress(self.step, self.batches.position, log_factor, images, checks, factor)
+        images, first = (0, ()) if held is None else (held.count, held.first)
+        return Progress(
+            self.step,
+            self.batches.position,
+            self.update.thresholds.log_factor,
+            held_out=images,
+            first=first,
+            checks=checks,
+            best_factor=factor,
+        )
 
     def _best_weights(self) -> dict[str, Tensor] | None:
         return None if self.held_out is None or self.held_out.best is None else self.held_out.best.weights

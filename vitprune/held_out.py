@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from statistics import mean, stdev
 
 from torch import Tensor
 
@@ -30,7 +31,8 @@ class HeldOut:
     """Looks at the student every so often, and keeps the best state.
 
     images: every process looks at all of them; what the main one finds counts. checks: so far, the first before any
-    step. best: of the best check, unless that is the first, whose state the caller has.
+    step. first: losses of each batch before any step. best: of the best check, unless that is the first, whose state
+    the caller has.
     """
 
     images: Images
@@ -40,19 +42,22 @@ class HeldOut:
     count: int = 0
     checks: list[Check] = field(default_factory=list)
     best: State | None = None
+    first: tuple[float, ...] = ()
     _taught: list[Tensor | None] = field(default_factory=list, init=False)
 
     def look(self, update: Update, step: int) -> bool:
         """Compares the student as it is; returns whether it is the best so far."""
         sums: dict[str, float] = {}
-        images = 0
+        images, batches = 0, list[float]()
         with eval_mode(update.student):
             for number, batch in enumerate(self.images.loader(self.batch_size)):
                 count = len(batch["pixel_values"])
                 images += count
                 if len(self._taught) == number:
                     self._taught.append(update.teach(batch))
-                for name, value in update.look(batch, self._taught[number]).items():
+                found = update.look(batch, self._taught[number])
+                batches.append(sum(found[name] for name in LOSSES if name in found))
+                for name, value in found.items():
                     sums[name] = sums.get(name, 0.0) + count * value
         if not images:
             return False
@@ -62,7 +67,8 @@ class HeldOut:
         kept = tuple(means[f"kept/before_block_{block}"] for block in self.before_blocks)
         # these images may need more than those of the calibration, before training as after it
         allowed = max([self.budget, *(check.ratio for check in self.checks[:1])])
-        counts = step == 0 or means["ratio"] <= allowed + ABOVE
+        self.first = self.first or tuple(batches)
+        counts = step == 0 or (means["ratio"] <= allowed + ABOVE and _is_gain(self.first, batches))
         own = Check(step=step, loss=sum(losses.values()), losses=losses, ratio=means["ratio"], kept=kept, counts=counts)
         check = processes.on_main(lambda: own)
         best = min((one.loss for one in self.checks if one.counts), default=math.inf)
@@ -73,3 +79,11 @@ class HeldOut:
     def kept_step(self) -> int:
         """The step of the best check; 0: nothing was gained."""
         return min((check for check in self.checks if check.counts), key=lambda check: check.loss, default=NOTHING).step
+
+
+def _is_gain(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Whether losses of the same batches fell by more than chance would let them: by one standard error of the mean."""
+    if len(before) != len(after) or len(before) < 2:
+        return True
+    gains = [one - other for one, other in zip(before, after, strict=True)]
+    return mean(gains) > stdev(gains) / math.sqrt(len(gains))

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from vitprune.results import Check, Comparison, Latency, Plan, Report, ScheduleSearch, Throughput, Training
+from vitprune.results import Comparison, Latency, Plan, Report, ScheduleSearch, Throughput, Training
 from vitprune.tables import Cells, count, percent, rich_table
 
 PAYS = 1.05  # a speed-up worth having: less is lost in the noise
@@ -88,23 +88,18 @@ def _schedule(search: ScheduleSearch) -> str:
 
 
 def _training(training: Training) -> str:
-    first, *others = training.checks
+    first, last = training.checks[0], training.checks[-1]
     kept = next(check for check in training.checks if check.step == training.kept_step)
     images = f"{training.images} training images that were held out"
     if not training.kept_step:
         return (
-            f"Fine-tuning gained nothing: on {images} the loss was {first.loss:.4f} before it and, at the budget, "
-            f"{_lowest(others)} at best after; the calibrated model was kept."
+            f"Fine-tuning gained nothing: on {images} the loss was {first.loss:.4f} before it and {last.loss:.4f} at "
+            "its end, and no state was better by more than chance at the same cost; the calibrated model was kept."
         )
     return (
         f"Fine-tuning brought the loss on {images} from {first.loss:.4f} to {kept.loss:.4f}: the state after step "
         f"{kept.step} of {training.steps} was kept."
     )
-
-
-def _lowest(checks: Sequence[Check]) -> str:
-    losses = [check.loss for check in checks if check.counts]
-    return f"{min(losses):.4f}" if losses else "nowhere any better"
 
 
 def _quality(name: str, dense: float, pruned: float) -> str:

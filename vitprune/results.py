@@ -120,7 +120,8 @@ class Check(Result):
     """What the held-out training images said of the state after `step` steps, the thresholds held to the budget.
 
     `loss` is the sum of `losses`, which training minimises; `ratio` of costs; `kept`: part of the patches that are left
-    after each stage; `counts`: whether it may be the best, which one that costs more than the budget may not.
+    after each stage; `counts`: whether it may be the best, as it costs no more than the budget and gained more than
+    chance.
     """
 
     step: int

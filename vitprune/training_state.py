@@ -33,14 +33,15 @@ _BEST = "best.safetensors"
 class Progress:
     """How far a fine-tuning has come: optimizer steps, where its data goes on, the log of the factor on its thresholds.
 
-    checks: of so many held-out images, so far. best_factor: of the best state, whose weights lie beside; None while it
-    is the first.
+    checks: of so many held-out images, so far; first: losses of their batches before training. best_factor: of the best
+    state, whose weights lie beside; None while it is the first.
     """
 
     steps: int
     position: Position
     log_factor: float = 0.0
     held_out: int = 0
+    first: tuple[float, ...] = ()
     checks: tuple[dict[str, Any], ...] = ()
     best_factor: float | None = None
 
@@ -100,7 +101,8 @@ class States:
         # states are kept between steps; how many parts those have may have changed since
         accelerator.step = 0
         found = json.loads((complete[-1] / "progress.json").read_text(encoding="utf-8"))
-        progress = Progress(**{**found, "position": Position(**found["position"]), "checks": tuple(found["checks"])})
+        found["position"] = Position(**found["position"])
+        progress = Progress(**{name: tuple(one) if isinstance(one, list) else one for name, one in found.items()})
         best = complete[-1] / _BEST
         return progress, load_file(best) if best.is_file() else None
 
