@@ -70,6 +70,12 @@ def parquet(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
+def parquet_of(data: Dataset, folder: Path) -> Path:
+    (folder / "parquet").mkdir()
+    data.to_parquet(str(folder / "parquet" / "train.parquet"))
+    return folder / "parquet"
+
+
 def load(path: Path | str, split: SplitSpec = TRAIN, seed: int = 0, id2label: Any = ID2LABEL, **options: Any) -> Images:
     return load_images(DataSpec(path=str(path), **options), split, PROCESSOR, id2label=id2label, seed=seed)
 
@@ -205,6 +211,17 @@ def test_folders_that_are_splits_are_no_labels(tmp_path: Path) -> None:
         (tmp_path / "data" / split).mkdir(parents=True)
         (tmp_path / "data" / split / "a.png").write_bytes(png(10))
     assert not load(tmp_path / "data").labelled
+
+
+def test_the_folder_of_a_split_is_no_class(tmp_path: Path) -> None:
+    """One more level: then the library gives each image the name of its split for a label."""
+    for split in ("train", "test"):
+        (tmp_path / "data" / split / split).mkdir(parents=True)
+        (tmp_path / "data" / split / split / "a.png").write_bytes(png(10))
+    assert not load(tmp_path / "data", id2label={0: "LABEL_0", 1: "LABEL_1"}).labelled
+    named = parquet_of(rows(2, ClassLabel(names=["test", "train"])), tmp_path)
+    assert not load(named, id2label={0: "LABEL_0", 1: "LABEL_1"}).labelled
+    assert load(named, id2label={0: "LABEL_0", 1: "LABEL_1"}, label_column="label").labelled
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "LA", "P", "L", "1", "CMYK"])

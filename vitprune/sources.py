@@ -23,6 +23,7 @@ from vitprune.recipe_errors import first_line
 
 FILE_KINDS: Mapping[str, str] = {".parquet": "parquet", ".arrow": "arrow"}
 LABEL_NAMES = ("label", "labels")
+_SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
 _MAY_BE_LABELS = (*LABEL_NAMES, "class", "classes", "target", "targets", "category", "class_id", "label_id", "y")
 _CANT_BE_OPENED = (OSError, ValueError, RuntimeError, DatasetsError, Disconnected)
 
@@ -53,6 +54,8 @@ def open_source(data: DataSpec, split: str, id2label: Mapping[int, str] | None, 
     image = _image_column(rows.features, data.image_column, place)
     labelled = labelled and data.labels != "ignore"
     column = _label_column(rows.features, data.label_column, place) if labelled else None
+    if data.label_column is None and column is not None and _are_splits(rows.features[column]):
+        column = None
     values = [] if column is None else _label_values(rows, column)
     if set(values) in ({-1}, {None}):  # as test splits hide them, and folders that are splits have none
         column = None
@@ -65,6 +68,11 @@ def open_source(data: DataSpec, split: str, id2label: Mapping[int, str] | None, 
         notes = _unnoticed(rows.features, image, place) if labelled and not values else ()
     rows = rows.select_columns([image] if labels is None else [image, labels.column])
     return Source(rows.cast_column(image, Image(decode=False)), place, image, labels, notes)
+
+
+def _are_splits(feature: Any) -> bool:
+    """Whether the classes are the folders of splits, which `datasets` takes for labels where there are no others."""
+    return isinstance(feature, ClassLabel) and {name.casefold() for name in feature.names} <= _SPLITS
 
 
 def _unnoticed(features: Features, image: str, place: str) -> tuple[str, ...]:
