@@ -30,7 +30,7 @@ from vitprune.tokens import TokenBatch
 ATTENTION_BY_SIZE = 1.0
 # the nearer patches lie, the more alike they are. Were keys smooth, δ would fall as 1/n; measured at 64 to 1,024
 # patches with thresholds found at 256, MACs stay nearest to the budget at this power of n
-REDUNDANCY_BY_SIZE = 0.5
+REDUNDANCY_BY_SIZE = 0.55
 
 
 @dataclass(frozen=True)

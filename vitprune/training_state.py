@@ -102,7 +102,9 @@ class States:
         accelerator.step = 0
         found = json.loads((complete[-1] / "progress.json").read_text(encoding="utf-8"))
         found["position"] = Position(**found["position"])
-        progress = Progress(**{name: tuple(one) if isinstance(one, list) else one for name, one in found.items()})
+        for name in ("checks", "first"):
+            found[name] = tuple(found[name])
+        progress = Progress(**found)
         best = complete[-1] / _BEST
         return progress, load_file(best) if best.is_file() else None
 
