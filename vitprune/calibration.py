@@ -22,14 +22,14 @@ from vitprune.tracing import Pruning, Trace, eval_mode, pruning_of, trace, watch
 
 # how near the calibrated ratio of costs has to come to the budget
 TOLERANCE = 0.002
-Batches = Tensor | Iterable[Inputs]
-_LABELS = ("labels", "label")
 MAX_PASSES = 10
 # τ is so wide that this part of a stage's scores lies within τ to one side of the threshold: about what the paper's
 # 1e-4 holds at 196 patches
 TEMPERATURE_SHARE = 0.005
 # how far around a threshold its scores' density is looked at, as a part of the scores
 NEIGHBOURHOOD = 0.1
+_LABELS = ("labels", "label")
+Batches = Tensor | Iterable[Inputs]
 
 
 @dataclass(frozen=True)

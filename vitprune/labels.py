@@ -39,12 +39,11 @@ class Classes:
 
     def id_of(self, name: str) -> int:
         """The id of a class by the data's name for it. Raises ValueError where there is none, or several."""
-        meant = self.given.get(name, name)
+        meant, found = self.given.get(name, name), self.ids_of(name)
         if isinstance(meant, int):
             if meant not in self.names:
                 raise ValueError(f"data.label_names gives {name!r} the id {meant}, which the checkpoint hasn't")
             return meant
-        found = self._by_name.get(meant) or self._by_spelling.get(spelling(meant)) or ()
         if len(found) > 1:
             raise ValueError(
                 f"{name!r} is the name of several of the checkpoint's classes (ids {', '.join(map(str, found))}); give "
@@ -54,6 +53,13 @@ class Classes:
             near = did_you_mean(meant, list(self.names.values()))
             raise ValueError(f"{name!r} is not among the checkpoint's labels: {some(list(self.names.values()))}{near}")
         return found[0]
+
+    def ids_of(self, name: str) -> Sequence[int]:
+        """All classes that the data's name for one may mean."""
+        meant = self.given.get(name, name)
+        if isinstance(meant, int):
+            return (meant,)
+        return self._by_name.get(meant) or self._by_spelling.get(spelling(meant)) or ()
 
     def is_spelled_otherwise(self, name: str) -> bool:
         """Whether a name is found, but not as the checkpoint writes it."""
@@ -112,7 +118,7 @@ def match(names: Sequence[str], classes: Classes, column: str, place: str) -> La
         )
     if by_number := _numbers(names, classes):
         return Labels(column, count, ids=by_number, names=tuple(names))
-    if len(names) == count and all(map(_WORDNET.fullmatch, names)):
+    if len(names) == count and _are_wordnet(names):
         # ImageNet's classes come in the order of these ids
         order = {name: index for index, name in enumerate(sorted(names))}
         note = "The data's classes are WordNet ids; they were taken for the checkpoint's in their order."
@@ -124,12 +130,13 @@ def match(names: Sequence[str], classes: Classes, column: str, place: str) -> La
 def _by_name(names: Sequence[str], classes: Classes, place: str) -> tuple[int, ...]:
     ids, lacking = dict[str, int](), list[str]()
     for name in names:
+        if not classes.ids_of(name):
+            lacking.append(name)
+            continue
         try:
             ids[name] = classes.id_of(name)
         except ValueError as error:
-            if "is not among" not in str(error):
-                raise ValueError(f"{place}: {error}") from None
-            lacking.append(name)
+            raise ValueError(f"{place}: {error}") from None
     if lacking:
         wordnet = "; WordNet ids are known by their order where all classes are there" if _are_wordnet(lacking) else ""
         raise ValueError(

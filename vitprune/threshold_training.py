@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ PRICE = 5.0
 class ThresholdTraining:
     """The thresholds of one training. starts: where they begin; units: in each, what moves all of the stage's patches.
 
-    holds: whether the factor follows the ratio; fixed counts have no thresholds.
+    holds: whether the factor follows the ratio; fixed counts have no thresholds, and theirs stays 1.
     log_factor: of the common factor. It and what learns are only told to the model while it is `watched`.
     """
 
@@ -42,7 +42,7 @@ class ThresholdTraining:
     budget: float
     starts: tuple[float, ...]
     units: tuple[float, ...]
-    log_factor: float = field(default=0.0)
+    log_factor: float = 0.0
 
     @classmethod
     def of(cls, pruning: Pruning, mode: ThresholdMode, budget: float) -> ThresholdTraining:
@@ -73,10 +73,6 @@ class ThresholdTraining:
     @contextmanager
     def watched(self, pruning: Pruning) -> Iterator[Trace]:
         """`tracing.trace`, with the thresholds as they are in training."""
-        if pruning.spec.select != "threshold":
-            with watching(Trace(pruning, pruning.before_blocks)) as seen:
-                yield seen
-            return
         with watching(_Trained(pruning, pruning.before_blocks, training=self)) as seen:
             yield seen
 
@@ -87,8 +83,7 @@ class ThresholdTraining:
     @torch.no_grad()
     def settle(self, pruning: Pruning) -> None:
         """Gives the model the thresholds that its parameters mean; training is over."""
-        if pruning.spec.select == "threshold":
-            pruning.levels.copy_(self.levels(pruning.levels))
+        pruning.levels.copy_(self.levels(pruning.levels))
 
 
 @dataclass(eq=False)

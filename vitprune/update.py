@@ -68,15 +68,15 @@ class Update:
         for batch, count in batches:
             with self.accelerator.accumulate(self.student):
                 losses, seen = self._look(batch)
-                ratio_B = seen.costs_B / seen.dense_costs_B
+                ratio = (seen.costs_B / seen.dense_costs_B).mean()
                 # the gradients are averaged over parts and processes, so each part brings its share of the images
                 share = count * len(batches) * self.accelerator.num_processes / images
                 loss = torch.stack(list(losses.values())).sum()
-                if ratio_B.requires_grad:
-                    loss = loss + self.thresholds.price(self.spec.losses.budget) * ratio_B.mean().float()
+                if ratio.requires_grad:
+                    loss = loss + self.thresholds.price(self.spec.losses.budget) * ratio.float()
                 self.accelerator.backward(share * loss)
-            found = {**losses, "ratio": ratio_B.mean(), **self._kept(seen.kept_BS)}
-            sums = {name: sums.get(name, 0.0) + count * value.detach().double() for name, value in found.items()}
+            found = self._figures(losses, seen).items()
+            sums = {name: sums.get(name, 0.0) + count * value.detach().double() for name, value in found}
         record = self._record(sums, images)
         self._step(record, step)
         self.thresholds.follow(record["ratio"])
@@ -89,9 +89,7 @@ class Update:
         taught: the teacher's answers to it, where they are known.
         """
         losses, seen = self._look(self._placed(batch), taught)
-        ratio = (seen.costs_B / seen.dense_costs_B).mean()
-        found = {**losses, "ratio": ratio, **self._kept(seen.kept_BS)}
-        return {name: value.item() for name, value in found.items()}
+        return {name: value.item() for name, value in self._figures(losses, seen).items()}
 
     @torch.no_grad()
     def teach(self, batch: Mapping[str, Tensor]) -> Tensor | None:
@@ -119,10 +117,11 @@ class Update:
                 losses["tokens"] = weights.tokens * token_loss(seen.final_BND, tokens[0], seen.there_BN)
         return losses, seen
 
-    def _kept(self, kept_BS: Tensor) -> dict[str, Tensor]:
-        kept_S = kept_BS.mean(0)
+    def _figures(self, losses: Mapping[str, Tensor], seen: Seen) -> dict[str, Tensor]:
+        """What is said of a batch: losses, ratio of costs, kept parts of the patches."""
+        kept_S = seen.kept_BS.mean(0)
         stages = {f"kept/before_block_{block}": kept for block, kept in zip(self.before_blocks, kept_S, strict=True)}
-        return {"kept": kept_S[-1], **stages}
+        return {**losses, "ratio": (seen.costs_B / seen.dense_costs_B).mean(), "kept": kept_S[-1], **stages}
 
     def _record(self, sums: Mapping[str, Tensor], images: Tensor) -> dict[str, float]:
         means = (self._sum(torch.stack(list(sums.values()))) / images).tolist()
