@@ -24,7 +24,7 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from vitprune.run_folder import place_of
+from vitprune.runs.resume import place_of
 
 CLOCKED = ("created", "throughput", "latency", "environment")
 

@@ -25,14 +25,15 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from vitprune import PruningSpec, load, trace
-from vitprune.anatomy import examine
-from vitprune.checkpoint import load_processor
-from vitprune.contestants import Contest, twin
-from vitprune.data import load_images
-from vitprune.evaluation import describe_environment
-from vitprune.recipe import DataSpec, SplitSpec
-from vitprune.timing import Runner, time_in_turn
-from vitprune.tracing import Levels, eval_mode, pruning_of
+from vitprune.bench.subjects import Contest, twin
+from vitprune.data.images import load_images
+from vitprune.measure.throughput import describe_environment
+from vitprune.measure.timing import Runner, time_in_turn
+from vitprune.models.checkpoint import load_processor
+from vitprune.models.module import Levels, pruning_of
+from vitprune.models.structure import examine
+from vitprune.models.trace import eval_mode
+from vitprune.recipe.schema import DataSpec, SplitSpec
 
 POLICIES = {
     "paper, leave": PruningSpec(score="head-weighted-class-attention", before_blocks=[4, 7, 10], dropped="leave"),

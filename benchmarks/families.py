@@ -22,8 +22,8 @@ from transformers import PreTrainedModel
 
 import vitprune
 from vitprune import PruningSpec
-from vitprune.anatomy import examine
-from vitprune.evaluation import describe_environment
+from vitprune.measure.throughput import describe_environment
+from vitprune.models.structure import examine
 
 Inputs = dict[str, Tensor]
 

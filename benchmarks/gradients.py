@@ -20,9 +20,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from vitprune import DataSpec, PruningSpec, SplitSpec, calibrate, load, load_images, load_processor, prune_, trace
-from vitprune.calibration import TEMPERATURE_SHARE
-from vitprune.losses import distillation_loss
-from vitprune.tracing import pruning_of
+from vitprune.budget.calibration import TEMPERATURE_SHARE
+from vitprune.finetuning.losses import distillation_loss
+from vitprune.models.module import pruning_of
 
 LOSSES = ("task", "distillation", "ratio")
 CALIBRATION_IMAGES = 256

@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from vitprune import PruningSpec, calibrate, load, prune_, trace
-from vitprune.checkpoint import load_processor
-from vitprune.data import Images, load_images
-from vitprune.recipe import DataSpec, SplitSpec
+from vitprune.data.images import Images, load_images
+from vitprune.models.checkpoint import load_processor
+from vitprune.recipe.schema import DataSpec, SplitSpec
 
 PAPER = {"score": "head-weighted-class-attention", "before_blocks": [4, 7, 10]}
 FIRST = {"before_blocks": [1, 4, 7]}

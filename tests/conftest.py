@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 import torch
 from accelerate.state import AcceleratorState
 from made_up_clock import Clock
+from samples import SHARED
 from torch.nn.modules.module import register_module_forward_hook
 
-SHARED = Path(__file__).parents[2] / "shared"
 _left_out: list[str] = []
 
 
@@ -50,8 +49,8 @@ def _fresh_accelerator() -> Iterator[None]:
 @pytest.fixture(autouse=True)
 def _few_tries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Stages are looked for among few schedules; test_schedule looks among all."""
-    if request.module.__name__ != "test_schedule":
-        monkeypatch.setattr("vitprune.schedule.MOST_TRIES", 3)
+    if request.module.__name__.rpartition(".")[2] != "test_schedule":
+        monkeypatch.setattr("vitprune.budget.schedule.MOST_TRIES", 3)
 
 
 @pytest.fixture
@@ -61,7 +60,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     handle = register_module_forward_hook(clock.ran)
     monkeypatch.setattr("time.perf_counter", lambda: clock.now)
     # calls cost nothing by this clock, and rows do: no fillers to save calls
-    monkeypatch.setattr("vitprune.layout.CALL_MACS", 0)
+    monkeypatch.setattr("vitprune.pruning.layout.CALL_MACS", 0)
     yield clock
     handle.remove()
 

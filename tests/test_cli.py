@@ -13,9 +13,9 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from vitprune import __version__
-from vitprune.bench_settings import BenchSettings
+from vitprune.bench.settings import BenchSettings
 from vitprune.cli import app
-from vitprune.recipe import Recipe, RecipeError, json_schema, load_recipe
+from vitprune.recipe.schema import Recipe, RecipeError, json_schema, load_recipe
 
 RECIPE = """\
 version: 1
@@ -47,10 +47,10 @@ def heavy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Heavy:
     monkeypatch.delenv("VITPRUNE_DEBUG", raising=False)
     Path("recipe.yaml").write_text(RECIPE)
     heavy = Heavy()
-    names = ("apply", "planning", "prefetch", "benchmarking", "report", "bench_report")
+    names = ("runs.apply", "runs.plan", "runs.prefetch", "bench.sweep", "reports.run_report", "reports.bench_report")
     modules = {name: ModuleType(f"vitprune.{name}") for name in names}
-    work = modules["apply"]
-    for module, verb in ((work, "apply"), (modules["planning"], "plan"), (work, "evaluate")):
+    work = modules["runs.apply"]
+    for module, verb in ((work, "apply"), (modules["runs.plan"], "plan"), (work, "evaluate")):
         setattr(
             module,
             verb,
@@ -58,11 +58,13 @@ def heavy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Heavy:
                 verb, *arguments, *(name for name, value in options.items() if value)
             ),
         )
-    vars(modules["prefetch"])["prefetch"] = lambda recipe: heavy.run("prefetch", recipe).split(" of ")
-    vars(modules["benchmarking"])["bench"] = lambda settings, output: heavy.run("bench", settings, output)
+    vars(modules["runs.prefetch"])["prefetch"] = lambda recipe: heavy.run("prefetch", recipe).split(" of ")
+    vars(modules["bench.sweep"])["bench"] = lambda settings, output: heavy.run("bench", settings, output)
     for name in ("print_report", "print_plan"):
-        setattr(modules["report"], name, lambda result, console, name=name: console.print(f"{name}: {result}"))
-    vars(modules["bench_report"]).update(
+        setattr(
+            modules["reports.run_report"], name, lambda result, console, name=name: console.print(f"{name}: {result}")
+        )
+    vars(modules["reports.bench_report"]).update(
         print_benchmark=lambda result, console: console.print(f"print_benchmark: {result}"),
         print_files=lambda result, folder, console: console.print(f"print_files: {result} in {folder}"),
     )
@@ -194,7 +196,7 @@ def test_ctrl_c(heavy: Heavy) -> None:
 
 
 def test_a_recipe_that_does_not_fit_the_model_is_a_wrong_recipe(heavy: Heavy, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys.modules["vitprune.planning"], "plan", lambda recipe: recipe.pruning.stages(12))
+    monkeypatch.setattr(sys.modules["vitprune.runs.plan"], "plan", lambda recipe: recipe.pruning.stages(12))
     result = invoke("plan", "recipe.yaml")
     assert result.exit_code == 2
     place = "recipe.yaml:5: pruning.before_blocks: "
@@ -230,7 +232,7 @@ def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (shelf / "small.yaml").write_text(RECIPE)
     (shelf / "large.yaml").write_text(RECIPE)
     (shelf / "recipe.schema.json").write_text("{}")
-    monkeypatch.setattr("vitprune.recipes.folder", lambda: shelf)
+    monkeypatch.setattr("vitprune.recipe.shipped.folder", lambda: shelf)
     monkeypatch.chdir(tmp_path)
     return shelf
 

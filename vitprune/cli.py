@@ -18,12 +18,12 @@ from typing import Annotated, TypeVar
 import typer
 from rich.console import Console
 
-from vitprune import __version__, recipes
-from vitprune.bench_settings import BATCH_SIZES, BenchSettings, is_recipe, read_part, read_target
-from vitprune.exit_codes import FAILED, INTERRUPTED, TERMINATED, USAGE
-from vitprune.preemption import Terminated
-from vitprune.recipe import Recipe, RecipeError, json_schema, load_recipe, locate
-from vitprune.recipe_errors import did_you_mean
+from vitprune import __version__
+from vitprune.bench.settings import BATCH_SIZES, BenchSettings, is_recipe, read_part, read_target
+from vitprune.recipe import shipped
+from vitprune.recipe.errors import did_you_mean
+from vitprune.recipe.schema import Recipe, RecipeError, json_schema, load_recipe, locate
+from vitprune.runtime.signals import FAILED, INTERRUPTED, TERMINATED, USAGE, Terminated
 
 Result = TypeVar("Result")
 
@@ -79,7 +79,7 @@ def _clear_messages(located: Callable[[RecipeError], RecipeError]) -> Iterator[N
 
 def _explained(error: Exception) -> str:
     if "LOCAL_RANK" in os.environ:
-        from vitprune.processes import has_lost_another
+        from vitprune.runtime.distributed import has_lost_another
 
         if has_lost_another(error):
             return "another process of this run ended; the same command goes on from what was kept"
@@ -94,7 +94,7 @@ def _explained(error: Exception) -> str:
 def _say(message: str) -> None:
     """One message a run: of several processes the first to fail has it."""
     if "LOCAL_RANK" in os.environ:
-        from vitprune.processes import first_to_fail
+        from vitprune.runtime.distributed import first_to_fail
 
         if not first_to_fail():
             return
@@ -105,7 +105,7 @@ def _say(message: str) -> None:
 
 def _print(result: Result, show: Callable[[Result, Console], None]) -> None:
     """By the main process alone."""
-    from vitprune.processes import join, leave
+    from vitprune.runtime.distributed import join, leave
 
     if join().is_main_process:
         show(result, Console())
@@ -131,8 +131,8 @@ def apply(
     if launcher:
         raise typer.Exit(_launched(recipe, overrides or [], launcher, restart=restart))
     with _loaded(recipe, overrides) as settings:
-        from vitprune.apply import apply as run
-        from vitprune.report import print_report
+        from vitprune.reports.run_report import print_report
+        from vitprune.runs.apply import apply as run
 
         _print(run(settings, restart=restart), print_report)
 
@@ -141,7 +141,7 @@ def _launched(recipe: Path, overrides: Sequence[str], options: Sequence[str], *,
     if not options[0].startswith("-"):
         raise typer.BadParameter(f"unexpected {options[0]!r}; options of the launcher come behind --")
     with _loaded(recipe, overrides):  # a mistake in it is better told once
-        from vitprune.launching import launch
+        from vitprune.runs.launch import launch
 
     changes = [part for override in overrides for part in ("--set", override)]
     changes += ["--restart"] if restart else []
@@ -152,8 +152,8 @@ def _launched(recipe: Path, overrides: Sequence[str], options: Sequence[str], *,
 def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Show what apply would do: stages, tokens and MACs per block, steps. Runs nothing."""
     with _loaded(recipe, overrides) as settings:
-        from vitprune.planning import plan as run
-        from vitprune.report import print_plan
+        from vitprune.reports.run_report import print_plan
+        from vitprune.runs.plan import plan as run
 
         print_plan(run(settings), Console())
 
@@ -162,7 +162,7 @@ def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
 def prefetch(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Bring what apply needs into the cache, checkpoint and data, so that it runs without a network."""
     with _loaded(recipe, overrides) as settings:
-        from vitprune.prefetch import prefetch as run
+        from vitprune.runs.prefetch import prefetch as run
 
         for piece in run(settings):
             typer.echo(piece)
@@ -176,8 +176,8 @@ def evaluate(
 ) -> None:
     """Compare a pruned checkpoint with the dense model, on the recipe's data."""
     with _loaded(recipe, overrides) as settings:
-        from vitprune.apply import evaluate as run
-        from vitprune.report import print_report
+        from vitprune.reports.run_report import print_report
+        from vitprune.runs.apply import evaluate as run
 
         _print(run(checkpoint, settings), print_report)
 
@@ -237,8 +237,8 @@ def bench(
             training=training,
             training_batch_size=training_batch_size,
         )
-        from vitprune.bench_report import print_benchmark, print_files
-        from vitprune.benchmarking import bench as run
+        from vitprune.bench.sweep import bench as run
+        from vitprune.reports.bench_report import print_benchmark, print_files
 
         benchmark = run(settings, output=output)
         print_benchmark(benchmark, Console())
@@ -254,8 +254,8 @@ def schema() -> None:
 @recipes_app.command("ls")
 def list_recipes() -> None:
     """List the recipes that come with vitprune."""
-    for name, path in recipes.shipped().items():
-        typer.echo(f"{name:24}{recipes.summary(path)}")
+    for name, path in shipped.shipped().items():
+        typer.echo(f"{name:24}{shipped.summary(path)}")
 
 
 @recipes_app.command("cp")
@@ -264,12 +264,12 @@ def copy_recipe(
     destination: Annotated[Path, typer.Argument(metavar="[DEST]", help="Folder to copy it into.")] = Path(),
 ) -> None:
     """Copy a recipe, and the files it comes with, to a folder. Nothing is overwritten."""
-    known = list(recipes.shipped())
+    known = list(shipped.shipped())
     name = name.removesuffix(".yaml")
     if name not in known:
         raise typer.BadParameter(f"no recipe {name!r}{did_you_mean(name, known)}; there are {', '.join(known)}")
     try:
-        copied = recipes.copy(name, destination)
+        copied = shipped.copy(name, destination)
     except OSError as error:
         typer.echo(f"failed: {error}", err=True)
         raise typer.Exit(1) from None

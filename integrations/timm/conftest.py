@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 HERE = Path(__file__).parent
-sys.path += [str(HERE.parents[1] / "tests"), str(Path(sys.prefix) / "timm")]
+TESTS = HERE.parents[1] / "tests"
+sys.path += [str(TESTS / "support"), str(TESTS / "contract"), str(Path(sys.prefix) / "timm")]
 
 # torchvision's Python part asks for these on import; nothing here calls them
 LIBRARY = torch.library.Library("torchvision", "DEF")

@@ -42,27 +42,21 @@ tiny.FAMILIES = {
     "not fused": lambda: unfused(timm_model()),
     "bare": lambda: timm_model(TimmWrapperModel),
 }
-tiny.CORE = {}
+tiny.ARCHETYPES = dict.fromkeys(tiny.FAMILIES, "timm")
 tiny.WITHOUT_CLASS_TOKEN = {"mean of patches"}
-tiny.FAMILIES_AND_POLICIES = [(family, policy) for family in tiny.FAMILIES for policy in tiny.REPRESENTATIVE]
 
 import suite  # noqa: E402 - the suites read what they run over when they are imported
-import test_behaviour  # noqa: E402
+import test_inference  # noqa: E402
 import test_learning  # noqa: E402
 
 import vitprune  # noqa: E402
-from vitprune.apply import apply  # noqa: E402
-from vitprune.planning import plan  # noqa: E402
-from vitprune.recipe import load_recipe  # noqa: E402
+from vitprune.recipe.schema import load_recipe  # noqa: E402
+from vitprune.runs.apply import apply  # noqa: E402
+from vitprune.runs.plan import plan  # noqa: E402
 
-# timm's wrapper has hidden states from another forward; three tests name their families
-ELSEWHERE = {
-    "test_hidden_states_are_dense_sequences",
-    "test_two_threads_may_run_one_model",
-    "test_a_failing_forward_leaves_nothing_behind",
-    "test_in_packed_training_an_image_that_is_not_finite_stays_alone",
-}
-SUITES = {**vars(test_behaviour), **vars(test_learning)}
+# these name their families
+ELSEWHERE = {"test_in_packed_training_an_image_that_is_not_finite_stays_alone"}
+SUITES = {**vars(test_inference), **vars(test_learning)}
 globals().update({n: t for n, t in SUITES.items() if n.startswith("test_") and n not in ELSEWHERE})
 
 RECIPE = """\

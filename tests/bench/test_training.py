@@ -1,0 +1,97 @@
+"""Steps of fine-tuning: that they do the work of one, and change nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import tiny
+import torch
+
+import vitprune
+from vitprune.bench.subjects import Contest, Levels
+from vitprune.bench.training import EXECUTIONS, make_steps, measure_training
+from vitprune.models.module import is_pruned, pruning_of
+from vitprune.reports.bench_results import Setting
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitprune.measure.timing.SHORTEST", 0.0)
+
+
+def contest_of(family: str) -> tuple[Contest, dict[float | None, Levels]]:
+    model = tiny.build(family)
+    spec = tiny.spec_for(family, tiny.POLICIES["as-vit-merge"]).model_copy(update={"temperature": 1e-2})
+    levels = Levels.of(pruning_of(vitprune.prune_(copy.deepcopy(model), spec)))
+    return Contest(model, spec, None), {0.65: levels}
+
+
+@pytest.mark.parametrize("family", ["vit", "dinov3", "siglip-tower"])
+@pytest.mark.parametrize("autocast", [torch.float32, torch.bfloat16])
+def test_steps(family: str, autocast: torch.dtype) -> None:
+    contest, levels = contest_of(family)
+    before = {name: weight.clone() for name, weight in contest.dense.state_dict().items()}
+    steps = make_steps(contest, levels, autocast)
+    assert list(steps) == ["dense", *(f"{execution} 0.65" for execution in EXECUTIONS)]
+    for name, step in steps.items():
+        assert is_pruned(step.student) is (name != "dense")
+        assert step.student.model.training
+        if is_pruned(step.student):
+            assert pruning_of(step.student).execution == name.split()[0]
+        assert not step.teacher.model.training
+        step(tiny.images(2))
+        # the optimizer has seen a gradient of everything that the student's answer needs
+        seen = {id(weight) for weight in step.optimizer.state}
+        first = next(step.student.parameters())
+        assert id(first) in seen
+        assert bool(step.ratios) is is_pruned(step.student)
+    thresholds = pruning_of(steps["masked 0.65"].student).levels
+    assert id(thresholds) in {id(weight) for weight in steps["dense"].optimizer.state}
+    assert torch.equal(thresholds, levels[0.65].levels)
+    for name, weight in contest.dense.state_dict().items():
+        assert torch.equal(weight, before[name]), name
+
+
+def test_every_loss_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    contest, levels = contest_of("vit")
+    steps = make_steps(contest, levels, torch.float32)
+    x = tiny.images(2)
+    # the dense student is its teacher: no distance to it, and the task's loss is that of its own answer
+    dense = steps["dense"]
+    logits = contest.dense(x).logits
+    expected = torch.nn.functional.cross_entropy(logits, logits.argmax(-1))
+    torch.testing.assert_close(dense._loss(x), expected)
+    masked = steps["masked 0.65"]
+    with_budget = masked._loss(x)
+    ratio = float(masked.ratios[0])
+    masked.target = ratio
+    assert float((with_budget - masked._loss(x)).detach()) == pytest.approx(2 * abs(ratio - 0.65), abs=1e-4)
+
+
+def test_measure_training() -> None:
+    contest, levels = contest_of("vit")
+    setting = Setting(image_size=32, dtype="bfloat16")
+    rows = measure_training(contest, levels, setting, tiny.images(6), 4, repeats=2)
+    assert [row.execution for row in rows] == ["packed", "masked"]
+    for row in rows:
+        assert (row.batch_size, row.target, row.dtype) == (4, 0.65, "bfloat16")
+        assert 0 < row.dense.fastest <= row.dense.median
+        assert 0 < row.macs_ratio < 1
+    packed, masked = rows
+    # masks beside full-length sequences
+    assert masked.pruned_peak_memory > masked.dense_peak_memory > 0
+    assert masked.pruned_peak_memory > packed.pruned_peak_memory > 0
+
+
+def test_float16() -> None:
+    contest, levels = contest_of("vit")
+    with pytest.raises(ValueError, match="in float16 the loss has to be scaled"):
+        measure_training(contest, levels, Setting(image_size=32, dtype="float16"), tiny.images(4), 2, repeats=1)
+
+
+def test_more_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    contest, levels = contest_of("vit")
+    monkeypatch.setattr("vitprune.measure.memory.free_memory", lambda device: 2.0**20)
+    with pytest.raises(MemoryError, match="GiB of working memory"):
+        measure_training(contest, levels, Setting(image_size=32, dtype="float32"), tiny.images(4), 4096, repeats=1)

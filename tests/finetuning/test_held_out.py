@@ -1,0 +1,88 @@
+"""Held-out images: which state is the best."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from vitprune.finetuning.held_out import HeldOut, _is_gain
+
+
+class Pictures:
+    """Three batches, of 2, 2 and 1 images."""
+
+    def loader(self, batch_size: int) -> Any:
+        assert batch_size == 2
+        return [{"pixel_values": torch.zeros(count, 3, 2, 2)} for count in (2, 2, 1)]
+
+
+class Updates:
+    """Stands for an update whose student has such losses."""
+
+    def __init__(self, losses: list[float], ratios: tuple[float, ...] = (0.6, 0.6, 0.6)) -> None:
+        self.ratios = ratios
+        self.student = nn.Dropout().train()
+        self.losses = losses
+        self.seen = self.taught = 0
+
+    def teach(self, batch: Any) -> None:
+        self.taught += 1
+
+    def look(self, batch: Any, taught: None) -> dict[str, float]:
+        assert not self.student.training
+        images, self.seen = len(batch["pixel_values"]), self.seen + 1
+        loss = self.losses[(self.seen - 1) // 3]
+        # the last image alone has another loss
+        ratio = self.ratios[(self.seen - 1) // 3]
+        return {"task": loss + (images == 1), "distillation": 0.5, "ratio": ratio, "kept/before_block_4": 0.25}
+
+
+def test_a_check_is_the_mean_over_the_images_and_the_lowest_loss_is_kept() -> None:
+    update: Any = Updates([3.0, 2.0, 2.5])
+    images: Any = Pictures()
+    held = HeldOut(images, 2, (4,), 0.6)
+    assert held.kept_step == 0
+    assert [held.look(update, step) for step in (0, 10, 20)] == [True, True, False]
+    assert held.count == 5
+    assert held.kept_step == 10
+    first = held.checks[0]
+    assert first.losses == pytest.approx({"task": 3.2, "distillation": 0.5})
+    assert first.loss == pytest.approx(3.7)
+    assert (first.ratio, first.kept) == (pytest.approx(0.6), pytest.approx((0.25,)))
+    assert update.student.training
+    assert update.taught == 3  # the teacher is asked once
+
+
+def test_without_an_image_there_is_nothing_to_choose_by() -> None:
+    images: Any = type("Nothing", (), {"loader": lambda self, size: []})()
+    update: Any = Updates([])
+    held = HeldOut(images, 2, (4,), 0.6)
+    assert not held.look(update, 0)
+    assert held.checks == []
+
+
+def test_what_costs_more_than_the_budget_is_no_better_for_that() -> None:
+    update: Any = Updates([3.0, 1.0, 2.0], ratios=(0.6, 0.7, 0.61))
+    images: Any = Pictures()
+    held = HeldOut(images, 2, (4,), 0.6)
+    assert [held.look(update, step) for step in (0, 10, 20)] == [True, False, True]
+    assert [check.counts for check in held.checks] == [True, False, True]
+    assert held.kept_step == 20
+
+
+def test_images_that_need_more_than_the_budget_need_it_before_training_too() -> None:
+    update: Any = Updates([3.0, 2.0, 1.0], ratios=(0.65, 0.66, 0.7))
+    images: Any = Pictures()
+    held = HeldOut(images, 2, (4,), 0.6)
+    assert [held.look(update, step) for step in (0, 10, 20)] == [True, True, False]
+
+
+def test_a_gain_is_more_than_chance() -> None:
+    before = [1.0, 2.0, 3.0, 4.0]
+    assert _is_gain(before, [0.9, 1.9, 2.9, 3.9])
+    assert not _is_gain(before, [1.1, 2.1, 3.1, 4.1])
+    assert not _is_gain(before, [0.4, 2.5, 2.4, 4.4])  # lower on average, by two batches of four
+    assert _is_gain([1.0], [2.0])  # of a single batch nobody can tell

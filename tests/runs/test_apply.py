@@ -1,0 +1,296 @@
+"""A recipe from beginning to end, on a tiny model; what is left when it fails or is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import samples
+import torch
+from made_up_clock import Clock
+from recipes import FINETUNE, RECIPE, recipe, write
+from PIL import Image
+from torch.testing import assert_close
+from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoTokenizer
+
+import vitprune
+from vitprune.finetuning.finetune import NonFiniteLoss
+from vitprune.models.module import is_pruned
+from vitprune.recipe.schema import Recipe, RecipeError, load_recipe
+from vitprune.reports.results import Report
+from vitprune.runs.apply import apply, evaluate
+from vitprune.runs.plan import plan
+
+
+
+
+
+
+
+@pytest.mark.parametrize("family", ["vit", "deit", "deit-teacher", "dinov2", "beit", "clip"])
+@pytest.mark.parametrize("finetune", ["", FINETUNE])
+def test_a_recipe_becomes_a_checkpoint(tmp_path: Path, family: str, finetune: str) -> None:
+    asked = recipe(tmp_path, RECIPE + finetune, family)
+    report = apply(asked)
+    out = tmp_path / "out"
+    names = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "report.json"}
+    assert {file.name for file in out.iterdir()} == names
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
+    assert Report.load(out / "report.json") == report
+    assert set(report.comparison.metrics) == {"accuracy", "f1", "top-5-accuracy"}
+    assert report.comparison.macs.ratio == pytest.approx(0.6, abs=0.05)  # 24 images it was not calibrated on
+    assert (report.calibrated is not None) == bool(finetune)
+    assert [row.batch_size for row in report.throughput] == [1, 4]
+    back = vitprune.load(out)
+    assert is_pruned(back)
+    assert AutoImageProcessor.from_pretrained(out, backend="pil").size["height"] == 32
+    # the resolved recipe is a recipe, and the checkpoint answers as reported
+    again = evaluate(str(out), load_recipe(out / "recipe.yaml"))
+    assert again.comparison.metrics == report.comparison.metrics
+    assert again.comparison.macs == report.comparison.macs
+
+
+MEAN_SCORE = "pruning.score=head-weighted-mean-attention"
+
+
+@pytest.mark.parametrize("family", ["dinov3", "clip-zero-shot", "clip-tower", "siglip-tower"])
+@pytest.mark.parametrize("finetune", ["", FINETUNE])
+def test_a_model_without_classes_is_compared_by_its_embeddings(tmp_path: Path, family: str, finetune: str) -> None:
+    report = apply(recipe(tmp_path, RECIPE + finetune, family, MEAN_SCORE))
+    assert report.comparison.metrics == {}
+    assert report.comparison.agreement is None
+    assert report.comparison.similarity is not None
+    assert 0 < report.comparison.similarity < 1
+    assert "vitprune.load(" in (tmp_path / "out" / "README.md").read_text()
+    assert report.comparison.macs.ratio == pytest.approx(0.6, abs=0.05)
+    assert is_pruned(vitprune.load(tmp_path / "out"))
+
+
+@pytest.mark.parametrize("finetune", ["", FINETUNE])
+@pytest.mark.parametrize("family", ["clip-zero-shot", "siglip-zero-shot"])
+def test_a_prompt_makes_two_towers_a_classifier(tmp_path: Path, family: str, finetune: str) -> None:
+    asked = recipe(tmp_path, RECIPE + finetune, family, "model.prompt=a photo {}", MEAN_SCORE)
+    report = apply(asked)
+    assert set(report.comparison.metrics) == {"accuracy", "f1", "top-5-accuracy"}
+    assert report.comparison.similarity is None
+    # the text tower is what it was, and its tokenizer comes along
+    dense = vitprune.load(tmp_path / "checkpoint").get_submodule("text_model").state_dict()
+    assert_close(vitprune.load(tmp_path / "out").get_submodule("text_model").state_dict(), dense, rtol=0, atol=0)
+    assert AutoTokenizer.from_pretrained(tmp_path / "out")("a photo black")["input_ids"] == [0, 3, 4, 5, 1]
+
+
+def test_a_prompt_needs_two_towers_and_names(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"model.prompt: .*ViTForImageClassification reads no text"):
+        apply(recipe(tmp_path / "a", RECIPE, "vit", "model.prompt=a {}"))
+    asked = recipe(tmp_path / "b", RECIPE, "clip-zero-shot", "model.prompt=a {}")
+    samples.write_data(tmp_path / "b" / "data", labelled=False)
+    with pytest.raises(ValueError, match=r"model.prompt: needs names of the classes"):
+        apply(asked)
+
+
+def test_recipes_feed_images_only(tmp_path: Path) -> None:
+    for verb in (apply, plan):
+        with pytest.raises(ValueError, match="VideoMAEModel takes videos, recipes read images"):
+            verb(recipe(tmp_path / verb.__name__, RECIPE, "videomae"))
+
+
+def test_calibration_only_leaves_the_weights_alone(tmp_path: Path) -> None:
+    apply(recipe(tmp_path))
+    before = AutoModelForImageClassification.from_pretrained(tmp_path / "checkpoint").state_dict()
+    after = vitprune.load(tmp_path / "out").state_dict()
+    assert set(after) - set(before) == {"vitprune.thresholds", "vitprune.temperatures"}
+    assert_close({name: after[name] for name in before}, dict(before), rtol=0.0, atol=0.0)
+
+
+def test_half_precision_is_what_the_recipe_says(tmp_path: Path) -> None:
+    apply(recipe(tmp_path, RECIPE, "vit", "model.dtype=bfloat16"))
+    back = vitprune.load(tmp_path / "out", dtype=torch.bfloat16)
+    assert back.config.dtype == torch.bfloat16
+    assert back.get_parameter("vitprune.thresholds").dtype == torch.float32
+
+
+def test_an_output_that_is_taken_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    asked = recipe(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "precious").write_text("mine")
+    with pytest.raises(ValueError, match=r"output\.path .* exists"):
+        apply(asked)
+    assert [file.name for file in (tmp_path / "out").iterdir()] == ["precious"]
+
+
+def test_training_that_breaks_off_leaves_the_last_good_model(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, RECIPE + FINETUNE, "vit", "finetune.learning_rate=1e30", "finetune.epochs=5")
+    with pytest.raises(NonFiniteLoss, match=r"step \d+.*the last good model is in .*out\.last-good"):
+        apply(asked)
+    assert not (tmp_path / "out").exists()
+    rescued = vitprune.load(tmp_path / "out.last-good")
+    pixels = AutoImageProcessor.from_pretrained(tmp_path / "checkpoint", backend="pil")(
+        Image.new("RGB", (32, 32), "grey"), return_tensors="pt"
+    )
+    assert rescued(**pixels).logits.abs().max() < 100
+
+
+def test_a_stage_outside_the_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"stage 99 is outside the model's 6 blocks"):
+        apply(recipe(tmp_path, RECIPE, "vit", "pruning.before_blocks=[2, 99]"))
+
+
+def test_what_is_evaluated_has_to_be_pruned_and_have_the_same_classes(tmp_path: Path) -> None:
+    asked = recipe(tmp_path)
+    checkpoint = tmp_path / "checkpoint"
+    with pytest.raises(ValueError, match=r"checkpoint isn't pruned; name a checkpoint that `vitprune apply` wrote"):
+        evaluate(str(checkpoint), asked)
+    model = vitprune.prune_(vitprune.load(checkpoint), asked.pruning)
+    names = model.config.id2label
+    assert names is not None
+    model.config.id2label = dict(enumerate(reversed(names.values())))
+    vitprune.save(model, tmp_path / "other")
+    with pytest.raises(ValueError, match=r"other and model\.checkpoint .* have different classes"):
+        evaluate(str(tmp_path / "other"), asked)
+
+
+def test_dropout_of_attention_is_refused_before_anything_is_done(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, RECIPE + FINETUNE)
+    config = tmp_path / "checkpoint" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "attention_probs_dropout_prob": 0.1}))
+    with pytest.raises(ValueError, match=r"attention dropout \(0\.1\).*finetune\.execution: masked"):
+        apply(asked)
+    assert not (tmp_path / ".out.run").exists()
+    assert asked.finetune is not None
+    apply(load_recipe(tmp_path / "recipe.yaml", ["finetune.execution=masked", "evaluate.batch_sizes=[]"]))
+
+
+@pytest.mark.parametrize(
+    ("path", "trouble"),
+    [("/", r"output\.path / is no folder of its own"), ("recipe.yaml/x/y", r"recipe\.yaml is no folder")],
+)
+def test_an_output_that_can_be_no_folder_is_refused(tmp_path: Path, path: str, trouble: str) -> None:
+    with pytest.raises(ValueError, match=trouble):
+        apply(recipe(tmp_path, RECIPE, "vit", f"output.path={tmp_path / path}"))
+
+
+def test_the_output_may_be_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    apply(recipe(tmp_path, RECIPE, "vit", "output.path=~/out", "evaluate.batch_sizes=[]"))
+    assert is_pruned(vitprune.load(tmp_path / "home" / "out"))
+
+
+def test_a_pruned_checkpoint_is_not_pruned_again(tmp_path: Path) -> None:
+    asked = recipe(tmp_path)
+    apply(asked)
+    with pytest.raises(ValueError, match="is pruned already; name the dense model"):
+        apply(load_recipe(tmp_path / "recipe.yaml", [f"model.checkpoint={tmp_path / 'out'}", "output.overwrite=true"]))
+
+
+def test_a_plan_loads_neither_weights_nor_data(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, RECIPE + FINETUNE)
+    (tmp_path / "checkpoint" / "model.safetensors").unlink()
+    for file in (tmp_path / "data").iterdir():
+        file.unlink()
+    planned = plan(asked)
+    assert (planned.family, planned.num_blocks, planned.stages) == ("vit", 6, (2, 4))
+    assert [row.tokens_dense for row in planned.rows] == [65] * 6
+    dense, budget = (sum(getattr(row, name) for row in planned.rows) for name in ("macs_dense", "macs_budget"))
+    assert budget / dense == pytest.approx(0.6, abs=0.01)
+    assert len(planned.steps) == 6
+
+
+@pytest.mark.parametrize(("finetune", "expects"), [("", False), (FINETUNE, True)])
+def test_a_plan_expects_the_budget_where_levels_are_found_for_it(tmp_path: Path, finetune: str, expects: bool) -> None:
+    asked = recipe(tmp_path, RECIPE + finetune, "vit", "pruning.thresholds=[0.01, 0.01]")
+    assert all((row.tokens_budget is not None) == expects for row in plan(asked).rows)
+
+
+def test_a_plan_for_a_budget_of_time_expects_no_tokens(tmp_path: Path) -> None:
+    planned = plan(recipe(tmp_path, RECIPE + FINETUNE, "vit", "budget={latency: 60%, batch_size: 4}"))
+    assert (planned.budget, planned.counts) == (0.6, "time")
+    assert all(row.tokens_budget is None and row.macs_budget is None for row in planned.rows)
+    assert planned.steps[0] == "measure what blocks and stages take by tokens, in batches of 4"
+    assert planned.steps[1].endswith("to 60% of the dense model's time")
+    assert any("check by measurement" in step for step in planned.steps)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["pruning.before_blocks=[5]", "budget.macs=20%"],
+        ["pruning.before_blocks=auto", "budget.macs=5%"],
+        ["pruning={select: tome}", "budget.macs=10%"],
+    ],
+)
+def test_a_plan_knows_budgets_that_nothing_reaches(tmp_path: Path, changes: list[str]) -> None:
+    with pytest.raises(RecipeError, match=r"budget\.macs: .*% can't be met by pruning before blocks .* the nearest is"):
+        plan(recipe(tmp_path, RECIPE, "vit", *changes))
+
+
+def test_given_thresholds_are_trained_at_the_budget(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, RECIPE + FINETUNE, "vit", "pruning.thresholds=[0.001, 0.001]", "evaluate.batch_sizes=[]")
+    report = apply(asked)
+    assert report.training is not None
+    assert report.training.checks[0].ratio == pytest.approx(0.6, abs=0.05)
+    assert report.calibrated is not None
+    assert report.calibrated.macs.ratio == pytest.approx(0.6, abs=0.05)
+
+
+def test_a_plan_knows_a_checkpoint_that_is_pruned(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, RECIPE)
+    apply(asked)
+    again = asked.model_copy(update={"model": asked.model.model_copy(update={"checkpoint": str(tmp_path / "out")})})
+    with pytest.raises(ValueError, match="out is pruned already; name the dense model"):
+        plan(again)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("finetune", ["", FINETUNE])
+def test_a_latency_budget_is_met_and_checked(tmp_path: Path, clock: Clock, finetune: str, dtype: str) -> None:
+    overrides = ["budget={latency: 70%, batch_size: 4, device: cpu}", f"model.dtype={dtype}", "evaluate.batch_sizes=[]"]
+    report = apply(recipe(tmp_path, RECIPE + finetune, "vit", *overrides))
+    found = report.latency
+    assert report.budget is None
+    assert found is not None
+    assert (found.asked, found.batch_size) == (0.7, 4)
+    # 12 images it was not calibrated on, which in bfloat16 take a multiple of 16 rows
+    assert found.measured == pytest.approx(0.7, abs=0.06 if dtype == "float32" else 0.12)
+    assert bool(report.notes) != found.met
+    assert found.predicted == pytest.approx(found.measured, abs=0.04 if dtype == "float32" else 0.12)
+    assert report.comparison.macs.ratio < 0.72
+    assert Report.load(tmp_path / "out" / "report.json") == report
+    assert "latency" not in (tmp_path / "out" / "config.json").read_text()
+    again = evaluate(str(tmp_path / "out"), load_recipe(tmp_path / "out" / "recipe.yaml")).latency
+    assert again is not None
+    assert again.predicted is None
+    assert again.measured == found.measured
+
+
+def test_a_latency_budget_of_another_device_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"budget.device: is 'mps', but this run is on 'cpu'; run it there, or leave"):
+        apply(recipe(tmp_path, RECIPE, "vit", "budget={latency: 70%, device: mps}"))
+
+
+def test_a_killed_run_leaves_a_whole_checkpoint_or_none(tmp_path: Path) -> None:
+    """SIGKILL at moments between the start of training and after the end of saving."""
+    path = write(tmp_path, RECIPE + FINETUNE)
+    command = [sys.executable, "-m", "vitprune", "apply", str(path), "--set", "evaluate.batch_sizes=[]"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    started = time.monotonic()
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    whole = {file.name for file in (tmp_path / "out").iterdir()}
+    duration = time.monotonic() - started
+    chance = random.Random(0)
+    for _ in range(3):
+        # replacing what is there has the most ways to go wrong
+        process = subprocess.Popen(
+            [*command, "--set", "output.overwrite=true"], env=environment, stdout=-3, stderr=-3, start_new_session=True
+        )
+        time.sleep(duration * chance.uniform(0.5, 1.0))
+        os.killpg(process.pid, signal.SIGKILL) if process.poll() is None else None
+        process.wait()
+        assert {file.name for file in (tmp_path / "out").iterdir()} == whole
+        assert is_pruned(vitprune.load(tmp_path / "out"))

@@ -1,0 +1,354 @@
+"""Levels for a budget without any training: thresholds from the score distribution of a few hundred images.
+
+Knows how levels follow from scores and costs; leaves the images to the caller. Every process of a distributed run that
+calibrates on the same images gets the same levels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+from vitprune.budget.schedule import STRONGEST, Schedule, Tried, search, unreachable
+from vitprune.models.module import Pruning, pruning_of
+from vitprune.models.outputs import Answers
+from vitprune.models.structure import Inputs, first_image, run_on_images
+from vitprune.models.trace import Trace, eval_mode, trace, watching
+
+# how near the calibrated ratio of costs has to come to the budget
+TOLERANCE = 0.002
+MAX_PASSES = 10
+# τ is so wide that this part of a stage's scores lies within τ to one side of the threshold: about what the paper's
+# 1e-4 holds at 196 patches
+TEMPERATURE_SHARE = 0.005
+# how far around a threshold its scores' density is looked at, as a part of the scores
+NEIGHBOURHOOD = 0.1
+_LABELS = ("labels", "label")
+Batches = Tensor | Iterable[Inputs]
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """levels: one a stage. ratio: cost of pruned ÷ dense, averaged over the images. passes: over all images.
+
+    tried: where stages were searched, the schedules that were tried, the one that was taken first. measure: what the
+        distance of their answers to the dense model's is: "KL" or "1 - cosine".
+    """
+
+    levels: tuple[float, ...]
+    ratio: float
+    images: int
+    passes: int
+    tried: tuple[Tried, ...] = ()
+    measure: str = ""
+
+
+def calibrate(model: nn.Module, batches: Batches, budget: float, *, progress: bool = True) -> Calibration:
+    """Sets the levels of a pruned model so that it meets a budget, in place.
+
+    With `before_blocks: auto` it looks for the stages, too: of the schedules that meet the budget the one whose answers
+    to these images are nearest to the dense model's, by KL divergence of its classes or cosine of its embeddings.
+
+    batches: a random sample of images, a few hundred in all, processed as the model expects them: a tensor
+        (B, C, H, W), or a list, a DataLoader or another iterable of such tensors or of dicts with `pixel_values`.
+    budget: MACs of the pruned pass ÷ MACs of the dense pass, in (0, 1]; seconds where the model has a latency table
+        (`latency.budget_latency`).
+
+    Raises:
+        ValueError: the model isn't pruned, there are no images, or no levels reach the budget.
+    """
+    pruning = pruning_of(model)
+    spec, first = pruning.spec, pruning.before_blocks
+    batches = _listed(batches)
+    _check(batches, budget)
+    if pruning.spec.select != "threshold" and not pruning.spec.is_searched:
+        batches = [first_image(batches[0])]  # the counts of one image are those of all
+    with tqdm(desc="calibrating", unit="pass", disable=not progress, leave=False) as bar:
+        passes = _Passes(model, batches, bar)
+        patches = passes.patches()
+        if pruning.spec.select == "threshold":
+            pruning.settle(patches=patches)
+        tried, measure = [], ""
+        if pruning.spec.is_searched:
+            tried, measure = find_schedule(passes, patches, budget)
+        schedule = tried[0].schedule if tried else Schedule.even(first)
+        pruning.settle(before_blocks=schedule.before_blocks)
+
+        def ratio_at(strength: float) -> float:
+            return _set_rates(pruning, passes, schedule.rates(strength))
+
+        def found(ratio: float) -> Calibration:
+            levels = tuple(pruning.levels.tolist())
+            return Calibration(levels, ratio, passes.images, passes.count, tuple(tried), measure)
+
+        start = schedule.strength(pruning.cost, patches, pruning.num_prefix_tokens, budget)
+        if start == 0.0 and (ratio := _keep_everything(pruning, passes)) <= budget:
+            return found(ratio)
+        # the stronger, the less it costs
+        _search(ratio_at, budget, start=start, top=STRONGEST)
+        if pruning.spec.select == "threshold":
+            # each batch had thresholds of its own; now with the averages
+            ratio = _scale(pruning, passes, budget)
+        else:
+            ratio = passes.run(Trace(pruning, pruning.before_blocks))
+    if abs(ratio - budget) > 5 * TOLERANCE:
+        key, unit = ("macs", "MACs") if pruning.latency is None else ("latency", "time")
+        pruning.adopt(spec, first)
+        raise ValueError(f"budget.{key}: {unreachable(budget, first, ratio, unit)}")
+    return found(ratio)
+
+
+def find_schedule(passes: _Passes, patches: int, budget: float) -> tuple[list[Tried], str]:
+    """The schedules that were tried at a budget, the one to take first, and what their distance is measured in."""
+    model, bar = passes.model, passes.bar
+    pruning, answers = pruning_of(model), Answers.of(model)
+    prefix, num_blocks = pruning.num_prefix_tokens, len(pruning.cost.linear)
+    bar.set_description("looking for a schedule")
+    pruning.settle(before_blocks=pruning.before_blocks)
+    dense = passes.answers(Trace(pruning, pruning.before_blocks), answers)
+    # how far the formula is off, which other schedules will be, too
+    error = 0.0
+
+    def try_(schedule: Schedule) -> Tried | None:
+        nonlocal error
+        pruning.settle(before_blocks=schedule.before_blocks)
+        ratio = distance = math.inf
+        off = error
+        for _ in range(2):
+            strength = schedule.strength(pruning.cost, patches, prefix, budget - off)
+            setter = _LevelSetter(pruning, schedule.before_blocks, rates=schedule.rates(strength))
+            distance = _distance(dense, passes.answers(setter, answers), are_logits=answers.are_logits)
+            ratio = setter.ratio
+            if abs(ratio - budget) <= 2 * TOLERANCE:
+                break
+            off += ratio - budget
+        if abs(ratio - budget) > 5 * TOLERANCE or not math.isfinite(distance):
+            return None
+        error = off
+        return Tried(schedule, ratio, distance)
+
+    tried = search(try_, num_blocks)
+    bar.set_description("calibrating")
+    return tried, "KL" if answers.are_logits else "1 - cosine"
+
+
+def _distance(dense: Tensor, pruned: Tensor, *, are_logits: bool) -> float:
+    """Mean over images (B, C) of KL(dense, pruned) of classes, or of 1 − cosine of embeddings."""
+    if are_logits:
+        return F.kl_div(pruned.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="batchmean").item()
+    return (1 - F.cosine_similarity(dense, pruned, dim=-1)).mean().item()
+
+
+def scale_to_budget(model: nn.Module, batches: Batches, budget: float, *, progress: bool = True) -> float:
+    """Scales all thresholds by one common factor so that a trained model meets its budget; returns the ratio got.
+
+    batches, budget: as for `calibrate`.
+    """
+    pruning, batches = pruning_of(model), _listed(batches)
+    _check(batches, budget)
+    with tqdm(desc="meeting the budget", unit="pass", disable=not progress, leave=False) as bar:
+        return _scale(pruning, _Passes(model, batches, bar), budget)
+
+
+def _listed(batches: Batches) -> list[Inputs]:
+    """The batches one by one, without labels. Raises TypeError for what holds no images."""
+    found: list[Inputs] = []
+    for batch in [batches] if isinstance(batches, Tensor) else batches:
+        if isinstance(batch, Mapping):
+            batch = {name: values for name, values in batch.items() if name not in _LABELS}
+        if not isinstance(batch, Tensor) and not (isinstance(batch, Mapping) and batch):
+            raise TypeError(
+                f"batches hold {type(batch).__name__}; pass tensors of pixel values (B, C, H, W), or dicts with them "
+                "as 'pixel_values'"
+            )
+        found.append(batch)
+    return found
+
+
+def _check(batches: Sequence[Inputs], budget: float) -> None:
+    if not batches:
+        raise ValueError("calibration needs at least one image")
+    require_budget(budget)
+
+
+def require_budget(budget: float) -> None:
+    """Raises ValueError for a budget that is no part of the dense model's cost."""
+    if not 0 < budget <= 1:
+        raise ValueError(f"budget is {budget}, should be a part of the dense MACs above 0 and at most 1, such as 0.65")
+
+
+@torch.no_grad()
+def mean_ratio(model: nn.Module, batches: Batches) -> float:
+    """Cost of the pruned pass ÷ that of the dense pass, averaged over the images of `batches`, as for `calibrate`."""
+    with trace(model) as watched:
+        for inputs in _listed(batches):
+            run_on_images(model, inputs)
+    return watched.ratio
+
+
+@dataclass
+class _Passes:
+    """Runs the model over all images and counts how often.
+
+    Not in inference mode: BEiT keeps tensors from its first forward, which training couldn't use.
+    """
+
+    model: nn.Module
+    batches: Sequence[Inputs]
+    bar: tqdm
+    count: int = 0
+
+    @property
+    def images(self) -> int:
+        return sum(len(b if isinstance(b, Tensor) else next(iter(b.values()))) for b in self.batches)
+
+    @torch.no_grad()
+    def patches(self) -> int:
+        """Patches of an image of this size."""
+        with trace(self.model) as watched, eval_mode(self.model):
+            run_on_images(self.model, first_image(self.batches[0]))
+        return watched.keep_masks[0].shape[1]
+
+    def run(self, watched: Trace) -> float:
+        """The ratio of costs over all images."""
+        self._run(watched, lambda inputs: run_on_images(self.model, inputs))
+        return watched.ratio
+
+    def answers(self, watched: Trace, answers: Answers) -> Tensor:
+        """What the model answers to all images, float32."""
+        found: list[Tensor] = []
+        self._run(watched, lambda inputs: found.append(answers(inputs).float()))
+        return torch.cat(found)
+
+    @torch.no_grad()
+    def _run(self, watched: Trace, call: Callable[[Inputs], object]) -> None:
+        with watching(watched), eval_mode(self.model):
+            for inputs in self.batches:
+                call(inputs)
+        self.count += 1
+        self.bar.update()
+        self.bar.set_postfix_str(f"{watched.ratio:.1%}")
+
+
+@dataclass(eq=False)
+class _LevelSetter(Trace):
+    """At each stage the level at which a part of the stage's patches leaves, stage after stage within one pass.
+
+    rates: the part, one a stage.
+    """
+
+    rates: tuple[float, ...] = ()
+    found: dict[int, list[Tensor]] = field(default_factory=dict)
+    temperatures: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def level(self, stage: int, scores_BM: Tensor, valid_BM: Tensor, current: Tensor) -> Tensor:
+        rate = torch.tensor(self.rates[stage], device=scores_BM.device)
+        scores = scores_BM[scores_BM.isfinite()]
+        if self.pruning.spec.select == "threshold":
+            if not len(scores):  # only what always stays: nothing can leave, whatever the level
+                return current
+            patches = valid_BM.sum() - len(valid_BM) * self.pruning.num_prefix_tokens
+            place = (rate * patches / len(scores)).clamp(0, 1).to(scores.dtype)
+            level = scores.quantile(place)
+            self.temperatures.setdefault(stage, []).append(_temperature(scores, place))
+        else:
+            level = 1 - rate
+        self.found.setdefault(stage, []).append(level)
+        return level
+
+    def apply(self) -> None:
+        """Gives the model the average levels, and temperatures that fit the scores unless the spec fixes them."""
+        with torch.no_grad():
+            for stage, levels in self.found.items():
+                self.pruning.levels[stage] = torch.stack(levels).mean()
+                if self.pruning.spec.temperature is None and stage in self.temperatures:
+                    temperature = torch.stack(self.temperatures[stage]).mean()
+                    if temperature > 0:
+                        self.pruning.temperatures[stage] = temperature
+
+
+def _temperature(scores: Tensor, place: Tensor) -> Tensor:
+    """Distance from the score at quantile `place` within which `TEMPERATURE_SHARE` of the scores lie, to one side."""
+    low, high = (place - NEIGHBOURHOOD).clamp(min=0), (place + NEIGHBOURHOOD).clamp(max=1)
+    return TEMPERATURE_SHARE * (scores.quantile(high) - scores.quantile(low)) / (high - low)
+
+
+def set_rate(model: nn.Module, batches: Sequence[Inputs], rate: float) -> None:
+    """Gives a pruned model the levels at which the part `rate` of its patches leaves at each stage, in place."""
+    with tqdm(disable=True) as bar:
+        pruning = pruning_of(model)
+        _set_rates(pruning, _Passes(model, batches, bar), (rate,) * len(pruning.before_blocks))
+
+
+def _set_rates(pruning: Pruning, passes: _Passes, rates: tuple[float, ...]) -> float:
+    setter = _LevelSetter(pruning, pruning.before_blocks, rates=rates)
+    ratio = passes.run(setter)
+    setter.apply()
+    return ratio
+
+
+def _keep_everything(pruning: Pruning, passes: _Passes) -> float:
+    """The highest levels at which nothing leaves that anybody would miss, from where training can go on."""
+    _set_rates(pruning, passes, (0.0,) * len(pruning.before_blocks))  # for the temperatures
+    with torch.no_grad():
+        pruning.levels.fill_(0.0 if pruning.spec.select == "threshold" else 1.0)
+    return passes.run(Trace(pruning, pruning.before_blocks))
+
+
+def _scale(pruning: Pruning, passes: _Passes, budget: float) -> float:
+    thresholds = pruning.levels.detach().clone()
+    if pruning.spec.select != "threshold":
+        raise ValueError(f"only thresholds can be scaled to a budget, not select: {pruning.spec.select}")
+
+    def ratio_at(factor: float) -> float:
+        with torch.no_grad():
+            pruning.levels.copy_(thresholds * factor)
+        return passes.run(Trace(pruning, pruning.before_blocks))
+
+    return _search(ratio_at, budget, start=1.0, top=1e3)
+
+
+def _search(ratio_at: Callable[[float], float], budget: float, *, start: float, top: float) -> float:
+    """Finds x in [0, top] with ratio_at(x) = budget ± TOLERANCE for a falling function; leaves it at the best x seen.
+
+    False position between the nearest points on either side; the older side's weight is halved (Illinois).
+    """
+    seen: dict[float, float] = {}
+
+    def probe(x: float) -> float:
+        if x not in seen:
+            seen[x] = ratio_at(x)
+        return seen[x] - budget
+
+    low, error_low = 0.0, 1.0 - budget  # at 0 nothing leaves
+    high: float | None = None
+    error_high = 0.0
+    x = start
+    while len(seen) < MAX_PASSES:
+        error = probe(x)
+        if abs(error) <= TOLERANCE:
+            break
+        if error > 0:
+            low, error_low, error_high = x, error, error_high / 2
+        else:
+            high, error_high, error_low = x, error, error_low / 2
+        if high is None:
+            if low >= top:
+                break
+            # no upper end yet: go where a straight line from (0, 1) would reach the budget, at least 2 % further
+            slope = (1.0 - budget - error) / x if x > 0 else 0.0
+            x = min(top, max(1e-3, 1.02 * x, x + 1.2 * error / slope if slope > 0 else 2 * x))
+        elif high <= low:  # even at 0 too much leaves
+            break
+        else:
+            x = low + (high - low) * error_low / (error_low - error_high)
+    best = min(seen, key=lambda x: abs(seen[x] - budget))
+    if best != x:
+        ratio_at(best)
+    return seen[best]

@@ -1,0 +1,155 @@
+"""A row becomes pixel values, and rows become a batch: decoding, the checkpoint's image processor, broken images.
+
+Leaves which rows there are to `rows`.
+
+Tensor suffixes: B images, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from datasets import Image
+from torch import Tensor
+from transformers.image_processing_utils import BaseImageProcessor
+
+from vitprune.data.source import Source
+
+DECODER = Image()
+
+Sample = tuple[Tensor, int | None]
+"""Pixel values (C, H, W) float32, and the class id."""
+
+
+class BrokenImageError(ValueError):
+    """An image that can't be decoded or processed; names split and row."""
+
+    def __init__(self, message: str) -> None:
+        # A DataLoader's worker hands the error over as a printed traceback, which ends in the message proper.
+        super().__init__(message.rpartition(f"{type(self).__qualname__}: ")[2].strip())
+
+
+@dataclass(frozen=True)
+class Reader:
+    """Makes a sample of a row."""
+
+    source: Source
+    processor: BaseImageProcessor
+    skip_broken: bool
+
+    @cached_property
+    def mode(self) -> str:
+        """As Pillow calls it."""
+        return mode_of(self.processor)
+
+    def read(self, row: Mapping[str, Any], number: str) -> Sample | None:
+        """None for a broken image where those are skipped, BrokenImageError raised where they aren't."""
+        place = f"{self.source.place}, row {number}"
+        value, mode = row[self.source.image_column], self.mode
+        try:
+            pixels_CHW = self._pixels(value, mode)
+        except Exception as error:  # files are broken in more ways than decoders have errors for
+            if self.skip_broken:
+                return None
+            file = f" ({value['path']})" if value and value["path"] else ""
+            raise BrokenImageError(
+                f"{place}{file}: cannot be decoded: {error}; set `data.on_error: skip` to leave such rows out"
+            ) from error
+        labels = self.source.labels
+        if labels is None:
+            return pixels_CHW, None
+        try:
+            return pixels_CHW, labels.id_of(row[labels.column])
+        except ValueError as error:
+            raise ValueError(f"{place}, column {labels.column!r}: {error}") from error
+
+    def _pixels(self, value: Mapping[str, Any] | None, mode: str) -> Tensor:
+        if value is None:
+            raise ValueError("the row has no image")
+        path, encoded = value["path"], value["bytes"]
+        if encoded is None and path is not None and Path(path).is_file():
+            encoded = Path(path).read_bytes()  # the decoder would leave the file open where it turns out broken
+        image = in_colours(DECODER.decode_example({"path": path, "bytes": encoded}), mode)
+        return self.processor(image, return_tensors="pt")["pixel_values"][0].float()
+
+
+def blank_image(processor: BaseImageProcessor) -> Tensor:
+    """Pixel values of an empty image, (1, C, H, W): the size that the processor gives every image."""
+    return processor(PIL.Image.new(mode_of(processor), (256, 256)), return_tensors="pt")["pixel_values"]
+
+
+@dataclass(frozen=True)
+class Collate:
+    """Puts samples together to a batch. may_be_empty: None where all are broken, instead of an error."""
+
+    place: str
+    may_be_empty: bool = False
+
+    def __call__(self, samples: list[Sample | None]) -> dict[str, Tensor] | None:
+        whole = [sample for sample in samples if sample is not None]
+        if not whole:
+            if self.may_be_empty:
+                return None
+            raise ValueError(f"{self.place}: a whole batch of {len(samples)} images is broken; see what the data holds")
+        shapes = {tuple(pixels_CHW.shape) for pixels_CHW, _ in whole}
+        if len(shapes) > 1:
+            raise ValueError(
+                f"{self.place}: the image processor gives images of different sizes (C, H, W): {sorted(shapes)}; it "
+                "has to resize or crop all to one size (preprocessor_config.json)"
+            )
+        batch = {"pixel_values": torch.stack([pixels_CHW for pixels_CHW, _ in whole])}
+        labels = [label for _, label in whole if label is not None]
+        return {**batch, "labels": torch.tensor(labels)} if labels else batch
+
+
+LARGEST = {8: 255, 16: 65535}
+_MODES = {1: "L", 3: "RGB"}
+
+
+def mode_of(processor: BaseImageProcessor) -> str:
+    """Pillow's mode of the pictures that a checkpoint sees: grey or colours, by the channels it is normalised with.
+
+    Raises ValueError for another number of channels.
+    """
+    settings: dict[str, Any] = processor.to_dict()
+    mean = settings.get("image_mean")
+    channels = len(mean) if settings.get("do_normalize") and isinstance(mean, list | tuple) else 3
+    if channels not in _MODES:
+        raise ValueError(
+            f"the checkpoint's images have {channels} channels (image_mean in preprocessor_config.json); pictures have "
+            "1 or 3: use the Python API with batches of your own"
+        )
+    return _MODES[channels]
+
+
+def in_colours(picture: PIL.Image.Image, mode: str) -> PIL.Image.Image:
+    """A picture in the mode "L" or "RGB". What is transparent shows the colour beneath.
+
+    Numbers of 16 bits are scaled to 8, and fractions from 0 to 1 as well; Pillow's own `convert` would make white or
+    black of them. Raises ValueError, naming the mode, for others.
+    """
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        picture = _of_8_bits(picture)
+    return picture.convert(mode)
+
+
+def _of_8_bits(picture: PIL.Image.Image) -> PIL.Image.Image:
+    values = np.asarray(picture)
+    low, high = float(values.min()), float(values.max())
+    is_whole = np.issubdtype(values.dtype, np.integer)
+    largest = LARGEST[16] if is_whole else 1
+    if not (low >= 0 and high <= largest):  # which is no number isn't either
+        kind = "whole numbers of 16 bits" if is_whole else "fractions from 0 to 1"
+        raise ValueError(
+            f"its pixels (Pillow's mode {picture.mode}) go from {low:g} to {high:g}, and only {kind} are understood; "
+            "save it with 8 bits"
+        )
+    scaled = values.astype(np.float64) * (LARGEST[8] / largest)
+    return PIL.Image.fromarray(scaled.round().astype(np.uint8))

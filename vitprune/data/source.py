@@ -1,0 +1,269 @@
+"""Opens image data sets: where rows come from, which column is the image, what the labels mean.
+
+Knows `datasets` and the checkpoint's label names. Leaves decoding, batches and randomness to `data`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import yaml
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value
+from datasets.exceptions import DatasetsError
+
+from vitprune.data.labels import Classes, Labels, match
+from vitprune.recipe.errors import first_line
+from vitprune.recipe.schema import DataSpec
+from vitprune.runtime.hub_cache import PREFETCH, Cache, Disconnected, causes, is_hub_id
+
+FILE_KINDS: Mapping[str, str] = {".parquet": "parquet", ".arrow": "arrow"}
+LABEL_NAMES = ("label", "labels")
+_SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
+_MAY_BE_LABELS = (*LABEL_NAMES, "class", "classes", "target", "targets", "category", "class_id", "label_id", "y")
+_CANT_BE_OPENED = (OSError, ValueError, RuntimeError, DatasetsError, Disconnected)
+
+
+@dataclass(frozen=True)
+class Source:
+    """The rows of one split, with two columns at most: images, undecoded as `{"bytes", "path"}`, and labels."""
+
+    rows: Dataset | IterableDataset
+    place: str
+    image_column: str
+    labels: Labels | None
+    notes: tuple[str, ...] = ()
+
+
+def open_source(data: DataSpec, split: str, id2label: Mapping[int, str] | None, *, labelled: bool = True) -> Source:
+    """Opens a split and finds its columns; labels are checked against `id2label` as far as can be told up front.
+
+    Raises ValueError, which names the place and the way out.
+    """
+    place = f"data.path {data.path}, split {split!r}"
+    try:
+        rows = _open(data, split)
+    except _CANT_BE_OPENED as error:
+        raise ValueError(f"{place}: {_reason(data, error)}") from error
+    if rows.features is None:
+        raise ValueError(f"{place}: what the columns hold can't be told while streaming; set `data.streaming: false`")
+    image = _image_column(rows.features, data.image_column, place)
+    labelled = labelled and data.labels != "ignore"
+    column = _label_column(rows.features, data.label_column, place) if labelled else None
+    if data.label_column is None and column is not None and _are_splits(rows.features[column]):
+        column = None
+    values = [] if column is None else _label_values(rows, column)
+    if set(values) in ({-1}, {None}):  # as test splits hide them, and folders that are splits have none
+        column = None
+    labels = None if column is None else _labels(rows.features, column, data, id2label, place)
+    if labels is not None:
+        _require_ids(labels, values, place)
+    if labels is not None:
+        notes = labels.notes
+    else:
+        notes = _unnoticed(rows.features, image, place) if labelled and not values else ()
+    rows = rows.select_columns([image] if labels is None else [image, labels.column])
+    return Source(rows.cast_column(image, Image(decode=False)), place, image, labels, notes)
+
+
+def _are_splits(feature: Any) -> bool:
+    """Whether the classes are the folders of splits, which `datasets` takes for labels where there are no others."""
+    return isinstance(feature, ClassLabel) and {name.casefold() for name in feature.names} <= _SPLITS
+
+
+def _unnoticed(features: Features, image: str, place: str) -> tuple[str, ...]:
+    """A note on columns that may be labels and weren't taken for them."""
+    others = [name for name in features if name != image and name.casefold() in _MAY_BE_LABELS]
+    if not others:
+        return ()
+    shown = ", ".join(f"{name!r} ({_kind(features[name])})" for name in others)
+    return (
+        f"{place}: no labels were found, so there is no accuracy and no task loss. If they are in {shown}, name the "
+        "column in data.label_column (class ids or names); data.labels: ignore says that there are none.",
+    )
+
+
+def require_found(data: DataSpec) -> None:
+    """Raises ValueError, as `open_source` does, for a data set that is neither here nor on the Hub. Fetches no rows."""
+    if is_hub_id(data.path):
+        try:
+            _find(data)
+        except _CANT_BE_OPENED as error:
+            raise ValueError(f"data.path {data.path}: {_reason(data, error)}") from error
+
+
+def _find(data: DataSpec) -> None:
+    datasets.load_dataset_builder(data.path, name=data.name)
+
+
+def _open(data: DataSpec, split: str) -> Dataset | IterableDataset:
+    path = Path(data.path).expanduser()
+    if not path.exists():
+        return _load(data.path, name=data.name, split=split, streaming=data.streaming)
+    with _quiet():
+        if path.is_file():
+            if path.suffix not in FILE_KINDS:
+                raise ValueError(f"a file must be one of {', '.join(FILE_KINDS)}; for images give their folder")
+            return _load(FILE_KINDS[path.suffix], data_files=str(path), split=split, streaming=data.streaming)
+        if any((path / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
+            saved = _open_saved(path, split)
+            return saved.to_iterable_dataset() if data.streaming else saved
+        return _load(str(path), name=data.name, split=split, streaming=data.streaming)
+
+
+def _load(path: str, **options: Any) -> Dataset | IterableDataset:
+    rows = datasets.load_dataset(path, **options)
+    assert isinstance(rows, Dataset | IterableDataset)
+    return rows
+
+
+def _open_saved(path: Path, split: str) -> Dataset:
+    """A split of what `save_to_disk` wrote. A data set that was saved without splits has the name it remembers."""
+    saved = datasets.load_from_disk(str(path))
+    splits = saved if isinstance(saved, DatasetDict) else {str(saved.split or split): saved}
+    if split not in splits:
+        raise ValueError(f"there is no such split; the splits are {', '.join(map(str, splits))}")
+    return splits[split]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars of `datasets`: what is read from disk is there in no time."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _reason(data: DataSpec, error: Exception) -> str:
+    cache = Cache.of_data()
+    if full := cache.full(error):
+        return full
+    if trouble := cache.trouble(error):
+        return trouble
+    if is_hub_id(data.path):
+        fetch = f"set `data.streaming: false` and {PREFETCH}" if data.streaming else PREFETCH
+        absent = cache.lack("it is", fetch)
+        if absent is not None and not _is_found(data):
+            if isinstance(error, OSError):
+                return f"there is no such file or folder (seen from {Path.cwd()}), {absent}"
+            return f"{error}\nName one of them in `data.name`, or {fetch} where there is a network"
+    if "Unknown split" in str(error):
+        return f"{error} Name one, or a part of one as in 'train[:80%]', in `data.train.split` or `data.eval.split`"
+    if Path(data.path).expanduser().exists() or isinstance(error, ValueError):
+        return " ".join(dict.fromkeys(str(cause) for cause in causes(error) if str(cause)))
+    return (
+        f"there is no such file or folder (seen from {Path.cwd()}), and the Hub doesn't give it: {error}; check the "
+        "spelling, the network, and for a gated data set that `hf auth login` was done"
+    )
+
+
+def _is_found(data: DataSpec) -> bool:
+    """Whether a data set is on the Hub, or in the cache, as far as its splits; then those are the trouble."""
+    try:
+        _find(data)
+    except _CANT_BE_OPENED:
+        return False
+    return True
+
+
+def _image_column(features: Features, named: str | None, place: str) -> str:
+    found = [name for name, feature in features.items() if isinstance(feature, Image)]
+    if named is not None:
+        _require(features, named, "data.image_column", place)
+        if named not in found and not _could_be_image(features[named]):
+            raise ValueError(f"{place}: data.image_column {named!r} holds no images but {_kind(features[named])}")
+        return named
+    if len(found) != 1:
+        trouble = f"several columns hold images ({', '.join(found)})" if found else "no column is declared as images"
+        raise ValueError(f"{place}: {trouble}; name one in `data.image_column`. Columns: {_columns(features)}")
+    return found[0]
+
+
+def _could_be_image(feature: Any) -> bool:
+    """Whether the values can be read as images: encoded bytes, file paths, or both."""
+    if isinstance(feature, dict):
+        return {"bytes", "path"} >= feature.keys()
+    return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "binary", "large_binary")
+
+
+def _label_column(features: Features, named: str | None, place: str) -> str | None:
+    if named is not None:
+        _require(features, named, "data.label_column", place)
+        return named
+    found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    found = found or [name for name in LABEL_NAMES if _is_label_value(features.get(name))]
+    if len(found) > 1:
+        raise ValueError(
+            f"{place}: several columns hold labels; name one in `data.label_column`. Columns: {_columns(features)}"
+        )
+    return found[0] if found else None
+
+
+def _label_values(rows: Dataset | IterableDataset, column: str) -> list[Any]:
+    """The different values of a column that may hold labels; none of a stream's, which would have to be read."""
+    feature = None if rows.features is None else rows.features[column]
+    may_hold = isinstance(feature, ClassLabel) or _is_label_value(feature)
+    return rows.unique(column) if may_hold and isinstance(rows, Dataset) else []
+
+
+def _labels(features: Features, column: str, data: DataSpec, id2label: Mapping[int, str] | None, place: str) -> Labels:
+    feature, count = features[column], None if id2label is None else len(id2label)
+    classes = None if id2label is None else Classes(id2label, _given(data.label_names))
+    if isinstance(feature, ClassLabel):
+        if classes is not None:
+            return match(feature.names, classes, column, place)
+        return Labels(column, len(feature.names), names=tuple(feature.names))
+    if not _is_label_value(feature):
+        raise ValueError(f"{place}: data.label_column {column!r} holds no labels but {_kind(feature)}")
+    if "string" not in feature.dtype:
+        return Labels(column, count)
+    if classes is None:
+        raise ValueError(f"{place}: column {column!r} holds names, and the model has no `id2label` to look them up in")
+    return Labels(column, count, classes=classes)
+
+
+def _given(label_names: Mapping[str, str | int] | str | None) -> Mapping[str, str | int]:
+    """What a recipe says of names, or the file that it names: YAML or JSON."""
+    if not isinstance(label_names, str):
+        return label_names or {}
+    try:
+        found: Any = yaml.safe_load(Path(label_names).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"data.label_names: {label_names} can't be read: {first_line(error)}") from error
+    if not isinstance(found, dict) or not all(isinstance(meant, str | int) for meant in found.values()):
+        raise ValueError(f"data.label_names: {label_names} holds no mapping of the data's names to classes")
+    return {str(name): meant for name, meant in found.items()}
+
+
+def _is_label_value(feature: Any) -> bool:
+    return isinstance(feature, Value) and ("int" in feature.dtype or "string" in feature.dtype)
+
+
+def _require_ids(labels: Labels, values: Sequence[Any], place: str) -> None:
+    """Every value seen to be in range."""
+    for value in values:
+        try:
+            labels.id_of(value)
+        except ValueError as error:
+            raise ValueError(f"{place}, column {labels.column!r}: {error}") from error
+
+
+def _require(features: Features, column: str, key: str, place: str) -> None:
+    if column not in features:
+        raise ValueError(f"{place}: {key} names {column!r}, but the columns are {_columns(features)}")
+
+
+def _columns(features: Features) -> str:
+    return ", ".join(f"{name} ({_kind(feature)})" for name, feature in features.items())
+
+
+def _kind(feature: Any) -> str:
+    return feature.dtype if isinstance(feature, Value) else type(feature).__name__

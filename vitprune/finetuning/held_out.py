@@ -1,0 +1,89 @@
+"""Training images that are kept back: which state of a training is the best, and whether it gained anything.
+
+Knows how states are compared: by what training minimises, on the same images, at the budget. Leaves what a state is to
+the caller.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from statistics import mean, stdev
+
+from torch import Tensor
+
+from vitprune.data.images import Images
+from vitprune.finetuning.losses import LOSSES
+from vitprune.finetuning.step import Update
+from vitprune.finetuning.student import State
+from vitprune.models.trace import eval_mode
+from vitprune.reports.results import Check
+from vitprune.runtime import distributed
+
+# a state that costs so much more, than the budget or than before training, may be better only for that
+ABOVE = 0.02
+NOTHING = Check(step=0, loss=math.inf, losses={}, ratio=0.0, kept=(), counts=False)
+
+
+@dataclass
+class HeldOut:
+    """Looks at the student every so often, and keeps the best state.
+
+    images: every process looks at all of them; what the main one finds counts. checks: so far, the first before any
+    step. first: losses of each batch before any step. best: of the best check, unless that is the first, whose state
+    the caller has.
+    """
+
+    images: Images
+    batch_size: int
+    before_blocks: Sequence[int]
+    budget: float
+    count: int = 0
+    checks: list[Check] = field(default_factory=list)
+    best: State | None = None
+    first: tuple[float, ...] = ()
+    _taught: list[Tensor | None] = field(default_factory=list, init=False)
+
+    def look(self, update: Update, step: int) -> bool:
+        """Compares the student as it is; returns whether it is the best so far."""
+        sums: dict[str, float] = {}
+        images, batches = 0, list[float]()
+        with eval_mode(update.student):
+            for number, batch in enumerate(self.images.loader(self.batch_size)):
+                count = len(batch["pixel_values"])
+                images += count
+                if len(self._taught) == number:
+                    self._taught.append(update.teach(batch))
+                found = update.look(batch, self._taught[number])
+                batches.append(sum(found[name] for name in LOSSES if name in found))
+                for name, value in found.items():
+                    sums[name] = sums.get(name, 0.0) + count * value
+        if not images:
+            return False
+        self.count = images
+        means = {name: value / images for name, value in sums.items()}
+        losses = {name: means[name] for name in LOSSES if name in means}
+        kept = tuple(means[f"kept/before_block_{block}"] for block in self.before_blocks)
+        # these images may need more than those of the calibration, before training as after it
+        allowed = max([self.budget, *(check.ratio for check in self.checks[:1])])
+        self.first = self.first or tuple(batches)
+        counts = step == 0 or (means["ratio"] <= allowed + ABOVE and _is_gain(self.first, batches))
+        own = Check(step=step, loss=sum(losses.values()), losses=losses, ratio=means["ratio"], kept=kept, counts=counts)
+        check = distributed.on_main(lambda: own)
+        best = min((one.loss for one in self.checks if one.counts), default=math.inf)
+        self.checks.append(check)
+        return check.counts and check.loss < best
+
+    @property
+    def kept_step(self) -> int:
+        """The step of the best check; 0: nothing was gained."""
+        return min((check for check in self.checks if check.counts), key=lambda check: check.loss, default=NOTHING).step
+
+
+def _is_gain(before: Sequence[float], after: Sequence[float]) -> bool:
+    """Whether losses of the same batches fell by more than chance would let them: by one standard error of the mean."""
+    if len(before) != len(after) or len(before) < 2:
+        return True
+    gains = [one - other for one, other in zip(before, after, strict=True)]
+    return mean(gains) > stdev(gains) / math.sqrt(len(gains))

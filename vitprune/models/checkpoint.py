@@ -1,0 +1,286 @@
+"""Checkpoints: a dense one comes in, a pruned one goes out, whole or not at all.
+
+Knows files; leaves what a pruned model is to `pruner`, and its way back through `from_pretrained` to `plugin`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+
+from vitprune.models.families import supported
+from vitprune.models.module import is_pruned
+from vitprune.models.prune import SUBMODULE
+from vitprune.models.structure import Anatomy, examine
+from vitprune.recipe.errors import first_line
+from vitprune.runtime.files import GIB, beside, contents, require_name_fits
+from vitprune.runtime.hub_cache import CONFIG, NO_SAFETENSORS, PROCESSOR, TOKENIZER, WEIGHTS, WEIGHTS_INDEX, absence
+
+
+def load_config(checkpoint: str, revision: str | None = None) -> PreTrainedConfig:
+    """The config of a checkpoint on the Hub or in a folder. Raises ValueError naming the checkpoint and the way out."""
+    try:
+        return AutoConfig.from_pretrained(checkpoint, revision=revision, trust_remote_code=False)
+    except Exception as error:  # of a config.json with odd values anything
+        reason = absence(error, checkpoint, revision, "its config is", CONFIG) or _odd("config.json", error)
+        raise ValueError(f"model.checkpoint {checkpoint}: {reason}") from error
+
+
+def _odd(file: str, error: Exception) -> str:
+    """What to say of a library's error about one of a checkpoint's files."""
+    match error:
+        case ImportError():
+            return f"{first_line(error)} (a package that this checkpoint needs isn't installed)"
+        case OSError() | ValueError():
+            return first_line(error)
+        case _:
+            return f"its {file} can't be used ({type(error).__name__}: {first_line(error)}); correct it"
+
+
+def model_class(checkpoint: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
+    """The class that a checkpoint was saved from, if vitprune can prune it. Raises ValueError listing what works."""
+    place = f"model.checkpoint {checkpoint}"
+    given = config.architectures or []
+    architectures = [given] if isinstance(given, str) else list(given)
+    if not architectures:
+        raise ValueError(
+            f"{place}: its config.json doesn't say what it was saved from; add the class's name, such as "
+            f'"architectures": ["{_classifier_of(config)}"]'
+        )
+    names = [name for name in architectures if isinstance(getattr(transformers, str(name), None), type)]
+    if not names:
+        raise ValueError(
+            f"{place}: {', '.join(map(str, architectures))} (`architectures` in config.json, model type "
+            f"'{config.model_type}') is none of transformers' models; supported are: {supported()}"
+        )
+    cls = getattr(transformers, names[0])
+    try:
+        outline(cls, config)
+    except Exception as error:  # as above
+        raise ValueError(f"{place}: {_odd('config.json', error)}") from error
+    return cls
+
+
+def _classifier_of(config: PreTrainedConfig) -> str:
+    names: Any = MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
+    found = names.get(config.model_type, "ViTForImageClassification")
+    return found if isinstance(found, str) else found[0]
+
+
+def outline(cls: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[PreTrainedModel, Anatomy]:
+    """A model without weights, on the meta device, and its parts. Raises ValueError for what is no plain ViT."""
+    with torch.device("meta"):
+        model = cls(config)
+    return model, examine(model)
+
+
+def load_tokenizer(checkpoint: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model of two towers. Raises ValueError if none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(checkpoint, revision=revision or "main", trust_remote_code=False)
+        if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+            raise ValueError("there are no words in it")  # what transformers makes of a config alone
+        return tokenizer
+    except (OSError, ValueError) as error:
+        absent = absence(error, checkpoint, revision, "its tokenizer is", TOKENIZER)
+        reason = absent or f"no tokenizer: {first_line(error)}; add its files"
+        raise ValueError(f"model.checkpoint {checkpoint}: {reason}") from error
+
+
+def load(checkpoint: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None) -> PreTrainedModel:
+    """A dense or pruned model in eval mode, from a folder or the Hub; safetensors only, nothing is unpickled.
+
+    A pruned checkpoint comes back pruned, as it does through `AutoModelForImageClassification.from_pretrained`.
+
+    Raises:
+        ValueError: no such checkpoint, no safetensors, or no plain ViT.
+    """
+    checkpoint = str(checkpoint)
+    config = load_config(checkpoint, revision)
+    cls = model_class(checkpoint, config)
+    require_safetensors(checkpoint)
+    model, missing = _read(cls, checkpoint, revision, dtype)
+    if missing and all(name.startswith("pooler.") for name in missing) and _pools_by_choice(cls):
+        # as it was saved from: a model that was built without
+        model, missing = _read(cls, checkpoint, revision, dtype, add_pooling_layer=False)
+    if missing:
+        shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
+        raise ValueError(f"{checkpoint}: lacks weights of {cls.__name__} ({shown}); name a checkpoint that has them")
+    return model.eval()
+
+
+def _pools_by_choice(cls: type[PreTrainedModel]) -> bool:
+    return "add_pooling_layer" in inspect.signature(cls.__init__).parameters
+
+
+def _read(
+    cls: type[PreTrainedModel], checkpoint: str, revision: str | None, dtype: torch.dtype, **options: Any
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of weights that the checkpoint lacks."""
+    places = {"revision": revision or "main", "use_safetensors": True, "output_loading_info": True}
+    try:
+        loaded: Any = cls.from_pretrained(checkpoint, dtype=dtype, **places, **options)
+    except Exception as error:  # as above
+        absent = absence(error, checkpoint, revision, "its weights are", (WEIGHTS, WEIGHTS_INDEX))
+        if absent is not None:
+            raise ValueError(f"model.checkpoint {checkpoint}: {absent}") from error
+        hint = "; is it a Git LFS pointer? run `git lfs pull`" if isinstance(error, SafetensorError) else ""
+        raise ValueError(f"{checkpoint}: its weights can't be read: {_odd('weights', error)}{hint}") from error
+    model, info = loaded
+    return model, sorted(info["missing_keys"])
+
+
+def require_safetensors(checkpoint: str) -> None:
+    """Raises ValueError for a folder whose weights lie in other files alone."""
+    folder = Path(checkpoint)
+    if folder.is_dir() and not any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
+        raise ValueError(f"model.checkpoint {checkpoint}: {NO_SAFETENSORS}")
+
+
+def digest_weights(model: PreTrainedModel) -> str:
+    """Tells a model's weights from others, wherever they came from."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(weight.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+def load_processor(checkpoint: str, revision: str | None = None) -> BaseImageProcessor:
+    """The image processor of a checkpoint; the PIL one, which needs no torchvision. Raises ValueError if none."""
+    try:
+        return AutoImageProcessor.from_pretrained(checkpoint, revision=revision or "main", backend="pil")
+    except Exception as error:  # as above
+        absent = absence(error, checkpoint, revision, "its image processor is", PROCESSOR)
+        reason = absent or f"no image processor: {first_line(error)}; add a preprocessor_config.json"
+        raise ValueError(f"model.checkpoint {checkpoint}: {reason}") from error
+
+
+def require_free(path: Path, *, overwrite: bool) -> None:
+    """Raises ValueError for an output path that can't be written, or where something is that may not be overwritten.
+
+    Only a folder that holds nothing but a pruned checkpoint is ever overwritten.
+    """
+    if path == path.parent:
+        raise ValueError(f"output.path {path} is no folder of its own; name one below it")
+    above = path if path.is_mount() else _there(path.parent)
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        trouble = "may not be written" if above.is_dir() else "is no folder"
+        raise ValueError(f"output.path {path}: {above} {trouble}; choose another path")
+    old = beside(path, "old")
+    if old.exists() and not path.exists():  # of a run that was killed between two renames
+        old.rename(path)
+    require_name_fits(path)
+    if path.is_mount() and beside(path, "unfinished").exists():  # of a run that was killed while it moved its files
+        return
+    if not path.exists() or (path.is_dir() and not any(contents(path))):
+        return
+    if not overwrite:
+        raise ValueError(f"output.path {path} exists; choose another path or set output.overwrite=true")
+    if not _is_pruned_checkpoint(path):
+        raise ValueError(f"output.path {path} is no pruned checkpoint, so it isn't overwritten; choose another path")
+
+
+def _is_pruned_checkpoint(path: Path) -> bool:
+    config = path / "config.json"
+    if not config.is_file() or any(entry.is_dir() for entry in contents(path)):
+        return False
+    return f'"quant_method": "{SUBMODULE}"' in config.read_text(encoding="utf-8")
+
+
+def save(
+    model: PreTrainedModel,
+    path: str | Path,
+    *,
+    processor: BaseImageProcessor | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    files: Mapping[str, str] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Writes a pruned model, its image processor and tokenizer and further text files to a folder, whole or not at all.
+
+    Everything is written beside the path and renamed at the end.
+
+    Raises:
+        ValueError: the model isn't pruned, or the path is taken and `overwrite` is false.
+    """
+    path = Path(path).resolve()
+    if not is_pruned(model):
+        raise ValueError(f"{type(model).__name__} isn't pruned; save it with its own save_pretrained")
+    require_free(path, overwrite=overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = beside(path, "unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
+    try:
+        model.save_pretrained(unfinished)
+        for reader in (processor, tokenizer):
+            if reader is not None:
+                reader.save_pretrained(unfinished)
+        for name, text in (files or {}).items():
+            (unfinished / name).write_text(text, encoding="utf-8")
+        _replace(unfinished, path)
+    except (OSError, SafetensorError) as error:
+        free = shutil.disk_usage(_there(path)).free / GIB
+        raise OSError(
+            f"the checkpoint can't be written to {path}: {first_line(error)} ({free:.3g} GiB are free there); make "
+            "room, or choose another path"
+        ) from error
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+    return path
+
+
+def require_room(path: Path, model: PreTrainedModel) -> None:
+    """Raises ValueError for an output path on a disk that has no room for the model."""
+    needed = sum(weight.numel() * weight.element_size() for weight in model.state_dict().values())
+    free = shutil.disk_usage(_there(path)).free
+    if free < needed:
+        raise ValueError(
+            f"output.path {path}: the checkpoint takes {needed / GIB:.3g} GiB, and {free / GIB:.3g} GiB are free "
+            "there; make room, or choose another path"
+        )
+
+
+def _there(path: Path) -> Path:
+    """The nearest folder above a path, or itself, that is there."""
+    return next(folder for folder in (path, *path.parents) if folder.exists())
+
+
+def _replace(new: Path, path: Path) -> None:
+    if not path.exists():
+        new.rename(path)
+        return
+    if path.is_mount():  # config.json, by which it is a checkpoint, goes first and comes last
+        for name in CONFIG:
+            (path / name).unlink(missing_ok=True)
+        for file in sorted(new.iterdir(), key=lambda file: file.name in CONFIG):
+            file.replace(path / file.name)
+        return
+    old = beside(path, "old")
+    shutil.rmtree(old, ignore_errors=True)
+    path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old)

@@ -1,0 +1,53 @@
+"""What a thread asks of the forwards that it runs, and what runs in it now: one context variable."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vitprune.models.trace import Trace
+    from vitprune.pruning.attention import Attention
+    from vitprune.pruning.forward import Forward
+
+
+@dataclass(frozen=True)
+class Context:
+    """traces: that watch. whole_sequence: what is behind the last block is wanted whole, though the head reads less.
+
+    for_head: nobody but the model's own head sees what the backbone gives out.
+    forward: of a pruned backbone, from its first module to its last. attention: of the block that runs.
+    checkpoints: blocks are run again in the backward pass, by us.
+    """
+
+    traces: tuple[Trace, ...] = ()
+    whole_sequence: bool = False
+    for_head: bool = False
+    forward: Forward | None = None
+    attention: Attention | None = None
+    checkpoints: bool = False
+
+
+_context: ContextVar[Context] = ContextVar("vitprune", default=Context())  # noqa: B039
+
+
+def current() -> Context:
+    return _context.get()
+
+
+def change(**changes: Any) -> None:
+    """For hooks, which begin here and end there."""
+    _context.set(replace(_context.get(), **changes))
+
+
+@contextmanager
+def within(**changes: Any) -> Iterator[None]:
+    """The context with some changes, for a while."""
+    token = _context.set(replace(_context.get(), **changes))
+    try:
+        yield
+    finally:
+        _context.reset(token)

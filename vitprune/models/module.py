@@ -1,0 +1,179 @@
+"""What a pruned model holds beyond the dense one (`Pruning`), and what its forwards did (`Trace`).
+
+Leaves attaching it to a model to `pruner`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedConfig
+
+from vitprune.models.block import Removable
+from vitprune.models.structure import Anatomy
+from vitprune.pruning.costs import Costs
+from vitprune.pruning.selection import Policy
+from vitprune.recipe.pruning_spec import FORMAT, METHOD
+from vitprune.recipe.schema import Execution, PruningSpec
+
+PUBLISHED_TEMPERATURE = 1e-4
+# a threshold that keeps everything: what a stage has until it is calibrated
+KEEPS_ALL = -torch.inf
+
+
+class Pruning(nn.Module):
+    """What a pruned model knows beyond the dense one: `model.vitprune`, with timm `model.timm_model.vitprune`.
+
+    levels: parameter `thresholds` (stages,) for `select: threshold`, else buffer `keep_ratios` (stages,).
+    temperatures: (stages,), τ of the straight-through gradient.
+    configs: the model's, which says how it is pruned, and its tower's, by which that comes back pruned alone.
+    execution: how it trains: `masked` as published, or `packed`, where tokens leave that no threshold learns from.
+    latency: a measured table that the budget counts by, instead of MACs; isn't saved with the model.
+    All tensors stay float32 whatever the model's dtype: thresholds live near 1/N.
+    """
+
+    temperatures: Tensor
+
+    def __init__(self, spec: PruningSpec, anatomy: Anatomy) -> None:
+        super().__init__()
+        self.spec = spec
+        self.configs: tuple[PreTrainedConfig, ...] = ()
+        self.before_blocks = anatomy.stages(spec)
+        self.num_prefix_tokens = anatomy.num_prefix_tokens
+        self.has_class_token = anatomy.has_class_token
+        self.cost = anatomy.cost
+        self.dense_attention = anatomy.backbone.config._attn_implementation or "sdpa"
+        self.execution: Execution = "masked"
+        self.latency: Costs | None = None
+        self.handles: list[Removable] = []
+        self._make_levels(torch.device("cpu"))
+
+    def _make_levels(self, device: torch.device) -> None:
+        """Those of the spec; where they are to be calibrated, such that everything stays."""
+        spec, count = self.spec, len(self.before_blocks)
+        if spec.select == "threshold":
+            given = [KEEPS_ALL] * count if spec.thresholds == "calibrated" else list(spec.thresholds)
+            self.thresholds = nn.Parameter(torch.tensor(given, dtype=torch.float32, device=device))
+        else:
+            given = [1.0] * count if spec.keep_ratios == "calibrated" else list(spec.keep_ratios)
+            self.register_buffer("keep_ratios", torch.tensor(given, dtype=torch.float32, device=device))
+        temperature = spec.temperature or PUBLISHED_TEMPERATURE
+        self.register_buffer("temperatures", torch.full((count,), temperature, dtype=torch.float32, device=device))
+
+    def settle(self, *, before_blocks: tuple[int, ...] | None = None, patches: int | None = None) -> None:
+        """Takes over what was found out about where to prune and at which image size; it is saved with the model.
+
+        before_blocks: other stages than before begin with levels that keep everything. patches: of a dense image.
+        """
+        found: dict[str, object] = {} if patches is None else {"patches": patches}
+        if before_blocks is not None and (before_blocks != self.before_blocks or self.spec.before_blocks == "auto"):
+            found["before_blocks"] = before_blocks
+        if found:
+            self.adopt(self.spec.model_copy(update=found), before_blocks or self.before_blocks)
+
+    def adopt(self, spec: PruningSpec, before_blocks: tuple[int, ...]) -> None:
+        """Another spec in place of this one, which may prune before other blocks."""
+        self.spec = spec
+        if before_blocks != self.before_blocks:
+            self.before_blocks = before_blocks
+            self._make_levels(self.levels.device)
+        self.tell_configs()
+
+    def tell_configs(self) -> None:
+        """How the model is pruned is in its config, by which it comes back pruned."""
+        for config in self.configs:
+            config.quantization_config = as_config(self.spec)
+
+    @property
+    def levels(self) -> Tensor:
+        return self.get_parameter("thresholds") if self.spec.select == "threshold" else self.get_buffer("keep_ratios")
+
+    def forward(self) -> Policy:
+        """What one forward of the model needs to know; called as modules are, so that offloaded levels are there."""
+        return Policy(
+            self.spec,
+            self.before_blocks,
+            self.num_prefix_tokens,
+            self.has_class_token,
+            self.cost,
+            self.levels,
+            self.temperatures,
+            self.latency,
+        )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pruning:
+        def keep_dtype(tensor: Tensor) -> Tensor:
+            moved = fn(tensor)
+            return moved if moved.dtype == tensor.dtype else tensor.to(moved.device)
+
+        return super()._apply(keep_dtype, recurse)
+
+    def extra_repr(self) -> str:
+        return f"{self.spec.score}, {self.spec.select}, {self.spec.dropped}, before blocks {self.before_blocks}"
+
+
+def as_config(spec: PruningSpec) -> dict[str, object]:
+    """The entry of a config.json that `plugin` reads when the model comes back through `from_pretrained`."""
+    return {"quant_method": METHOD, "format": FORMAT, "pruning": spec.model_dump(mode="json")}
+
+
+def quantization_method(config: PreTrainedConfig) -> str | None:
+    """By what name a config says that its model is more than plain weights: `METHOD` of a pruned one."""
+    entry: Any = getattr(config, "quantization_config", None)
+    method = entry.get("quant_method") if isinstance(entry, dict) else getattr(entry, "quant_method", None)
+    return None if entry is None else str(getattr(method, "value", method))
+
+
+@dataclass(frozen=True)
+class Levels:
+    """What a `Pruning` has learned: where it prunes, levels and temperatures, (stages,) float32 each.
+
+    patches: of a dense image they were found at, where they depend on it.
+    """
+
+    before_blocks: tuple[int, ...]
+    levels: Tensor
+    temperatures: Tensor
+    patches: int | None = None
+
+    @classmethod
+    def of(cls, pruning: Pruning) -> Levels:
+        levels, temperatures = pruning.levels.detach().cpu().clone(), pruning.temperatures.cpu().clone()
+        return cls(pruning.before_blocks, levels, temperatures, pruning.spec.patches)
+
+    @classmethod
+    def from_lists(cls, lists: Mapping[str, Any]) -> Levels:
+        """Of what `to_lists` gave, exactly."""
+        levels, temperatures = (torch.tensor(lists[name], dtype=torch.float32) for name in ("levels", "temperatures"))
+        return cls(tuple(lists["before_blocks"]), levels, temperatures, lists["patches"])
+
+    def to_lists(self) -> dict[str, Any]:
+        numbers = {"levels": self.levels.tolist(), "temperatures": self.temperatures.tolist()}
+        return {"before_blocks": list(self.before_blocks), "patches": self.patches, **numbers}
+
+    @torch.no_grad()
+    def give(self, pruning: Pruning) -> None:
+        """Makes them those of `pruning`."""
+        pruning.settle(before_blocks=self.before_blocks, patches=self.patches)
+        pruning.levels.copy_(self.levels)
+        pruning.temperatures.copy_(self.temperatures)
+
+
+def pruning_of(model: nn.Module) -> Pruning:
+    """The `Pruning` of a model, also of one that is wrapped for distributed training.
+
+    Raises:
+        ValueError: the model isn't pruned.
+    """
+    found = next((module for module in model.modules() if isinstance(module, Pruning)), None)
+    if found is None:
+        raise ValueError(f"{type(model).__name__} isn't pruned; call vitprune.prune_(model, spec) first")
+    return found
+
+
+def is_pruned(model: nn.Module) -> bool:
+    return any(isinstance(module, Pruning) for module in model.modules())

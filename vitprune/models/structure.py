@@ -1,0 +1,196 @@
+"""A model's parts, found without a path into its modules.
+
+What differs between families is in `families`. Leaves models that no entry names to `recognition`, changing a model to
+`pruner`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from vitprune.models.detection import find_backbone, find_blocks, recognise
+from vitprune.models.families import FAMILIES, Family, supported
+from vitprune.pruning.costs import CostModel
+from vitprune.recipe.errors import Problem, RecipeError
+from vitprune.recipe.schema import PruningSpec
+
+# pixel values, or all that a backbone takes by name
+Inputs = Tensor | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Anatomy:
+    """The parts of one model that pruning touches or counts.
+
+    backbone: the innermost module whose forward takes the image.
+    blocks: the transformer blocks in order.
+    final_norm: behind its output the dense sequence comes back; the last block where there is none.
+    pooling, inner: as in `Family`.
+    is_generic: no entry names the model; its parts were found by looking.
+    """
+
+    model_type: str
+    family: Family
+    backbone: PreTrainedModel
+    blocks: tuple[nn.Module, ...]
+    final_norm: nn.Module
+    pooling: nn.Module | None
+    inner: nn.Module | None
+    num_prefix_tokens: int
+    has_class_token: bool
+    cost: CostModel
+    is_generic: bool = False
+
+    def stages(self, spec: PruningSpec) -> tuple[int, ...]:
+        """The blocks before which `spec` prunes.
+
+        Raises:
+            ValueError: a stage outside the blocks, or a score that the model can't give.
+        """
+        if spec.score == "head-weighted-class-attention" and not self.has_class_token:
+            text = (
+                f"is 'head-weighted-class-attention', but {type(self.backbone).__name__} has no class token; "
+                "use 'head-weighted-mean-attention' or 'redundancy'"
+            )
+            raise RecipeError([Problem(("pruning", "score"), text)])
+        return spec.stages(len(self.blocks))
+
+
+def _unsupported(model: nn.Module, why: str = "is not a ViT that vitprune can prune") -> ValueError:
+    kind = f" (model type '{model.config.model_type}')" if isinstance(model, PreTrainedModel) else ""
+    return ValueError(f"{type(model).__name__}{kind} {why}; supported are: {supported()}")
+
+
+def examine(model: nn.Module) -> Anatomy:
+    """Finds the parts of a model.
+
+    Raises:
+        ValueError: the model is no plain ViT that vitprune can prune; lists those that work.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise _unsupported(model, "is no transformers model")
+    backbone = find_backbone(model)
+    family = FAMILIES.get(backbone.config.model_type)
+    if family is None:
+        return _dissect(model, backbone, _recognised(model, backbone), is_generic=True)
+    if {cls.__name__ for cls in type(model).__mro__}.isdisjoint(family.classes):
+        raise _unsupported(model)
+    if family.inner is not None:
+        wrapped: Any = backbone.get_submodule(family.inner)
+        if type(wrapped).__name__ != "VisionTransformer" or wrapped.attn_pool is not None:
+            raise _unsupported(model, f"wraps timm's {type(wrapped).__name__}, no VisionTransformer that pools plainly")
+    elif not family.has_interface and backbone.config._attn_implementation == "eager":
+        raise ValueError(f"{type(model).__name__} has eager attention; load it with attn_implementation='sdpa'")
+    return _dissect(model, backbone, family)
+
+
+def _recognised(model: PreTrainedModel, backbone: PreTrainedModel) -> Family:
+    """The family of a model that no entry names, if what it costs is understood."""
+    found = recognise(model, backbone)
+    if found is None:
+        raise _unsupported(model)
+    cost = _cost(found.twin, find_blocks(found.twin), *found.family.heads(found.twin))
+    if cost.dense(found.patches, found.family.num_prefix_tokens(found.twin)) != found.macs:
+        raise _unsupported(model, "works on its patches outside its blocks in a way that vitprune doesn't know")
+    return found.family
+
+
+def first_image(inputs: Inputs) -> Inputs:
+    return inputs[:1] if isinstance(inputs, Tensor) else {name: values[:1] for name, values in inputs.items()}
+
+
+def run_on_images(model: nn.Module, inputs: Inputs) -> None:
+    """Runs the part of a model that sees images, its head included, for what hooks and traces learn from it."""
+    assert isinstance(model, PreTrainedModel)
+    sees: Any = find_backbone(model) if model.main_input_name == "input_ids" else model
+    sees(**inputs) if isinstance(inputs, Mapping) else sees(inputs)
+
+
+def count_tokens(anatomy: Anatomy, pixel_values: Tensor) -> int:
+    """Tokens of an image in the first block, prefix included; the model and the image may be on the meta device."""
+    seen: list[int] = []
+    handle = anatomy.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0].shape[1]))
+    try:
+        anatomy.backbone(pixel_values)
+    finally:
+        handle.remove()
+    return seen[0]
+
+
+def _dissect(model: PreTrainedModel, backbone: PreTrainedModel, family: Family, *, is_generic: bool = False) -> Anatomy:
+    """The parts of a model whose family is known."""
+    path = family.blocks
+    blocks = find_blocks(backbone) if path is None else tuple(backbone.get_submodule(path).children())
+    assert blocks, f"{type(backbone).__name__} declares no block class"
+    # some models have these or not, as their config says
+    modules = dict(backbone.named_modules())
+    final_norm = None if family.final_norm is None else modules.get(family.final_norm)
+    prefix = family.num_prefix_tokens(backbone)
+    read = None if family.reads_patches(model) else prefix
+    return Anatomy(
+        model_type=backbone.config.model_type,
+        family=family,
+        backbone=backbone,
+        blocks=blocks,
+        final_norm=final_norm or blocks[-1],
+        pooling=None if family.pooling is None else modules.get(family.pooling),
+        inner=backbone.get_submodule(family.inner) if family.inner is not None else None,
+        num_prefix_tokens=prefix,
+        has_class_token=family.has_class_token(backbone),
+        cost=_cost(model, blocks, *family.heads(backbone), read),
+        is_generic=is_generic,
+    )
+
+
+def _cost(
+    model: PreTrainedModel, blocks: tuple[nn.Module, ...], heads: int, head_width: int, read: int | None = None
+) -> CostModel:
+    """Linear layers inside blocks work on every token. Outside, embeddings and the keys and values of a pooling head
+    work on every patch, other linear layers once an image. A text tower isn't counted.
+    """
+    inside = {id(module) for block in blocks for module in block.modules()}
+    patch = head = 0
+    for name, module in model.named_modules():
+        if id(module) in inside or name.startswith("text_"):
+            continue
+        match module:
+            case nn.Conv2d() | nn.Conv3d():
+                patch += module.weight.numel()
+            case nn.Linear() if "embeddings." in name:
+                patch += module.weight.numel()
+            case nn.Linear():
+                head += module.weight.numel()
+            case nn.MultiheadAttention():
+                head += module.embed_dim**2
+                patch += 2 * module.embed_dim**2 + 2 * module.embed_dim
+    return CostModel(
+        linear=tuple(_linear_macs(block) for block in blocks),
+        width=heads * head_width,
+        head_width=head_width,
+        patch=patch,
+        head=head,
+        read=read,
+        projections=0 if read is None else 3 * heads * head_width * _hidden_size(blocks[-1]),
+    )
+
+
+def _hidden_size(block: nn.Module) -> int:
+    return next(module.in_features for module in block.modules() if isinstance(module, nn.Linear))
+
+
+def _linear_macs(block: nn.Module) -> int:
+    return sum(module.weight.numel() for module in block.modules() if isinstance(module, nn.Linear))
+
+
+def require_images(checkpoint: str, anatomy: Anatomy) -> None:
+    """Raises ValueError for a model that a recipe can't feed."""
+    if anatomy.family.media != "images":
+        raise ValueError(
+            f"model.checkpoint {checkpoint}: {type(anatomy.backbone).__name__} takes {anatomy.family.media}, recipes "
+            "read images; use the Python API: prune_, calibrate and a training loop of your own"
+        )

@@ -1,0 +1,229 @@
+"""One forward of a pruned model, block by block: tokens leave, and the rest travels packed, (1, T, D).
+
+Shapes: B images, N tokens of an image in the dense sequence, T tokens of the batch laid end to end, D width.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from vitprune.pruning import kernels
+from vitprune.pruning.attention import NO_STATS, Attention, DenseAttention, LastBlockAttention, StatsRequest
+from vitprune.pruning.costs import CostCounter
+from vitprune.pruning.packed_attention import PackedAttention
+from vitprune.pruning.reduction import reduce_tokens
+from vitprune.pruning.selection import Decision, Observer, Policy, decide
+from vitprune.pruning.token_batch import Kernels, TokenBatch
+
+
+class Forward(ABC):
+    """The state of one forward of a pruned model. Belongs to that forward alone.
+
+    keep_masks: after each stage so far, bool (B, patches): the patches that are still tokens of their own.
+    counter: what it cost so far, counted where somebody observes; None before the first block.
+    num_tokens: of an image in the dense sequence.
+    """
+
+    def __init__(self, policy: Policy, observers: tuple[Observer, ...] = ()) -> None:
+        self.policy, self.observers = policy, observers
+        self.keep_masks: list[Tensor] = []
+        self.counter: CostCounter | None = None
+        self.num_tokens = 0
+
+    @abstractmethod
+    def enter_block(
+        self, block: int, hidden_states: Tensor, valid_BN: Tensor | None = None
+    ) -> tuple[Tensor, Attention]:
+        """What block `block` gets, and how it attends.
+
+        valid_BN: False for patches that are padding: they leave before the first block.
+        """
+
+    @abstractmethod
+    def leave_block(self, block: int, hidden_states: Tensor) -> Tensor:
+        """What block `block` gave out, as the stage before the next leaves it."""
+
+    @abstractmethod
+    def unpack(self, hidden_states: Tensor) -> Tensor:
+        """Hidden states behind the last block, and its norm, in the dense sequence, (B, N, D); zero for padding.
+
+        Where nobody but the head sees them, those that it reads.
+        """
+
+    def unpack_recorded(self, block: int, hidden_states: Tensor) -> Tensor:
+        """What block `block` was given in the dense sequence, (B, N, D); one more than there are: the last's output."""
+        return hidden_states
+
+    def positions(self) -> Tensor | None:
+        """Index in the dense sequence of each row of the hidden states; None while they are the dense sequence."""
+        return None
+
+    def absent_BN(self) -> Tensor | None:
+        """True for tokens of the dense sequence that no token stands for; None where one stands for each."""
+        return None
+
+    def enter_norm(self, norm: Callable[[Tensor], Tensor]) -> None:
+        """Called with the final norm before `unpack`."""
+        return None
+
+    def _count(self, hidden_states: Tensor, valid_BN: Tensor | None) -> Tensor:
+        """Begins counting; returns tokens of each image, (B,) float64, without padding."""
+        images, self.num_tokens = hidden_states.shape[:2]
+        if valid_BN is None:
+            tokens_B = hidden_states.new_full((images,), self.num_tokens, dtype=torch.float64)
+        else:
+            tokens_B = valid_BN.sum(1).double()
+        self.counter = CostCounter(self.policy.cost, self.policy.latency, tokens_B)
+        return tokens_B
+
+
+class PackedForward(Forward):
+    """A forward in which tokens that leave are gone.
+
+    for_head: nobody but the model's head sees what the last block gives out.
+    trains: the last block is computed for all tokens, but counted as inference computes it.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        observers: tuple[Observer, ...] = (),
+        *,
+        for_head: bool = False,
+        trains: bool = False,
+    ) -> None:
+        super().__init__(policy, observers)
+        self.trains = trains
+        self.read = policy.cost.read if for_head and not trains else None
+        self.stages = self._stages()
+        self.batch: TokenBatch | None = None  # None while all tokens of all images are there
+        self._kernels: Kernels | None = None
+        self._tokens_B = torch.empty(0)
+        self._valid_BN: Tensor | None = None
+        self._last: Tensor | None = None
+        self._attention: Attention = DenseAttention()
+        self._batches: list[TokenBatch | None] = []
+
+    def _stages(self) -> dict[int, int]:
+        """Stage by block that it comes before; where nobody observes, a stage at which nothing can leave is none."""
+        levels = zip(self.policy.before_blocks, self.policy.levels.tolist(), strict=True)
+        return {
+            block: stage
+            for stage, (block, level) in enumerate(levels)
+            if self.observers or not self.policy.keeps_all(level)
+        }
+
+    @property
+    def is_dense(self) -> bool:
+        """Whether all of it is as in the dense model, and nobody wants to know."""
+        return not (self.stages or self.read is not None or self.observers)
+
+    def enter_block(
+        self, block: int, hidden_states: Tensor, valid_BN: Tensor | None = None
+    ) -> tuple[Tensor, Attention]:
+        if block == 0:
+            hidden_states = self._begin(hidden_states, valid_BN)
+        if self.observers:
+            assert self.counter is not None
+            self.counter.add_block(block, self._tokens_B, in_full=self.read is None and not self.trains)
+        self._batches.append(self.batch)
+        self._attention = self._attention_of(block, hidden_states)
+        return hidden_states, self._attention
+
+    def _begin(self, hidden_states: Tensor, valid_BN: Tensor | None) -> Tensor:
+        self._kernels = kernels.choose(hidden_states)
+        self._tokens_B = self._count(hidden_states, valid_BN)
+        if valid_BN is None:
+            return hidden_states
+        self._valid_BN = valid_BN
+        batch, x_TD = reduce_tokens(self._dense(hidden_states), hidden_states.flatten(0, 1), Decision(valid_BN))
+        own_patches_B1 = valid_BN.sum(1, keepdim=True) - self.policy.num_prefix_tokens
+        self.batch = replace(batch, num_patches=own_patches_B1)
+        return x_TD[None]
+
+    def _dense(self, hidden_states: Tensor) -> TokenBatch:
+        images, tokens = hidden_states.shape[:2]
+        prefix, device = self.policy.num_prefix_tokens, hidden_states.device
+        return TokenBatch.dense(images, tokens, prefix, device, self._kernels)
+
+    def _request(self, block: int) -> StatsRequest:
+        """What the stage behind a block, if there is one, wants to know of its attention."""
+        return StatsRequest(self.policy.row, self.policy.compares_keys) if block + 1 in self.stages else NO_STATS
+
+    def _attention_of(self, block: int, hidden_states: Tensor) -> Attention:
+        request = self._request(block)
+        if self.read is not None and block + 1 == len(self.policy.cost.linear):
+            return LastBlockAttention(self.batch, self.read)
+        if self.batch is not None:
+            return PackedAttention(self.batch, request)
+        return DenseAttention(self._dense(hidden_states) if block + 1 in self.stages else None, request)
+
+    def leave_block(self, block: int, hidden_states: Tensor) -> Tensor:
+        stage = self.stages.get(block + 1)
+        return hidden_states if stage is None else self._reduce(stage, hidden_states)
+
+    @property
+    def _present(self) -> TokenBatch:
+        """The tokens that a stage decides about: those of the attention of the block before."""
+        assert isinstance(self._attention, PackedAttention | DenseAttention)
+        assert self._attention.batch is not None
+        return self._attention.batch
+
+    def _reduce(self, stage: int, hidden_states: Tensor) -> Tensor:
+        """Hidden states behind a stage."""
+        before = self._present
+        with torch.no_grad():
+            decision = decide(self.policy, stage, self._attention.stats, before, self.observers)
+        after, x_TD = reduce_tokens(before, hidden_states.flatten(0, 1), decision)
+        if torch.is_grad_enabled():
+            _ = after.key_bias_T  # now, since checkpointing repeats only what a block computes itself
+        self._observe(after, decision.keep_BM.sum(1).double() if self.observers else None)
+        if after is before:
+            return hidden_states
+        self.batch = after
+        return x_TD[None]
+
+    def _observe(self, after: TokenBatch, kept_B: Tensor | None) -> None:
+        """Counts a stage where somebody observes. kept_B: tokens that each image keeps, float64."""
+        if kept_B is None:
+            return
+        assert self.counter is not None
+        self.counter.add_stage(self._tokens_B, self.policy.stage_macs(self._tokens_B, kept_B))
+        self._tokens_B = kept_B
+        self.keep_masks.append(after.kept_patches())
+
+    def positions(self) -> Tensor | None:
+        return None if self.batch is None else self.batch.positions_T
+
+    def absent_BN(self) -> Tensor | None:
+        if self.batch is None:
+            return None
+        absent_BN = ~self.batch.present_BN
+        return absent_BN if absent_BN.any() else None
+
+    def unpack(self, hidden_states: Tensor) -> Tensor:
+        if self.read is not None:
+            return hidden_states
+        self._last = self._masked(self._unpack_last(hidden_states))
+        return self._last
+
+    def _unpack_last(self, hidden_states: Tensor) -> Tensor:
+        return self._in_place(self.batch, hidden_states)
+
+    def unpack_recorded(self, block: int, hidden_states: Tensor) -> Tensor:
+        if hidden_states is self._last:  # where no norm follows
+            return hidden_states
+        batch = self._batches[min(block, len(self._batches) - 1)]
+        return self._masked(self._in_place(batch, hidden_states))
+
+    @staticmethod
+    def _in_place(batch: TokenBatch | None, hidden_states: Tensor) -> Tensor:
+        return hidden_states if batch is None else batch.unpack(hidden_states[0])
+
+    def _masked(self, hidden_states: Tensor) -> Tensor:
+        return hidden_states if self._valid_BN is None else hidden_states * self._valid_BN[..., None]

@@ -1,0 +1,166 @@
+"""The CPU's door: the parts of a stage in inference as loops over arrays, which numba compiles.
+
+Serves float32 and bfloat16 without gradients where numba is installed. Here tensors become arrays and back.
+
+Shapes: B images, T rows of the batch laid end to end, M tokens of the longest image, H heads, K head width, D width.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Any, overload
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vitprune.pruning.layout import Layout
+from vitprune.pruning.scores import more_important
+
+_DTYPES = (torch.float32, torch.bfloat16)
+
+
+@cache
+def _loops() -> Any:
+    """The module; None without numba."""
+    if not has_loops():
+        return None
+    from vitprune.pruning.kernels import cpu_loops  # now, since it takes its time
+
+    return cpu_loops
+
+
+def has_loops() -> bool:
+    """Whether numba is there."""
+    return importlib.util.find_spec("numba") is not None
+
+
+def fits(x: Tensor) -> bool:
+    """Whether loops may do the stages of a forward on such hidden states."""
+    if not x.is_cpu or x.dtype not in _DTYPES or torch.is_autocast_enabled("cpu"):
+        return False
+    return not torch.is_grad_enabled() and _loops() is not None
+
+
+def compute_stats(
+    query_BHK: Tensor | None,
+    k_THK: Tensor,
+    contexts_THK: Tensor,
+    key_bias_T: Tensor | None,
+    scale: float,
+    layout: Layout,
+    *,
+    wants_metric: bool,
+) -> tuple[Tensor | None, Tensor | None]:
+    """What a block's attention says about its tokens.
+
+    query_BHK: the query of each image whose row scores its tokens; None: no scores.
+
+    Returns AS-ViT's scores (B, M), `scores.head_weighted_attention`, and what similarity is measured on, (T, K),
+    `scores.key_metric`; both float32.
+    """
+    images = len(layout.lengths)
+    scores_BM = None if query_BHK is None else np.empty((images, max(layout.lengths)), np.float32)
+    metric_TK = np.empty((k_THK.shape[0], k_THK.shape[2]), np.float32) if wants_metric else None
+    known = (_array(query_BHK), _array(k_THK), _array(contexts_THK), _array(key_bias_T), np.float32(scale))
+    _run(_loops().compute_stats, *known, layout.spans_3B, scores_BM, metric_TK, images=images)
+    return _tensor(scores_BM), _tensor(metric_TK)
+
+
+def density_peaks(
+    metric_TK: Tensor,
+    scores_BM: Tensor,
+    num_patches: int | Tensor,
+    exponent: float,
+    num_prefix_tokens: int,
+    layout: Layout,
+) -> Tensor:
+    """`scores.density_peaks`, weighed by (n·S)^α, (B, M): +inf for prefix tokens, −inf beyond an image's tokens.
+
+    Matrices are torch's, which is faster at them.
+    """
+    images, patches = len(scores_BM), scores_BM.shape[1] - num_prefix_tokens
+    order_BN, sorted_BNK = (
+        np.empty((images, patches), np.int64),
+        metric_TK.new_empty(images, patches, metric_TK.shape[1]),
+    )
+    known = num_prefix_tokens, layout.spans_3B
+    _run(_loops().sort, _array(metric_TK), _array(scores_BM), *known, order_BN, _array(sorted_BNK), images=images)
+    distances_BN, redundancy_BM = more_important(sorted_BNK), np.empty(scores_BM.shape, np.float32)
+    dense = num_patches if isinstance(num_patches, int) else _array(num_patches.flatten())
+    patches_B = np.full(images, dense, np.float32)
+    weights = _array(distances_BN), order_BN, _array(scores_BM), patches_B, np.float32(exponent)
+    _run(_loops().weigh, *weights, *known, redundancy_BM, images=images)
+    return _tensor(redundancy_BM)
+
+
+def select(
+    scores_BM: Tensor,
+    threshold: float,
+    at_least: int,
+    metric_TK: Tensor | None,
+    num_prefix_tokens: int,
+    layout: Layout,
+) -> tuple[Tensor, tuple[int, ...], Tensor | None]:
+    """Which tokens stay, how many of each image, and for each that leaves the most similar patch that stays.
+
+    `selection.above_threshold`, bool (B, M), and by a metric, if there is one, `scores.nearest`, (B, M) long.
+    scores_BM: those of prefix tokens don't matter, nor what lies beyond an image's tokens.
+    """
+    shape_BM = scores_BM.shape
+    keep_BM, kept_B = np.empty(shape_BM, np.bool_), np.empty(shape_BM[0], np.int64)
+    dst_BM = None if metric_TK is None else np.empty(shape_BM, np.int64)
+    known = _array(scores_BM), np.float32(threshold), at_least, _array(metric_TK), num_prefix_tokens, layout.spans_3B
+    _run(_loops().select, *known, keep_BM, kept_B, dst_BM, images=shape_BM[0])
+    return _tensor(keep_BM), tuple(kept_B.tolist()), _tensor(dst_BM)
+
+
+def reduce(
+    x_TD: Tensor,
+    positions_T: Tensor,
+    sizes_T: Tensor | None,
+    patch_token_BN: Tensor,
+    keep_BM: Tensor,
+    dst_BM: Tensor | None,
+    before: Layout,
+    after: Layout,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """What `reduction.reduce_tokens` makes of hidden states, positions, sizes and `TokenBatch.patch_token_BN`."""
+    rows = after.num_rows
+    y_TD = x_TD.new_empty(rows, x_TD.shape[1])  # linear layers like how torch aligns it
+    positions_after_T, patch_token_after_BN = np.empty(rows, np.int64), np.empty(patch_token_BN.shape, np.int64)
+    sizes, sizes_after_T = _array(sizes_T), None
+    if dst_BM is not None:
+        sizes_after_T = np.empty(rows, np.float32)
+        sizes = np.ones(len(x_TD), np.float32) if sizes is None else sizes
+    known = _array(x_TD), _array(positions_T), sizes, _array(patch_token_BN), _array(keep_BM), _array(dst_BM)
+    made = _array(y_TD), positions_after_T, sizes_after_T, patch_token_after_BN
+    _run(_loops().reduce, *known, before.spans_3B, after.spans_3B, *made, images=len(before.lengths))
+    return y_TD, _tensor(positions_after_T), _tensor(sizes_after_T), _tensor(patch_token_after_BN)
+
+
+def _run(loop: Any, *values: Any, images: int) -> None:
+    threads = torch.get_num_threads()
+    loop(*values, threads=1 if images == 1 else threads)
+    if torch.get_num_threads() != threads:  # numba shares OpenMP with torch, and sets its threads when it starts
+        torch.set_num_threads(threads)
+
+
+@overload
+def _array(x: Tensor) -> np.ndarray: ...
+@overload
+def _array(x: Tensor | None) -> np.ndarray | None: ...
+def _array(x: Tensor | None) -> np.ndarray | None:
+    if x is None:
+        return None
+    x = x.detach() if x.requires_grad else x
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
+
+
+@overload
+def _tensor(x: np.ndarray) -> Tensor: ...
+@overload
+def _tensor(x: np.ndarray | None) -> Tensor | None: ...
+def _tensor(x: np.ndarray | None) -> Tensor | None:
+    return None if x is None else torch.from_numpy(x)

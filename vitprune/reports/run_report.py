@@ -1,0 +1,254 @@
+"""Shows results, tables and in words, and what a run would do.
+
+Knows how to say what numbers mean. Leaves the numbers to `results` and where they come from to `evaluation`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.markup import escape
+
+from vitprune.reports.results import Comparison, Latency, Plan, Report, ScheduleSearch, Throughput, Training
+from vitprune.reports.text import Cells, count, percent, rich_table
+
+PAYS = 1.05  # a speed-up worth having: less is lost in the noise
+BUDGET_TOLERANCE = 0.01
+SHOWN_SCHEDULES = 5
+
+
+def print_report(report: Report, console: Console) -> None:
+    """Tables of pruned beside dense, then in words what they come to."""
+    for title, cells in tables_of(report):
+        console.print(rich_table(title, cells))
+    for sentence in findings(report):
+        console.print(f"- {escape(sentence)}")
+
+
+def findings(report: Report) -> list[str]:
+    """What the numbers come to, a sentence each."""
+    result, sentences = report.comparison, []
+    ratio = result.macs.ratio
+    if report.budget is None:
+        sentences.append(f"Pruned takes {percent(ratio)} of the dense model's multiply-accumulates (MACs).")
+    else:
+        met = "met" if ratio <= report.budget + BUDGET_TOLERANCE else "not met"
+        sentences.append(
+            f"Pruned takes {percent(ratio)} of the dense model's multiply-accumulates (MACs): the budget of "
+            f"{percent(report.budget)} is {met}."
+        )
+    if report.latency is not None:
+        sentences.append(_latency(report.latency))
+    if report.schedule is not None:
+        sentences.append(_schedule(report.schedule))
+    if report.training is not None:
+        sentences.append(_training(report.training))
+    sentences += [_quality(name, pair.dense, pair.pruned) for name, pair in result.metrics.items()]
+    if result.agreement is not None:
+        sentences.append(
+            f"It gives the dense model's answer for {percent(result.agreement)} of {result.images} images."
+        )
+    if result.similarity is not None:
+        cosine = f"{result.similarity:.4f}"
+        sentences.append(
+            f"Its embeddings of {result.images} images have a cosine of {cosine} with the dense ones on average."
+        )
+    if result.not_finite.dense or result.not_finite.pruned:
+        sentences.append(
+            f"Of {result.images} images {result.not_finite.dense} have no finite answer from the dense model and "
+            f"{result.not_finite.pruned} none from the pruned one; they count as wrong and as different. In float16 "
+            "numbers may overflow: try model.dtype: bfloat16 or float32."
+        )
+    sentences += _where_it_pays(report.throughput)
+    if result.skipped:
+        sentences.append(f"{result.skipped} broken images were left out.")
+    return [*sentences, *report.notes]
+
+
+def _latency(latency: Latency) -> str:
+    met = "met" if latency.met else "not met"
+    expected = "" if latency.predicted is None else f" (the measured table expects {percent(latency.predicted)})"
+    return (
+        f"At batch size {latency.batch_size} pruned takes {percent(latency.measured)} of the dense model's "
+        f"time{expected}: the latency budget of {percent(latency.asked)} is {met}."
+    )
+
+
+def _schedule(search: ScheduleSearch) -> str:
+    taken, *others = search.tried
+    blocks = ", ".join(map(str, taken.before_blocks))
+    sentence = (
+        f"Pruning before blocks {blocks} was chosen among {len(search.tried)} schedules at the budget: its answers to "
+        f"{search.images} calibration images are nearest to the dense model's ({search.measure} {taken.distance:.2g}"
+    )
+    if not others:
+        return f"{sentence})."
+    return f"{sentence}; others {others[0].distance:.2g} to {others[-1].distance:.2g})."
+
+
+def _training(training: Training) -> str:
+    first, last = training.checks[0], training.checks[-1]
+    kept = next(check for check in training.checks if check.step == training.kept_step)
+    images = f"{training.images} training images that were held out"
+    if not training.kept_step:
+        return (
+            f"Fine-tuning gained nothing: on {images} the loss was {first.loss:.4f} before it and {last.loss:.4f} at "
+            "its end, and no state was better by more than chance at the same cost; the calibrated model was kept."
+        )
+    return (
+        f"Fine-tuning brought the loss on {images} from {first.loss:.4f} to {kept.loss:.4f}: the state after step "
+        f"{kept.step} of {training.steps} was kept."
+    )
+
+
+def _quality(name: str, dense: float, pruned: float) -> str:
+    points = 100 * (pruned - dense)
+    values = f"{percent(pruned, 2)} against {percent(dense, 2)}"
+    if abs(points) < 0.005:
+        return f"Its {name} is that of the dense model: {values}."
+    return f"Its {name} is {abs(points):.2f} points {'above' if points > 0 else 'below'} the dense model's: {values}."
+
+
+def _where_it_pays(throughput: Sequence[Throughput]) -> list[str]:
+    rows = sorted(throughput, key=lambda row: row.batch_size)
+    if not rows:
+        return []
+    pays = [row.speedup >= PAYS for row in rows]
+    gains = ", ".join(_at(row) for row, gain in zip(rows, pays, strict=True) if gain)
+    losses = ", ".join(_at(row) for row, gain in zip(rows, pays, strict=True) if not gain)
+    if all(pays):
+        sentence = f"It pays at every batch size measured: {gains}."
+    elif not any(pays):
+        sentence = f"It doesn't pay here at any batch size measured: {losses}; the work saved isn't time saved."
+    elif pays == sorted(pays):
+        first = rows[pays.index(True)].batch_size
+        sentence = f"It doesn't pay at small batches: {losses}; it pays from batch size {first} on: {gains}."
+    else:
+        sentence = f"It pays at some batch sizes: {gains}; not at others: {losses}."
+    most = rows[-1]
+    return [
+        sentence,
+        f"At batch size {most.batch_size} it has {percent(most.efficiency)} of the speed-up that its MACs would allow "
+        f"({most.ideal_speedup:.2f}x).",
+    ]
+
+
+def _at(row: Throughput) -> str:
+    return f"{row.speedup:.2f}x{' (slower)' if row.speedup < 1 else ''} at batch size {row.batch_size}"
+
+
+def tables_of(report: Report) -> list[tuple[str, Cells]]:
+    """Pruned beside dense: each table's title and cells."""
+    machine = report.environment
+    where = f"{machine.cpu if machine.device == 'cpu' else machine.device}, {machine.threads} threads, {machine.dtype}"
+    tables = [(f"Quality and work, {report.comparison.images} images", _quality_cells(report))]
+    tables.append(("Patches kept", _kept_cells(report.comparison)))
+    if report.schedule is not None:
+        title = f"Schedules tried, {report.schedule.measure} to dense on {report.schedule.images} calibration images"
+        tables.append((title, _schedule_cells(report.schedule)))
+    if report.training is not None:
+        tables.append((f"Fine-tuning, {report.training.images} held-out images", _training_cells(report)))
+    if report.throughput:
+        tables.append((f"Speed on {where}", _speed_cells(report.throughput)))
+    if report.latency is not None:
+        tables.append((f"Latency budget on {where}", _latency_cells(report.latency)))
+    return tables
+
+
+def _quality_cells(report: Report) -> Cells:
+    columns = [("calibrated only", report.calibrated), ("pruned", report.comparison)]
+    shown = [(name, comparison) for name, comparison in columns if comparison is not None]
+    result = report.comparison
+    cells: Cells = [("", "dense", *(name for name, _ in shown), "difference")]
+    for metric, pair in result.metrics.items():
+        values = (percent(comparison.metrics[metric].pruned, 2) for _, comparison in shown)
+        cells.append((metric, percent(pair.dense, 2), *values, f"{100 * pair.difference:+.2f} points"))
+    if result.agreement is not None:
+        cells.append(("same answer as dense", "", *(percent(c.agreement or 0.0) for _, c in shown), ""))
+    if result.similarity is not None:
+        cells.append(("cosine to dense", "", *(f"{c.similarity or 0.0:.4f}" for _, c in shown), ""))
+    macs = (f"{count(comparison.macs.pruned.mean)} ({percent(comparison.macs.ratio)})" for _, comparison in shown)
+    cells.append(("MACs an image", count(result.macs.dense), *macs, f"{100 * (result.macs.ratio - 1):+.1f} %"))
+    spread = (f"{count(c.macs.pruned.q05)} to {count(c.macs.pruned.q95)}" for _, c in shown)
+    cells.append(("MACs of 90 % of the images", "", *spread, ""))
+    return cells
+
+
+def _kept_cells(result: Comparison) -> Cells:
+    cells: Cells = [("before block", "dense", "pruned (mean)", "5 %", "median", "95 %")]
+    for stage in result.kept:
+        kept = (f"{value:.0f}" for value in (stage.kept.q05, stage.kept.q50, stage.kept.q95))
+        cells.append((str(stage.before_block), str(stage.patches), f"{stage.kept.mean:.1f}", *kept))
+    return cells
+
+
+def _schedule_cells(search: ScheduleSearch) -> Cells:
+    """The one that was taken and the nearest of the others."""
+    cells: Cells = [("before blocks", "shares of the work", "MACs", search.measure)]
+    for tried in search.tried[:SHOWN_SCHEDULES]:
+        blocks, shares = (" ".join(map(str, values)) for values in (tried.before_blocks, _rounded(tried.shares)))
+        cells.append((blocks, shares, percent(tried.ratio), f"{tried.distance:.3g}"))
+    return cells
+
+
+def _training_cells(report: Report) -> Cells:
+    """What the checks saw; kept: parts of the patches after each stage."""
+    assert report.training is not None
+    cells: Cells = [("after step", "loss", "ratio", *(f"kept before {s.before_block}" for s in report.comparison.kept))]
+    for check in report.training.checks:
+        mark = " (kept)" if check.step == report.training.kept_step else ""
+        kept = (percent(part) for part in check.kept)
+        cells.append((f"{check.step}{mark}", f"{check.loss:.4f}", percent(check.ratio), *kept))
+    return cells
+
+
+def _rounded(values: Sequence[float]) -> list[float]:
+    return [round(value, 2) for value in values]
+
+
+def _speed_cells(throughput: Sequence[Throughput]) -> Cells:
+    cells: Cells = [("batch size", "dense images/s", "pruned images/s", "speed-up", "MACs allow", "efficiency")]
+    for row in throughput:
+        speeds = (f"{speed:.1f}" for speed in (row.dense_images_per_second, row.pruned_images_per_second))
+        ratios = (f"{row.speedup:.2f}x", f"{row.ideal_speedup:.2f}x", percent(row.efficiency))
+        cells.append((str(row.batch_size), *speeds, *ratios))
+    return cells
+
+
+def _latency_cells(latency: Latency) -> Cells:
+    predicted = "" if latency.predicted is None else percent(latency.predicted)
+    seconds = (f"{timing.median:.3g} s" for timing in (latency.dense, latency.pruned))
+    return [
+        ("batch size", "dense", "pruned", "asked", "expected", "measured"),
+        (str(latency.batch_size), *seconds, percent(latency.asked), predicted, percent(latency.measured)),
+    ]
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """What `apply` would do, as tokens and MACs of each block, and step by step."""
+    prefix = f"{plan.num_prefix_tokens} prefix token{'' if plan.num_prefix_tokens == 1 else 's'}"
+    model = f"{plan.checkpoint}: {plan.model_class} ({plan.family}), {plan.num_blocks} blocks, {prefix}"
+    console.print(escape(model), highlight=False)
+    stages = ", ".join(map(str, plan.stages))
+    budget = f"Budget {percent(plan.budget)} of the {plan.counts}"
+    console.print(f"{budget}, stages before blocks {stages}", highlight=False)
+    console.print(rich_table("Blocks, one image", _plan_cells(plan)))
+    for number, step in enumerate(plan.steps, start=1):
+        console.print(f"{number}. {escape(step)}", highlight=False)
+
+
+def _plan_cells(plan: Plan) -> Cells:
+    """With tokens and MACs at the budget where they are known."""
+    cells: Cells = [("block", "", "tokens dense", "at the budget", "MACs dense", "at the budget")]
+    dense = budget = 0.0
+    for row in plan.rows:
+        stage = "stage" if row.block in plan.stages else ""
+        dense, budget = dense + row.macs_dense, budget + (row.macs_budget or 0.0)
+        tokens = "" if row.tokens_budget is None else f"{row.tokens_budget:.1f}"
+        macs = "" if row.macs_budget is None else count(row.macs_budget)
+        cells.append((str(row.block), stage, str(row.tokens_dense), tokens, count(row.macs_dense), macs))
+    cells.append(("all", "", "", "", count(dense), f"{count(budget)} ({percent(budget / dense)})" if budget else ""))
+    if budget:
+        return cells
+    return [(*row[:3], row[4]) for row in cells]

@@ -1,0 +1,293 @@
+"""A recipe becomes a compressed checkpoint: `apply`, read from top to bottom. Also `evaluate`.
+
+Knows the order of things; leaves each to its module.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from vitprune.runtime import signals
+from vitprune.runtime import distributed
+from vitprune.data.augmentation import pixel_scale
+from vitprune.budget.calibration import calibrate, scale_to_budget
+from vitprune.models.checkpoint import require_free, require_room, save
+from vitprune.budget.latency_measurement import measure_latency
+from vitprune.budget.latency_table import CostTable
+from vitprune.data.images import Images
+from vitprune.measure.compare import compare
+from vitprune.measure.throughput import describe_environment, measure_throughput
+from vitprune.finetuning.finetune import NonFiniteLoss, finetune
+from vitprune.budget.latency import budget_latency, check_latency, meet_latency, shortfall
+from vitprune.reports.model_card import model_card
+from vitprune.runtime.files import sibling
+from vitprune.recipe.schema import Recipe
+from vitprune.reports.results import Comparison, Latency, Report, ScheduleSearch, Training, TriedSchedule
+from vitprune.runs.resume import RunFolder, was_saved
+from vitprune.runs.inputs import RunInputs, flat, moved
+from vitprune.models.module import Levels, pruning_of
+from vitprune.finetuning.tracking import Diary
+from vitprune.finetuning.state import States
+
+# different batches of the largest size that throughput is measured on
+TIMED_BATCHES = 3
+# images whose kept tokens trackers are shown
+SHOWN = 8
+
+
+def apply(recipe: Recipe, *, restart: bool = False) -> Report:
+    """Prunes, calibrates, fine-tunes, compares and saves, as the recipe says; returns what was measured.
+
+    A run that was broken off goes on where it was, unless `restart`; what is finished isn't done again.
+
+    Raises:
+        ValueError: something in the recipe, its data or its checkpoint doesn't fit, or differs from what the run began
+            with; names the place and the way out.
+        NonFiniteLoss: fine-tuning broke off; the model from before is saved beside the output path.
+        Terminated: by SIGTERM; the same call goes on.
+    """
+    output = Path(recipe.output.path).resolve()
+    with signals.watch():
+        _require_free(recipe, output)
+        run = _Run.load(recipe)
+        require_room(output, run.pruned)
+        with RunFolder.open(output, run.fingerprint, restart=restart) as folder:
+            calibrated = training = None
+            search = run.find_schedule(folder) if recipe.pruning.is_searched else None
+            if recipe.budget.latency is not None and run.train is not None:
+                run.measure_latency(folder)
+            if recipe.pruning.is_calibrated:
+                run.calibrate(folder)
+            elif recipe.finetune is not None and recipe.pruning.select == "threshold":
+                run.begin_at_budget(folder)
+            if recipe.finetune is not None:
+                calibrated = folder.stage("calibrated", Comparison, run.compare)
+                training = run.finetune(output, folder)
+            comparison = folder.stage("comparison", Comparison, run.compare)
+            report = folder.stage("report", Report, lambda: run.report(comparison, calibrated, search, training))
+            if run.is_main:
+                run.save(report, output)
+            folder.remove()
+    return report
+
+
+def _require_free(recipe: Recipe, output: Path) -> None:
+    """Before anything is loaded. What the main process has written may be no obstacle to others that are late."""
+    distributed.on_main(lambda: require_free(output, overwrite=recipe.output.overwrite or was_saved(output)))
+
+
+def evaluate(checkpoint: str, recipe: Recipe) -> Report:
+    """Compares a pruned checkpoint with the recipe's dense one on the recipe's images."""
+    run = _Run.load(recipe, pruned=checkpoint)
+    return run.report(run.compare())
+
+
+class _Run(RunInputs):
+    """What is done with the inputs of one run."""
+
+    def measure_latency(self, folder: RunFolder) -> None:
+        """From here on the budget is one of time. Measured in the dtype that the model will have, on copies."""
+        dtype = self.dtype
+        answers = self.answers if self.pruned.dtype == dtype else copy.deepcopy(self.answers)
+        for model in answers:
+            moved(model.model, dtype)
+        size = self.recipe.budget.timed_batch
+        timed = self._timed(self.holdout or self.train, size)
+        measure = partial(distributed.on_main, lambda: measure_latency(*answers, timed, size))
+        budget_latency(self.pruned, folder.stage("latency-table", CostTable, measure))
+
+    def find_schedule(self, folder: RunFolder) -> ScheduleSearch:
+        """Finds stages, and levels for the budget, which is one of MACs here even where it will be one of time."""
+        pruning = pruning_of(self.pruned)
+
+        def found() -> dict[str, Any]:
+            result = calibrate(self.pruned, self._calibration_batches, self._part, progress=self.is_main)
+            tried = tuple(
+                TriedSchedule(**asdict(one.schedule), ratio=one.ratio, distance=one.distance) for one in result.tried
+            )
+            search = ScheduleSearch(images=result.images, measure=result.measure, tried=tried)
+            return {"levels": Levels.of(pruning).to_lists(), "search": search.model_dump(mode="json")}
+
+        # one stage: a run that is broken off has both or neither
+        kept = folder.stage("schedule", dict[str, Any], lambda: distributed.on_main(found))
+        Levels.from_lists(kept["levels"]).give(pruning)
+        return ScheduleSearch.model_validate(kept["search"])
+
+    def calibrate(self, folder: RunFolder) -> None:
+        """Finds levels for the budget; those that a search came with are scaled, which keeps how stages share."""
+        recipe, is_scaled = self.recipe, self.recipe.pruning.is_searched and self.recipe.pruning.select == "threshold"
+        if recipe.pruning.is_searched and recipe.budget.latency is None:
+            return
+        adjust = scale_to_budget if is_scaled else calibrate
+        settle = partial(adjust, self.pruned, self._calibration_batches, self._part, progress=self.is_main)
+        # where training only starts from needn't be met in time
+        met = settle if recipe.finetune is not None else self._until_met(settle)
+        self._settle(folder, "calibration", met)
+
+    def begin_at_budget(self, folder: RunFolder) -> None:
+        """Scales given thresholds, so that what training makes of them can be compared with what it began with."""
+        scale = partial(scale_to_budget, self.pruned, self._calibration_batches, self._part, progress=self.is_main)
+        self._settle(folder, "start", scale)
+
+    @property
+    def _part(self) -> float:
+        return self.recipe.budget.part
+
+    @property
+    def _calibration_batches(self) -> list[Tensor]:
+        spec = self.recipe.calibration
+        assert self.train is not None
+        return self._batches(self.train.sample(spec.images, self.recipe.seed), spec.batch_size)
+
+    def finetune(self, output: Path, folder: RunFolder) -> Training | None:
+        """Fine-tunes and scales the thresholds to the budget on images held out; where nothing was gained they stay."""
+        recipe = self.recipe
+        assert recipe.finetune is not None
+        assert self.train is not None
+        assert self.holdout is not None
+        budget = recipe.budget.part
+        try:
+            dense, pruned = self.answers
+            states = States.of(recipe.finetune, folder.path)
+            diary = self._diary(output) if recipe.finetune.trackers else None
+            history = finetune(
+                pruned,
+                dense,
+                self.train,
+                recipe.finetune,
+                budget,
+                holdout=self.holdout,
+                seed=recipe.seed,
+                progress=self.is_main,
+                states=states,
+                diary=diary,
+            )
+        except NonFiniteLoss as error:
+            rescued = sibling(output, "last-good")
+            if self.is_main:
+                save(self.pruned, rescued, processor=self.processor, tokenizer=self.tokenizer, overwrite=True)
+            raise NonFiniteLoss(f"{error}; the last good model is in {rescued}") from error
+        moved(self.pruned, self.dtype)
+        moved(self.dense, self.dtype)
+        training = history.training
+        # what was calibrated meets a budget of MACs already; one of time was not measured yet
+        is_met = training is not None and not training.kept_step and recipe.budget.latency is None
+        if recipe.pruning.select == "threshold" and not is_met:
+            batches = self._batches(self.holdout, recipe.calibration.batch_size)
+            scale = partial(scale_to_budget, self.pruned, batches, budget, progress=self.is_main)
+            self._settle(folder, "thresholds", self._until_met(scale))
+        return training
+
+    def _diary(self, output: Path) -> Diary:
+        assert self.holdout is not None
+        settings = flat(self.recipe.model_dump(mode="json"))
+        samples = self.holdout.sample(SHOWN, self.recipe.seed).pixels()
+        return Diary(sibling(output, "logs"), output.name, settings, samples, *pixel_scale(self.processor))
+
+    def _until_met(self, settle: Callable[[], object]) -> Callable[[], object]:
+        """Settles on levels for the budget; where it is one of time, until that is what is measured."""
+        asked = self.recipe.budget.latency
+        if asked is None:
+            return settle
+        size, repeats = self.recipe.budget.timed_batch, self.recipe.evaluate.repeats
+        images = self._timed(self.holdout or self.train, size)
+        return partial(meet_latency, *self.answers, images, asked, size, settle, repeats=repeats)
+
+    def _settle(self, folder: RunFolder, stage: str, settle: Callable[[], object]) -> None:
+        """The main process settles on levels, and all have those."""
+        pruning = pruning_of(self.pruned)
+
+        def found() -> dict[str, Any]:
+            settle()
+            return Levels.of(pruning).to_lists()
+
+        lists = folder.stage(stage, dict[str, Any], lambda: distributed.on_main(found))
+        Levels.from_lists(lists).give(pruning)
+
+    def _timed(self, images: Images | None, batch_size: int) -> Tensor:
+        """Images by chance, for several different batches of a size."""
+        assert images is not None
+        return images.sample(TIMED_BATCHES * batch_size, self.recipe.seed).pixels()
+
+    def save(self, report: Report, output: Path) -> None:
+        files = {
+            "recipe.yaml": _with_versions(self.recipe, report),
+            "report.json": report.model_dump_json(indent=2, by_alias=True) + "\n",
+            "README.md": model_card(report, output.name),
+        }
+        overwrite = self.recipe.output.overwrite or was_saved(output)
+        save(
+            self.pruned,
+            output,
+            processor=self.processor,
+            tokenizer=self.tokenizer,
+            files=files,
+            overwrite=overwrite,
+        )
+
+    def compare(self) -> Comparison:
+        return compare(*self.answers, self.eval, self.recipe.evaluate, progress=self.is_main)
+
+    def report(
+        self,
+        comparison: Comparison,
+        calibrated: Comparison | None = None,
+        search: ScheduleSearch | None = None,
+        training: Training | None = None,
+    ) -> Report:
+        """Measures throughput on images by chance and puts everything together."""
+        spec = self.recipe.evaluate
+        throughput = []
+        if spec.batch_sizes:
+            images = self._timed(self.eval, max(spec.batch_sizes))
+            throughput = distributed.on_main(
+                lambda: measure_throughput(*self.answers, images, spec.batch_sizes, spec.repeats)
+            )
+        latency = self._check_latency()
+        missed = None if latency is None else shortfall(latency)
+        notes = [*self.eval.notes] if missed is None else [*self.eval.notes, missed]
+        found_at, shown = pruning_of(self.pruned).spec.patches, comparison.kept[0].patches
+        if found_at is not None and found_at != shown:
+            notes.append(
+                f"The thresholds were found on images of {found_at} patches, these have {shown}: the ratio of MACs may "
+                "be another; `vitprune apply` with images of this size finds thresholds for it."
+            )
+        return Report(
+            created=datetime.now(timezone.utc),
+            environment=describe_environment(self.pruned),
+            recipe=self.recipe.model_dump(mode="json"),
+            budget=self.recipe.budget.macs,
+            comparison=comparison,
+            calibrated=calibrated,
+            training=training,
+            schedule=search,
+            throughput=tuple(throughput),
+            latency=latency,
+            notes=tuple(notes),
+        )
+
+    def _check_latency(self) -> Latency | None:
+        asked, size = self.recipe.budget.latency, self.recipe.budget.timed_batch
+        if asked is None:
+            return None
+        images = self._timed(self.eval, size)
+        repeats = self.recipe.evaluate.repeats
+        return distributed.on_main(lambda: check_latency(*self.answers, images, asked, size, repeats))
+
+    def _batches(self, images: Images, batch_size: int) -> list[Tensor]:
+        device, dtype = self.pruned.device, self.pruned.dtype
+        return [batch["pixel_values"].to(device, dtype) for batch in images.loader(batch_size)]
+
+
+def _with_versions(recipe: Recipe, report: Report) -> str:
+    made_with: Mapping[str, str] = report.environment.model_dump()
+    versions = ", ".join(f"{name} {made_with[name]}" for name in ("vitprune", "torch", "transformers", "python"))
+    return f"# made with {versions}\n{recipe.to_yaml()}"

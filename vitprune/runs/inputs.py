@@ -1,0 +1,198 @@
+"""What a recipe runs on: the dense model and the pruned one, the image processor, the images of each part.
+
+Knows what has to go together. Leaves what is done with them to `apply`.
+
+Tensor suffixes: C classes, E width of an embedding.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.image_processing_utils import BaseImageProcessor
+from typing_extensions import Self
+
+from vitprune.runtime import distributed
+from vitprune.models.structure import examine
+from vitprune.models.outputs import Answers, embed_classes, is_two_towers
+from vitprune.models.checkpoint import digest_weights, load, load_processor, load_tokenizer
+from vitprune.data.images import Images, load_images
+from vitprune.finetuning.finetune import require_trainable
+from vitprune.models.structure import require_images
+from vitprune.models.prune import prune_
+from vitprune.recipe.schema import Recipe, SplitSpec
+from vitprune.recipe.errors import Problem, RecipeError
+from vitprune.models.module import is_pruned
+
+# what may change while a run is broken off
+_NO_MATTER = {
+    "output": True,
+    "finetune": {
+        "checkpoint_every",
+        "checkpoints_kept",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "gradient_checkpointing",
+        "trackers",
+    },
+}
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """The models and images of one run. train, holdout: where the run calibrates or fine-tunes."""
+
+    recipe: Recipe
+    dense: PreTrainedModel
+    pruned: PreTrainedModel
+    answers: tuple[Answers, Answers]
+    processor: BaseImageProcessor
+    tokenizer: PreTrainedTokenizerBase | None
+    train: Images | None
+    holdout: Images | None
+    eval: Images
+    is_main: bool
+
+    @classmethod
+    def load(cls, recipe: Recipe, pruned: str | None = None) -> Self:
+        """Loads everything; `pruned` names a checkpoint that is pruned already.
+
+        Raises ValueError, naming place and way out, for what isn't there or doesn't go together.
+        """
+        state = distributed.join()
+        distributed.require_same(flat(recipe.model_dump(mode="json")), "recipes")
+        dense, model = _load_models(recipe, pruned, state.device)
+        spec = recipe.model
+        processor = load_processor(spec.checkpoint, spec.revision)
+        tokenizer = load_tokenizer(spec.checkpoint, spec.revision) if is_two_towers(dense) else None
+        read = partial(_load_images, recipe, processor, dense)
+        train = holdout = None
+        if pruned is None and (recipe.finetune is not None or recipe.pruning.is_calibrated):
+            train = read(recipe.data.train)
+            if recipe.finetune is not None:
+                require_trainable(train, recipe.finetune, dense, has_classes=_has_classes(recipe, dense))
+                train, holdout = train.holdout(recipe.finetune.holdout, recipe.seed)
+        compared = read(recipe.data.eval)
+        classes_CE = _embed_classes(recipe, dense, tokenizer, compared)
+        return cls(
+            recipe=recipe,
+            dense=dense,
+            pruned=model,
+            answers=(Answers(dense, classes_CE), Answers(model, classes_CE)),
+            processor=processor,
+            tokenizer=tokenizer,
+            train=train,
+            holdout=holdout,
+            eval=compared,
+            is_main=state.is_main_process,
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the models compute in while they aren't trained."""
+        return _dtype(self.recipe)
+
+    def fingerprint(self) -> dict[str, object]:
+        """What a run that goes on has to share with the one that was broken off."""
+        settings = flat(self.recipe.model_dump(mode="json", exclude=_NO_MATTER))
+        images = {"train": self.train, "held out": self.holdout, "eval": self.eval}
+        found = {f"images ({name})": one.fingerprint for name, one in images.items() if one is not None}
+        weights = {"weights of model.checkpoint": digest_weights(self.dense)}
+        if (tuning := self.recipe.finetune) is not None:
+            # the images of a step are what the result depends on, and of a stream how they come
+            key = "finetune.batch_size x gradient_accumulation_steps"
+            settings[key] = tuning.images_per_step
+            if self.recipe.data.streaming:
+                settings["finetune.batch_size"] = tuning.batch_size
+        return {**settings, **found, **weights, "processes": distributed.join().num_processes}
+
+
+def _load_models(
+    recipe: Recipe, pruned: str | None, device: torch.device | None
+) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The dense model, and the pruned one: a copy of it, or what `pruned` names."""
+    # weights are trained in float32, whatever the model computes in afterwards
+    dtype = torch.float32 if recipe.finetune is not None and pruned is None else _dtype(recipe)
+    spec = recipe.model
+    dense = moved(load(spec.checkpoint, dtype=dtype, revision=spec.revision), device)
+    require_images(spec.checkpoint, examine(dense))
+    if spec.prompt is not None and not is_two_towers(dense):
+        raise RecipeError([Problem(("model", "prompt"), f"{type(dense).__name__} reads no text; leave the prompt out")])
+    _require_device(recipe, dense.device)
+    if is_pruned(dense):
+        raise ValueError(f"model.checkpoint {spec.checkpoint} is pruned already; name the dense model")
+    if pruned is None:
+        return dense, prune_(copy.deepcopy(dense), recipe.pruning)
+    model = moved(load(pruned, dtype=dtype), device)
+    if not is_pruned(model):
+        raise ValueError(f"{pruned} isn't pruned; name a checkpoint that `vitprune apply` wrote")
+    _require_same_names(pruned, model, spec.checkpoint, dense)
+    return dense, model
+
+
+def _require_same_names(pruned: str, model: PreTrainedModel, checkpoint: str, dense: PreTrainedModel) -> None:
+    """Answers are compared by class id."""
+    if Answers(model).are_logits and Answers(dense).are_logits and model.config.id2label != dense.config.id2label:
+        raise ValueError(
+            f"{pruned} and model.checkpoint {checkpoint} have different classes (`id2label` in config.json); name the "
+            "dense model that the pruned one was made of"
+        )
+
+
+def _require_device(recipe: Recipe, device: torch.device) -> None:
+    """Raises ValueError for a run that isn't where its time is to be measured."""
+    asked = recipe.budget.device
+    if asked is not None and asked != device.type:
+        way_out = "set ACCELERATE_USE_CPU=true to run it there" if asked == "cpu" else "run it there"
+        text = f"is {asked!r}, but this run is on {device.type!r}; {way_out}, or leave the device out"
+        raise RecipeError([Problem(("budget", "device"), text)])
+
+
+def _has_classes(recipe: Recipe, dense: PreTrainedModel) -> bool:
+    return recipe.model.prompt is not None or Answers(dense).are_logits
+
+
+def _embed_classes(
+    recipe: Recipe, dense: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, images: Images
+) -> Tensor | None:
+    """What a prompt says of the data's classes, (C, E); None without a prompt."""
+    if recipe.model.prompt is None:
+        return None
+    if images.class_names is None:
+        text = "needs names of the classes, but the data has none; cast its labels to ClassLabel(names=[...])"
+        raise RecipeError([Problem(("model", "prompt"), text)])
+    assert tokenizer is not None
+    return embed_classes(dense, tokenizer, images.class_names, recipe.model.prompt)
+
+
+def _load_images(recipe: Recipe, processor: BaseImageProcessor, dense: PreTrainedModel, split: SplitSpec) -> Images:
+    """Labels are the model's classes; without a head they are those of the data; of no use without a prompt."""
+    labels = None
+    if Answers(dense).are_logits:
+        labels = {int(index): name for index, name in (dense.config.id2label or {}).items()}
+    labelled = _has_classes(recipe, dense)
+    return load_images(recipe.data, split, processor, id2label=labels, labelled=labelled, seed=recipe.seed)
+
+
+def moved(model: PreTrainedModel, to: torch.device | torch.dtype | None) -> PreTrainedModel:
+    """`model.to(...)`, in place, which transformers declares without types."""
+    nn.Module.to(model, to)
+    return model
+
+
+def flat(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Nested keys as a recipe's `--set` writes them."""
+    found: dict[str, object] = {}
+    for key, value in values.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    return getattr(torch, recipe.model.dtype)

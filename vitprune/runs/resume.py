@@ -1,0 +1,151 @@
+"""The folder of a run beside its output: what is finished, so that the same command goes on where it was broken off.
+
+Knows files and the fingerprint that guards them. Leaves what the stages are to `apply`, the states of fine-tuning to
+`training_state`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from filelock import FileLock, Timeout
+from pydantic import TypeAdapter
+from typing_extensions import Self
+
+from vitprune.runtime import distributed
+from vitprune.runtime.files import beside
+
+T = TypeVar("T")
+_FINGERPRINT = "fingerprint.json"
+_REPORT = "report.json"
+_ABSENT = "nothing"
+_LOCK = "lock"
+_OWNER = "owner.txt"
+
+
+def place_of(output: Path) -> Path:
+    return beside(output, "run")
+
+
+def was_saved(output: Path) -> bool:
+    """Whether what is at the output is the result of the run that was broken off: only its folder is still there."""
+    reports = [place / _REPORT for place in (place_of(output), output)]
+    if not all(report.is_file() for report in reports):
+        return False
+    mine, theirs = (json.loads(report.read_text(encoding="utf-8")).get("created") for report in reports)
+    return mine == theirs
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`.NAME.run` beside the output NAME. Every process has one; the main process alone writes, and holds the lock."""
+
+    path: Path
+    lock: FileLock | None
+
+    @classmethod
+    def open(cls, output: Path, fingerprint: Callable[[], Mapping[str, Any]], *, restart: bool) -> RunFolder:
+        """A new folder, or that of a run which was broken off, if something of it is finished.
+
+        fingerprint: asked of the main process alone.
+
+        Raises ValueError, with the list of differences, if that run had another recipe, data or base checkpoint; and if
+        it is still under way.
+        """
+        path = place_of(output)
+        lock = FileLock(path / _LOCK, blocking=False) if distributed.join().is_main_process else None
+
+        def prepare() -> None:
+            assert lock is not None
+            shutil.rmtree(beside(output, "done"), ignore_errors=True)
+            path.mkdir(parents=True, exist_ok=True)
+            _acquire(lock, path)
+            try:
+                mark = path / _FINGERPRINT
+                others = [entry for entry in path.iterdir() if entry.name not in (_FINGERPRINT, _LOCK, _OWNER)]
+                if mark.is_file() and not restart and others:
+                    _require_same(json.loads(mark.read_text(encoding="utf-8")), fingerprint(), path)
+                    return
+                for entry in (mark, *others):
+                    shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
+                _write(mark, json.dumps(fingerprint(), indent=1))
+            except BaseException:
+                lock.release()
+                raise
+
+        distributed.on_main(prepare)
+        return cls(path, lock)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Another process may go on."""
+        if self.lock is not None:
+            self.lock.release()
+
+    def stage(self, name: str, kind: type[T] | Any, compute: Callable[[], T]) -> T:
+        """The result of a stage: found here, or computed, by all processes, and kept. `kind`: its type, for JSON."""
+        adapter: TypeAdapter[T] = TypeAdapter(kind)
+        place = self.path / f"{name}.json"
+
+        def find() -> list[T]:
+            return [adapter.validate_python(json.loads(place.read_text(encoding="utf-8")))] if place.is_file() else []
+
+        for found in distributed.on_main(find):
+            return found
+        result = compute()
+        if distributed.join().is_main_process:
+            _write(place, json.dumps(adapter.dump_python(result, mode="json"), indent=1))
+        return result
+
+    def remove(self) -> None:
+        """The run is done."""
+        if distributed.join().is_main_process:
+            # half a folder is no run to go on with
+            done = self.path.with_name(self.path.name.removesuffix("run") + "done")
+            self.path.rename(done)
+            self.__exit__()  # an open file can't be removed on every file system
+            shutil.rmtree(done, ignore_errors=True)
+
+
+def _acquire(lock: FileLock, path: Path) -> None:
+    """Raises ValueError where another run has it."""
+    owner = path / _OWNER
+    try:
+        lock.acquire()
+    except Timeout:
+        who = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
+        raise ValueError(
+            f"a run into the same output is under way ({who}); wait for it, or choose another output.path"
+        ) from None
+    _write(owner, f"process {os.getpid()} on {platform.node()}")
+
+
+def _write(place: Path, text: str) -> None:
+    unfinished = place.with_suffix(".unfinished")
+    unfinished.write_text(text, encoding="utf-8")
+    unfinished.replace(place)
+
+
+def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:
+    keys = [key for key in dict.fromkeys([*before, *now]) if before.get(key, _ABSENT) != now.get(key, _ABSENT)]
+    if not keys:
+        return
+    lines = [f"  {key}: {_shown(before.get(key, _ABSENT))} then, {_shown(now.get(key, _ABSENT))} now" for key in keys]
+    raise ValueError(
+        "a run was broken off there, which can only go on as it began; different are\n"
+        + "\n".join(lines)
+        + f"\nTake the changes back, write to another output.path, or begin anew with --restart ({path})"
+    )
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

@@ -1,0 +1,47 @@
+"""An output folder and what lies beside it while it is made: a run's folder, what is half-written, what was there.
+
+A folder that something is mounted on (a volume of a container) can't be renamed and has no room beside it, so all of
+that lies inside it, under names that begin with a dot.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+GIB = 2**30
+KINDS = ("run", "done", "unfinished", "old")
+"""What may lie beside an output, hidden."""
+SIBLINGS = ("last-good", "logs")
+"""And what may lie there for somebody to see."""
+
+
+def beside(path: Path, kind: str) -> Path:
+    """Where something of an output is."""
+    assert kind in KINDS
+    return path / f".vitprune.{kind}" if path.is_mount() else path.with_name(f".{path.name}.{kind}")
+
+
+def sibling(path: Path, name: str) -> Path:
+    """Where something of an output is that a person looks for: of `SIBLINGS`."""
+    assert name in SIBLINGS
+    return path / name if path.is_mount() else path.with_name(f"{path.name}.{name}")
+
+
+def contents(path: Path) -> Iterator[Path]:
+    """What lies in an output folder, without what may have been put there in place of beside it."""
+    own = {*(f".vitprune.{kind}" for kind in KINDS), *SIBLINGS, "lost+found"} if path.is_mount() else set()
+    return (entry for entry in path.iterdir() if entry.name not in own)
+
+
+def require_name_fits(path: Path) -> None:
+    """Raises ValueError where a name that will be needed is longer than the file system takes."""
+    above = next(folder for folder in path.parents if folder.exists())
+    longest = max((beside(path, kind).name for kind in KINDS), key=lambda name: len(os.fsencode(name)))
+    limit = os.pathconf(above, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
+    if (excess := len(os.fsencode(longest)) - limit) > 0:
+        raise ValueError(
+            f"output.path {path}: its last name is {excess} bytes too long, as a run writes beside it "
+            f"({longest[:12]}…{longest[-12:]}); choose a shorter one"
+        )
