@@ -24,8 +24,6 @@ import psutil
 import torch
 from safetensors.torch import load_file
 
-from vitprune.runs.resume import place_of
-
 CLOCKED = ("created", "throughput", "latency", "environment")
 
 
@@ -58,7 +56,7 @@ def kill(process: subprocess.Popen[bytes], *, launched: bool) -> None:
 
 
 def is_done(output: Path) -> bool:
-    return output.exists() and not place_of(output).exists()
+    return output.exists() and not output.with_name(f".{output.name}.run").exists()
 
 
 def main() -> None:

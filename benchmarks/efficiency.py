@@ -23,17 +23,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
+from transformers.modeling_layers import GradientCheckpointingLayer
 
-from vitprune import PruningSpec, load, trace
-from vitprune.bench.subjects import Contest, twin
-from vitprune.data.images import load_images
-from vitprune.measure.throughput import describe_environment
-from vitprune.measure.timing import Runner, time_in_turn
-from vitprune.models.checkpoint import load_processor
-from vitprune.models.module import Levels, pruning_of
-from vitprune.models.structure import examine
-from vitprune.models.trace import eval_mode
-from vitprune.recipe.schema import DataSpec, SplitSpec
+from vitprune import (
+    DataSpec,
+    PruningSpec,
+    Runner,
+    SplitSpec,
+    calibrate,
+    describe_environment,
+    load,
+    load_images,
+    load_processor,
+    prune_,
+    pruning_of,
+    time_in_turn,
+    trace,
+)
 
 POLICIES = {
     "paper, leave": PruningSpec(score="head-weighted-class-attention", before_blocks=[4, 7, 10], dropped="leave"),
@@ -61,9 +67,10 @@ class Cut(nn.Module):
 
     def __init__(self, dense: PreTrainedModel) -> None:
         super().__init__()
-        self.dense = twin(dense)
+        self.dense = copy.deepcopy(dense)
         self.counts: dict[int, int] = {}
-        for block, module in enumerate(examine(self.dense).blocks):
+        blocks = [module for module in self.dense.modules() if isinstance(module, GradientCheckpointingLayer)]
+        for block, module in enumerate(blocks):
             module.register_forward_pre_hook(partial(self._cut, block))
 
     def _cut(self, block: int, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -75,18 +82,18 @@ class Cut(nn.Module):
 
 
 @torch.no_grad()
-def measure(contest: Contest, levels: Levels, batches: Sequence[Tensor], repeats: int) -> str:
+def measure(dense: PreTrainedModel, pruned: PreTrainedModel, batches: Sequence[Tensor], repeats: int) -> str:
     """One line of the table, from `MACs` on."""
-    dense, pruned, attached, cut = contest.dense, contest.pruned(levels), contest.attached(), Cut(contest.dense)
-    with eval_mode(dense, pruned, attached, cut):
-        with trace(pruned) as seen:
-            for batch in batches:
-                pruned(batch)
-        prefix = pruning_of(pruned).num_prefix_tokens
-        kept = [prefix + mask.sum(1).float().mean() for mask in seen.keep_masks]
-        cut.counts = {block: round(count.item()) for block, count in zip(seen.before_blocks, kept, strict=True)}
-        models = {"dense": dense, "pruned": pruned, "cut": cut, "attached": attached}
-        timings, _ = time_in_turn({name: Runner(model, batches) for name, model in models.items()}, repeats)
+    attached, cut = copy.deepcopy(pruned), Cut(dense)
+    pruning_of(attached).thresholds.data.fill_(-torch.inf)  # keeps everything
+    with trace(pruned) as seen:
+        for batch in batches:
+            pruned(batch)
+    prefix = pruning_of(pruned).num_prefix_tokens
+    kept = [prefix + mask.sum(1).float().mean() for mask in seen.keep_masks]
+    cut.counts = {block: round(count.item()) for block, count in zip(seen.before_blocks, kept, strict=True)}
+    models = {"dense": dense, "pruned": pruned, "cut": cut, "attached": attached}
+    timings, _ = time_in_turn({name: Runner(model, batches) for name, model in models.items()}, repeats)
     macs = (seen.macs.sum() / seen.dense_macs.sum()).item()
     seconds = {name: timing.median for name, timing in timings.items()}
     faster = {name: seconds["dense"] / s for name, s in seconds.items()}
@@ -119,16 +126,16 @@ def main() -> None:
     torch.manual_seed(0)
     model = ViTForImageClassification(VIT_SMALL) if args.vit_small else load(args.checkpoint)
     for dtype in args.dtypes:
-        dense = copy.deepcopy(model).to(getattr(torch, dtype))
+        dense = copy.deepcopy(model).to(getattr(torch, dtype)).eval()
         for name, spec in POLICIES.items():
             if args.only not in name:
                 continue
             for budget in args.budgets:
-                contest = Contest(dense, spec, own=None)
-                levels = contest.calibrated(calibration.to(dense.dtype).split(32), budget)
+                pruned = prune_(copy.deepcopy(dense), spec)
+                calibrate(pruned, calibration.to(dense.dtype).split(32), budget, progress=False)
                 for batch_size in args.batch_sizes:
                     batches = list(timed[: TIMED_BATCHES * batch_size].to(dense.dtype).split(batch_size))
-                    found = measure(contest, levels, batches, args.repeats)
+                    found = measure(dense, pruned, batches, args.repeats)
                     print(f"| {name} | {dtype} | {batch_size} | {found} |", flush=True)
     environment = describe_environment(model)
     print(f"\n{environment.cpu}, {environment.threads} threads, torch {environment.torch}")

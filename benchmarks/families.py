@@ -21,9 +21,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import vitprune
-from vitprune import PruningSpec
-from vitprune.measure.throughput import describe_environment
-from vitprune.models.structure import examine
+from vitprune import PruningSpec, describe_environment
 
 Inputs = dict[str, Tensor]
 
@@ -92,9 +90,9 @@ MODELS: dict[str, tuple[Callable[[], PreTrainedModel], Callable[[int], Inputs]]]
 
 
 def spec_for(dense: PreTrainedModel) -> PruningSpec:
-    anatomy = examine(dense)
-    blocks = len(anatomy.blocks)
-    row = "class" if anatomy.has_class_token else "mean"
+    attached = vitprune.pruning_of(vitprune.prune_(copy.deepcopy(dense), PruningSpec()))
+    blocks = len(attached.cost.linear)
+    row = "class" if attached.has_class_token else "mean"
     options: dict[str, Any] = {"score": f"head-weighted-{row}-attention", "dropped": "leave"}
     return PruningSpec(before_blocks=tuple(blocks * part // 12 for part in (4, 7, 10)), **options)
 
@@ -119,7 +117,7 @@ def measure(name: str, budget: float, batch_size: int, repeats: int) -> str:
     pairs = [(seconds(dense, x), seconds(pruned, x)) for _ in range(repeats)]
     before, after = (statistics.median(times) for times in zip(*pairs, strict=True))
     ratio = float(trace.macs.sum() / trace.dense_macs.sum())
-    tokens = trace.keep_masks[0].shape[1] + examine(dense).num_prefix_tokens
+    tokens = trace.keep_masks[0].shape[1] + trace.pruning.num_prefix_tokens
     efficiency = before / after * ratio
     return (
         f"| {name} | {tokens} | {ratio:.1%} | {1e3 * before:.0f} ms | {1e3 * after:.0f} ms | {before / after:.2f} | "

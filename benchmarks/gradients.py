@@ -19,10 +19,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from vitprune import DataSpec, PruningSpec, SplitSpec, calibrate, load, load_images, load_processor, prune_, trace
-from vitprune.budget.calibration import TEMPERATURE_SHARE
-from vitprune.finetuning.losses import distillation_loss
-from vitprune.models.module import pruning_of
+from vitprune import (
+    DataSpec,
+    PruningSpec,
+    SplitSpec,
+    calibrate,
+    load,
+    load_images,
+    load_processor,
+    prune_,
+    pruning_of,
+    trace,
+)
 
 LOSSES = ("task", "distillation", "ratio")
 CALIBRATION_IMAGES = 256
@@ -40,7 +48,13 @@ def losses(model: PreTrainedModel, x_BCHW: Tensor, labels_B: Tensor, taught_BC: 
     with trace(model) as seen, half:
         logits_BC = model(pixel_values=x_BCHW).logits.float()
     ratio = (seen.macs / seen.dense_macs).mean().to(logits_BC.dtype)
-    return torch.stack([F.cross_entropy(logits_BC, labels_B), distillation_loss(logits_BC, taught_BC), ratio])
+    return torch.stack(
+        [
+            F.cross_entropy(logits_BC, labels_B),
+            F.kl_div(logits_BC.log_softmax(-1), taught_BC.log_softmax(-1), reduction="batchmean", log_target=True),
+            ratio,
+        ]
+    )
 
 
 @torch.no_grad()
@@ -124,7 +138,7 @@ def main() -> None:
         model.requires_grad_(False)
         pruning.levels.requires_grad_(True)
         pruning.execution = "packed"
-        units_S = pruning.temperatures / TEMPERATURE_SHARE
+        units_S = pruning.temperatures / 0.005
         pruning.temperatures.mul_(args.softness)
         slopes, gradients = [], []
         for batch in batches:

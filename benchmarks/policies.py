@@ -20,10 +20,18 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from vitprune import PruningSpec, calibrate, load, prune_, trace
-from vitprune.data.images import Images, load_images
-from vitprune.models.checkpoint import load_processor
-from vitprune.recipe.schema import DataSpec, SplitSpec
+from vitprune import (
+    DataSpec,
+    Images,
+    PruningSpec,
+    SplitSpec,
+    calibrate,
+    load,
+    load_images,
+    load_processor,
+    prune_,
+    trace,
+)
 
 PAPER = {"score": "head-weighted-class-attention", "before_blocks": [4, 7, 10]}
 FIRST = {"before_blocks": [1, 4, 7]}

@@ -1,7 +1,6 @@
 """The command line: verbs, their words of help, and what a failure looks like.
 
-Knows arguments, and what is said of a failure by which process. Leaves the work to `apply.py` and its like, and showing
-it to `report.py`; they bring torch along and are imported by the verbs that need them.
+What needs torch is imported by the verbs that need it, so that help comes at once.
 """
 
 from __future__ import annotations
@@ -64,7 +63,7 @@ def _clear_messages(located: Callable[[RecipeError], RecipeError]) -> Iterator[N
         _say("interrupted; nothing half-written is left in the output path")
         raise typer.Exit(INTERRUPTED) from None
     except Terminated:
-        _say("told to end (SIGTERM); the same command goes on from what was kept")
+        _say("terminated (SIGTERM); the same command resumes from what was kept")
         raise typer.Exit(TERMINATED) from None
     except RecipeError as error:
         _say(str(located(error)))
@@ -82,11 +81,11 @@ def _explained(error: Exception) -> str:
         from vitprune.runtime.distributed import has_lost_another
 
         if has_lost_another(error):
-            return "another process of this run ended; the same command goes on from what was kept"
+            return "another process of this run ended; the same command resumes from what was kept"
     if "DataLoader worker" in str(error):  # which torch raises wherever the main process is just then
         return (
             "a process that loads images was killed, most often for want of memory; lower data.workers, or free some, "
-            "and run the same command again: it goes on from what was kept"
+            "and run the same command again: it resumes from what was kept"
         )
     return str(error) or type(error).__name__
 
@@ -105,11 +104,11 @@ def _say(message: str) -> None:
 
 def _print(result: Result, show: Callable[[Result, Console], None]) -> None:
     """By the main process alone."""
-    from vitprune.runtime.distributed import join, leave
+    from vitprune.runtime.distributed import destroy, init
 
-    if join().is_main_process:
+    if init().is_main_process:
         show(result, Console())
-    leave()
+    destroy()
 
 
 @app.command()
@@ -124,10 +123,10 @@ def apply(
     ] = None,
     overrides: Overrides = None,
     restart: Annotated[
-        bool, typer.Option("--restart", help="Begin anew where a run was broken off; otherwise it goes on.")
+        bool, typer.Option("--restart", help="Begin anew where a run was interrupted; otherwise it is resumed.")
     ] = False,
 ) -> None:
-    """Prune, fine-tune, evaluate and save a checkpoint. A run that was broken off goes on."""
+    """Prune, fine-tune, evaluate and save a checkpoint. Resumes an interrupted run."""
     if launcher:
         raise typer.Exit(_launched(recipe, overrides or [], launcher, restart=restart))
     with _loaded(recipe, overrides) as settings:

@@ -50,9 +50,7 @@ import test_inference  # noqa: E402
 import test_learning  # noqa: E402
 
 import vitprune  # noqa: E402
-from vitprune.recipe.schema import load_recipe  # noqa: E402
-from vitprune.runs.apply import apply  # noqa: E402
-from vitprune.runs.plan import plan  # noqa: E402
+from vitprune import apply, load_recipe, plan  # noqa: E402
 
 # these name their families
 ELSEWHERE = {"test_in_packed_training_an_image_that_is_not_finite_stays_alone"}

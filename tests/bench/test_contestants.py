@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 import vitprune
 from vitprune.bench.settings import read_target
-from vitprune.bench.subjects import Contest, Levels, compile_, twin
+from vitprune.bench.subjects import BenchSubjects, Levels, compile_, twin
 from vitprune.models.checkpoint import load_processor
 from vitprune.models.module import is_pruned, pruning_of
 from vitprune.models.structure import examine
@@ -25,8 +25,8 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     return samples.write_checkpoint(tmp_path / "model", request.param)
 
 
-def contest(path: Path, *overrides: str) -> Contest:
-    return Contest.load(read_target(str(path), None, overrides)[0], torch.float32, CPU)
+def subjects(path: Path, *overrides: str) -> BenchSubjects:
+    return BenchSubjects.load(read_target(str(path), None, overrides)[0], torch.float32, CPU)
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def test_a_twin_shares_weights_and_nothing_else(family: str) -> None:
     "policy", ["pruning.dropped=leave", "pruning.select=top-k", "pruning.select=random", "pruning.select=tome"]
 )
 def test_attached_keeps_everything(checkpoint: Path, policy: str) -> None:
-    found = contest(checkpoint, policy)
+    found = subjects(checkpoint, policy)
     attached = found.attached()
     with vitprune.trace(attached) as seen:
         after = logits(attached)
@@ -64,7 +64,7 @@ def test_attached_keeps_everything(checkpoint: Path, policy: str) -> None:
 
 
 def test_attached_keeps_everything_of_a_recipe_with_thresholds(checkpoint: Path) -> None:
-    found = contest(checkpoint, "pruning.before_blocks=[2]", "pruning.thresholds=[0.1]")
+    found = subjects(checkpoint, "pruning.before_blocks=[2]", "pruning.thresholds=[0.1]")
     assert found.own is not None
     assert found.own.levels.tolist() == pytest.approx([0.1])
     with vitprune.trace(attached := found.attached()) as seen:
@@ -74,7 +74,7 @@ def test_attached_keeps_everything_of_a_recipe_with_thresholds(checkpoint: Path)
 
 @pytest.mark.parametrize("policy", ["pruning.dropped=merge", "pruning.select=top-k"])
 def test_calibrated(checkpoint: Path, policy: str) -> None:
-    found = contest(checkpoint, policy)
+    found = subjects(checkpoint, policy)
     assert found.own is None
     images = tiny.images(16)
     for target in (0.8, 0.5):
@@ -93,13 +93,13 @@ def test_a_pruned_checkpoint_becomes_dense_again(checkpoint: Path, tmp_path: Pat
         pruning_of(pruned).levels.mul_(1.5)
     after, levels = logits(pruned), pruning_of(pruned).levels.clone()
     path = vitprune.save(pruned, tmp_path / "pruned", processor=load_processor(str(checkpoint)))
-    found = contest(path)
+    found = subjects(path)
     torch.testing.assert_close(logits(found.dense), before)
     assert found.own is not None
     assert torch.equal(found.own.levels, levels)
     torch.testing.assert_close(logits(found.pruned(found.own)), after)
     with pytest.raises(ValueError, match="is pruned already; leave the section `pruning` out"):
-        contest(path, "pruning.dropped=leave")
+        subjects(path, "pruning.dropped=leave")
 
 
 def test_levels_are_a_copy() -> None:
@@ -117,7 +117,7 @@ def test_levels_are_a_copy() -> None:
 @pytest.mark.parametrize("family", ["vit", "deit", "dinov2", "dinov3", "clip-tower"])
 def test_other_sizes(family: str) -> None:
     model = tiny.build(family)
-    found = Contest(model, vitprune.PruningSpec(), None).at(48)
+    found = BenchSubjects(model, vitprune.PruningSpec(), None).at(48)
     attached = found.attached()
     with vitprune.trace(attached) as seen, torch.no_grad():
         attached(torch.randn(2, 3, 48, 48))
@@ -128,12 +128,12 @@ def test_other_sizes(family: str) -> None:
 
 
 def test_the_own_size_stays_as_it_is(checkpoint: Path) -> None:
-    found = contest(checkpoint)
+    found = subjects(checkpoint)
     torch.testing.assert_close(logits(found.at(32).dense), logits(found.dense), rtol=0, atol=0)
 
 
 def test_a_size_that_the_model_does_not_take() -> None:
-    found = Contest(tiny.build("vit"), vitprune.PruningSpec(), None)  # its patches are 4 × 4
+    found = BenchSubjects(tiny.build("vit"), vitprune.PruningSpec(), None)  # its patches are 4 × 4
     with pytest.raises(ValueError, match=r"takes no images of 2 px \(.*leave --image-size out"):
         found.at(2)
 

@@ -11,7 +11,7 @@ import torch
 import vitprune
 from vitprune.bench import inference
 from vitprune.bench.inference import Lineup, Ratios
-from vitprune.bench.subjects import Contest, Levels
+from vitprune.bench.subjects import BenchSubjects, Levels
 from vitprune.measure.memory import peak_memory
 from vitprune.models.module import pruning_of
 from vitprune.reports.bench_results import Setting
@@ -26,54 +26,54 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def contest() -> Contest:
-    return Contest(tiny.build("vit"), tiny.POLICIES["redundancy-merge"], None)
+def subjects() -> BenchSubjects:
+    return BenchSubjects(tiny.build("vit"), tiny.POLICIES["redundancy-merge"], None)
 
 
 @pytest.fixture
-def levels(contest: Contest) -> dict[float | None, Levels]:
-    pruning = pruning_of(contest.pruned(Levels.of(pruning_of(vitprune.prune_(tiny.build("vit"), contest.spec)))))
+def levels(subjects: BenchSubjects) -> dict[float | None, Levels]:
+    pruning = pruning_of(subjects.pruned(Levels.of(pruning_of(vitprune.prune_(tiny.build("vit"), subjects.spec)))))
     milder = Levels(pruning.before_blocks, pruning.levels.detach() / 2, pruning.temperatures)
     return {0.5: Levels.of(pruning), None: milder}
 
 
 @torch.no_grad()
-def ratio(contest: Contest, levels: Levels, x: torch.Tensor) -> float:
-    model = contest.pruned(levels)
+def ratio(subjects: BenchSubjects, levels: Levels, x: torch.Tensor) -> float:
+    model = subjects.pruned(levels)
     with vitprune.trace(model) as seen:
         model(x)
     return float(seen.macs.sum() / seen.dense_macs.sum())
 
 
-def test_cases(contest: Contest, levels: dict[float | None, Levels]) -> None:
+def test_cases(subjects: BenchSubjects, levels: dict[float | None, Levels]) -> None:
     x = tiny.images(10)
-    lineup = Lineup.of(contest, levels, SETTING, x)
+    lineup = Lineup.of(subjects, levels, SETTING, x)
     cases = lineup.measure(4, repeats=1)
     assert [(case.target, case.batch_size, case.mode) for case in cases] == [(0.5, 4, "eager"), (None, 4, "eager")]
     for case in cases:
         # one repeat: the first batch only
-        assert case.macs_ratio == pytest.approx(ratio(contest, levels[case.target], x[:4]))
+        assert case.macs_ratio == pytest.approx(ratio(subjects, levels[case.target], x[:4]))
         for timing in (case.dense, case.attached, case.pruned):
             assert 0 < timing.fastest <= timing.median <= timing.slowest
         assert case.dense == cases[0].dense
     both = lineup.measure(4, repeats=2)
-    assert both[0].macs_ratio == pytest.approx(ratio(contest, levels[0.5], x[:8]))
+    assert both[0].macs_ratio == pytest.approx(ratio(subjects, levels[0.5], x[:8]))
     assert both[0].macs_ratio != pytest.approx(cases[0].macs_ratio)
 
 
-def test_peak_memory(contest: Contest, levels: dict[float | None, Levels]) -> None:
+def test_peak_memory(subjects: BenchSubjects, levels: dict[float | None, Levels]) -> None:
     x = tiny.images(4)
-    case = Lineup.of(contest, levels, SETTING, x).measure(4, repeats=1)[0]
+    case = Lineup.of(subjects, levels, SETTING, x).measure(4, repeats=1)[0]
     with torch.no_grad():
-        assert case.dense_peak_memory == peak_memory(lambda: contest.dense(x), CPU)
-        pruned = contest.pruned(levels[0.5])
+        assert case.dense_peak_memory == peak_memory(lambda: subjects.dense(x), CPU)
+        pruned = subjects.pruned(levels[0.5])
         assert case.pruned_peak_memory == peak_memory(lambda: pruned(x), CPU)
     # with gradients a forward would keep what each block computes
-    assert case.dense_peak_memory < peak_memory(lambda: contest.dense(x), CPU)
+    assert case.dense_peak_memory < peak_memory(lambda: subjects.dense(x), CPU)
 
 
 def test_everyone_gets_the_same_batches(
-    contest: Contest, levels: dict[float | None, Levels], monkeypatch: pytest.MonkeyPatch
+    subjects: BenchSubjects, levels: dict[float | None, Levels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     timed: list[dict[str, Any]] = []
     time_in_turn = inference.time_in_turn
@@ -84,26 +84,26 @@ def test_everyone_gets_the_same_batches(
 
     monkeypatch.setattr(inference, "time_in_turn", spy)
     x = tiny.images(6)
-    Lineup.of(contest, levels, SETTING, x).measure(2, repeats=1)
+    Lineup.of(subjects, levels, SETTING, x).measure(2, repeats=1)
     (runners,) = timed
     assert list(runners) == ["dense", "attached", "0.5", "None"]
     assert len({id(runner.batches) for runner in runners.values()}) == 1
     assert torch.equal(torch.cat(list(runners["dense"].batches)), x)
 
 
-def test_ratios_count_each_image_once(contest: Contest, levels: dict[float | None, Levels]) -> None:
+def test_ratios_count_each_image_once(subjects: BenchSubjects, levels: dict[float | None, Levels]) -> None:
     x = tiny.images(20)
-    ratios = Ratios(contest.pruned(levels[0.5]), x)
-    assert ratios.of_first(3) == pytest.approx(ratio(contest, levels[0.5], x[:3]))
+    ratios = Ratios(subjects.pruned(levels[0.5]), x)
+    assert ratios.of_first(3) == pytest.approx(ratio(subjects, levels[0.5], x[:3]))
     assert len(ratios.macs) == inference.TRACED
-    assert ratios.of_first(20) == pytest.approx(ratio(contest, levels[0.5], x))
+    assert ratios.of_first(20) == pytest.approx(ratio(subjects, levels[0.5], x))
     assert len(ratios.macs) == 20
 
 
 def test_more_than_there_is(
-    contest: Contest, levels: dict[float | None, Levels], monkeypatch: pytest.MonkeyPatch
+    subjects: BenchSubjects, levels: dict[float | None, Levels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lineup = Lineup.of(contest, levels, SETTING, tiny.images(4))
+    lineup = Lineup.of(subjects, levels, SETTING, tiny.images(4))
     monkeypatch.setattr("vitprune.measure.memory.free_memory", lambda device: 2.0**20)
     lineup.measure(4, repeats=1)
     with pytest.raises(MemoryError, match=r"it would take \d+\.\d GiB of working memory, 0\.0 GiB are free"):
@@ -111,12 +111,12 @@ def test_more_than_there_is(
 
 
 def test_compiled_models_are_others(
-    contest: Contest, levels: dict[float | None, Levels], monkeypatch: pytest.MonkeyPatch
+    subjects: BenchSubjects, levels: dict[float | None, Levels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compiled: list[object] = []
     monkeypatch.setattr(inference, "compile_", compiled.append)
-    eager = Lineup.of(contest, levels, SETTING, tiny.images(4))
-    lineup = eager.compiled(contest, levels)
+    eager = Lineup.of(subjects, levels, SETTING, tiny.images(4))
+    lineup = eager.compiled(subjects, levels)
     assert compiled == [answers.model for answers in lineup.answers.values()]
     theirs = {id(answers.model) for answers in eager.answers.values()}
     assert theirs.isdisjoint(map(id, compiled))
@@ -124,9 +124,9 @@ def test_compiled_models_are_others(
 
 
 def test_compiled_warm_up_goes_over_all_batches(
-    contest: Contest, levels: dict[float | None, Levels], monkeypatch: pytest.MonkeyPatch
+    subjects: BenchSubjects, levels: dict[float | None, Levels], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inference, "compile_", lambda model: model)
-    eager = Lineup.of(contest, levels, SETTING, tiny.images(4))
-    compiled = eager.compiled(contest, levels)
+    eager = Lineup.of(subjects, levels, SETTING, tiny.images(4))
+    compiled = eager.compiled(subjects, levels)
     assert (eager._warm_up(5), compiled._warm_up(5), compiled._warm_up(1)) == (2, 5, 2)

@@ -195,5 +195,5 @@ def test_a_file_is_no_place_for_results(run: Bench, tmp_path: Path) -> None:
 
 def test_only_images(run: Bench, tmp_path: Path) -> None:
     video = samples.write_checkpoint(tmp_path / "video", "videomae")
-    with pytest.raises(ValueError, match="takes videos, recipes read images"):
+    with pytest.raises(ValueError, match="takes videos, and recipes read images"):
         run(target=video)

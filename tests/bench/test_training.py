@@ -9,7 +9,7 @@ import tiny
 import torch
 
 import vitprune
-from vitprune.bench.subjects import Contest, Levels
+from vitprune.bench.subjects import BenchSubjects, Levels
 from vitprune.bench.training import EXECUTIONS, make_steps, measure_training
 from vitprune.models.module import is_pruned, pruning_of
 from vitprune.reports.bench_results import Setting
@@ -20,19 +20,19 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vitprune.measure.timing.SHORTEST", 0.0)
 
 
-def contest_of(family: str) -> tuple[Contest, dict[float | None, Levels]]:
+def contest_of(family: str) -> tuple[BenchSubjects, dict[float | None, Levels]]:
     model = tiny.build(family)
     spec = tiny.spec_for(family, tiny.POLICIES["as-vit-merge"]).model_copy(update={"temperature": 1e-2})
     levels = Levels.of(pruning_of(vitprune.prune_(copy.deepcopy(model), spec)))
-    return Contest(model, spec, None), {0.65: levels}
+    return BenchSubjects(model, spec, None), {0.65: levels}
 
 
 @pytest.mark.parametrize("family", ["vit", "dinov3", "siglip-tower"])
 @pytest.mark.parametrize("autocast", [torch.float32, torch.bfloat16])
 def test_steps(family: str, autocast: torch.dtype) -> None:
-    contest, levels = contest_of(family)
-    before = {name: weight.clone() for name, weight in contest.dense.state_dict().items()}
-    steps = make_steps(contest, levels, autocast)
+    subjects, levels = contest_of(family)
+    before = {name: weight.clone() for name, weight in subjects.dense.state_dict().items()}
+    steps = make_steps(subjects, levels, autocast)
     assert list(steps) == ["dense", *(f"{execution} 0.65" for execution in EXECUTIONS)]
     for name, step in steps.items():
         assert is_pruned(step.student) is (name != "dense")
@@ -49,17 +49,17 @@ def test_steps(family: str, autocast: torch.dtype) -> None:
     thresholds = pruning_of(steps["masked 0.65"].student).levels
     assert id(thresholds) in {id(weight) for weight in steps["dense"].optimizer.state}
     assert torch.equal(thresholds, levels[0.65].levels)
-    for name, weight in contest.dense.state_dict().items():
+    for name, weight in subjects.dense.state_dict().items():
         assert torch.equal(weight, before[name]), name
 
 
 def test_every_loss_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    contest, levels = contest_of("vit")
-    steps = make_steps(contest, levels, torch.float32)
+    subjects, levels = contest_of("vit")
+    steps = make_steps(subjects, levels, torch.float32)
     x = tiny.images(2)
     # the dense student is its teacher: no distance to it, and the task's loss is that of its own answer
     dense = steps["dense"]
-    logits = contest.dense(x).logits
+    logits = subjects.dense(x).logits
     expected = torch.nn.functional.cross_entropy(logits, logits.argmax(-1))
     torch.testing.assert_close(dense._loss(x), expected)
     masked = steps["masked 0.65"]
@@ -70,9 +70,9 @@ def test_every_loss_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_measure_training() -> None:
-    contest, levels = contest_of("vit")
+    subjects, levels = contest_of("vit")
     setting = Setting(image_size=32, dtype="bfloat16")
-    rows = measure_training(contest, levels, setting, tiny.images(6), 4, repeats=2)
+    rows = measure_training(subjects, levels, setting, tiny.images(6), 4, repeats=2)
     assert [row.execution for row in rows] == ["packed", "masked"]
     for row in rows:
         assert (row.batch_size, row.target, row.dtype) == (4, 0.65, "bfloat16")
@@ -85,13 +85,13 @@ def test_measure_training() -> None:
 
 
 def test_float16() -> None:
-    contest, levels = contest_of("vit")
+    subjects, levels = contest_of("vit")
     with pytest.raises(ValueError, match="in float16 the loss has to be scaled"):
-        measure_training(contest, levels, Setting(image_size=32, dtype="float16"), tiny.images(4), 2, repeats=1)
+        measure_training(subjects, levels, Setting(image_size=32, dtype="float16"), tiny.images(4), 2, repeats=1)
 
 
 def test_more_than_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    contest, levels = contest_of("vit")
+    subjects, levels = contest_of("vit")
     monkeypatch.setattr("vitprune.measure.memory.free_memory", lambda device: 2.0**20)
     with pytest.raises(MemoryError, match="GiB of working memory"):
-        measure_training(contest, levels, Setting(image_size=32, dtype="float32"), tiny.images(4), 4096, repeats=1)
+        measure_training(subjects, levels, Setting(image_size=32, dtype="float32"), tiny.images(4), 4096, repeats=1)

@@ -118,8 +118,8 @@ def test_distances_are_of_the_pruned_answers_to_the_dense_ones() -> None:
         p_C, q_C = (x.exp() / x.exp().sum() for x in (p, q))
         kl.append(sum(a * math.log(a / b) for a, b in zip(p_C.tolist(), q_C.tolist(), strict=True)))
         cosine.append(float(1 - p @ q / (p.norm() * q.norm())))
-    assert_close(_distance(dense, pruned_BC, are_logits=True), sum(kl) / 4, **FLOAT32)
-    assert_close(_distance(dense, pruned_BC, are_logits=False), sum(cosine) / 4, **FLOAT32)
+    assert_close(_distance(dense, pruned_BC, is_classifier=True), sum(kl) / 4, **FLOAT32)
+    assert_close(_distance(dense, pruned_BC, is_classifier=False), sum(cosine) / 4, **FLOAT32)
 
 
 @pytest.mark.parametrize("spec", [tiny.AS_VIT, {"before_blocks": "every"}, {"select": "tome"}], ids=str)

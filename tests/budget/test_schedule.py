@@ -113,7 +113,7 @@ def test_stages_lie_at_parts_of_the_depth() -> None:
 
 
 class MadeUp:
-    """Answers by a made-up distance; None for schedules that can't meet the budget."""
+    """ImageModel by a made-up distance; None for schedules that can't meet the budget."""
 
     def __init__(self, distance: Callable[[Schedule], float | None]) -> None:
         self.distance = distance

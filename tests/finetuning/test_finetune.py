@@ -268,7 +268,7 @@ def held_out_loss(pruned: PreTrainedModel, dense: PreTrainedModel, data: Images)
     (batch,) = data.loader(1000)
     with torch.no_grad():
         logits, taught = pruned(batch["pixel_values"]).logits, dense(batch["pixel_values"]).logits
-    losses = answer_losses(logits, taught, batch["labels"], SPEC.losses, are_logits=True)
+    losses = answer_losses(logits, taught, batch["labels"], SPEC.losses, is_classifier=True)
     return sum(loss.item() for loss in losses.values())
 
 

@@ -68,10 +68,10 @@ def test_embedding_loss_is_one_less_the_mean_cosine() -> None:
 def test_the_answers_losses_are_weighted_and_left_out_where_nothing_teaches_them() -> None:
     answers, taught, labels = torch.randn(4, 6), torch.randn(4, 6), torch.tensor([0, 1, 2, 3])
     weights = LossWeights(task=2.0, distillation=0.5)
-    losses = answer_losses(answers, taught, labels, weights, are_logits=True)
+    losses = answer_losses(answers, taught, labels, weights, is_classifier=True)
     assert_close(losses["task"], 2.0 * cross_entropy(answers, labels))
     assert_close(losses["distillation"], 0.5 * distillation_loss(answers, taught))
-    embedded = answer_losses(answers, taught, labels, weights, are_logits=False)
+    embedded = answer_losses(answers, taught, labels, weights, is_classifier=False)
     assert_close(embedded, {"distillation": 0.5 * embedding_loss(answers, taught)})
-    assert answer_losses(answers, taught, None, weights, are_logits=True).keys() == {"distillation"}
-    assert answer_losses(answers, None, labels, weights, are_logits=True).keys() == {"task"}
+    assert answer_losses(answers, taught, None, weights, is_classifier=True).keys() == {"distillation"}
+    assert answer_losses(answers, None, labels, weights, is_classifier=True).keys() == {"task"}

@@ -14,7 +14,7 @@ import vitprune
 from vitprune.finetuning.student import FinalTokens, Student, taken
 from vitprune.finetuning.thresholds import ThresholdTraining
 from vitprune.models.module import pruning_of
-from vitprune.models.outputs import Answers
+from vitprune.models.outputs import ImageModel
 
 
 @pytest.mark.parametrize("family", ["vit", "dinov2", "siglip-tower"])
@@ -23,10 +23,10 @@ def test_final_tokens_are_those_of_the_dense_sequence(family: str) -> None:
     spec = tiny.spec_for(family, tiny.POLICIES["redundancy-merge"])
     pruned = vitprune.prune_(copy.deepcopy(dense), spec).eval()
     pruning, x = pruning_of(pruned), tiny.images(3)
-    student = Student(Answers(pruned), ThresholdTraining.of(pruning, "scaled", 0.6), wants_tokens=True)
+    student = Student(ImageModel(pruned), ThresholdTraining.of(pruning, "scaled", 0.6), wants_tokens=True)
     with torch.no_grad(), vitprune.trace(pruned) as seen:
         out = student(x)
-    with torch.no_grad(), FinalTokens(Answers(dense)).taken() as tokens:
+    with torch.no_grad(), FinalTokens(ImageModel(dense)).taken() as tokens:
         dense(x)
     assert out.final_BND is not None
     assert out.there_BN is not None
@@ -42,9 +42,9 @@ def test_a_model_that_keeps_everything_has_the_teachers_tokens() -> None:
     spec = tiny.POLICIES["redundancy-merge"].model_copy(update={"thresholds": (0.0, 0.0, 0.0)})
     pruned = vitprune.prune_(copy.deepcopy(dense), spec).train()
     pruning_of(pruned).execution = "packed"
-    student = Student(Answers(pruned), ThresholdTraining.of(pruning_of(pruned), "scaled", 1.0), wants_tokens=True)
+    student = Student(ImageModel(pruned), ThresholdTraining.of(pruning_of(pruned), "scaled", 1.0), wants_tokens=True)
     x = tiny.images(2)
     out = student(x)
-    with torch.no_grad(), taken(FinalTokens(Answers(dense))) as tokens:
+    with torch.no_grad(), taken(FinalTokens(ImageModel(dense))) as tokens:
         dense(x)
     assert_close(out.final_BND.detach(), tokens[0], **FLOAT32)

@@ -35,7 +35,7 @@ import vitprune
 from vitprune.budget.calibration import calibrate
 from vitprune.models.checkpoint import load_tokenizer, require_room
 from vitprune.models.module import is_pruned, pruning_of
-from vitprune.models.outputs import Answers
+from vitprune.models.outputs import ImageModel
 from vitprune.recipe.schema import PruningSpec
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
@@ -403,7 +403,7 @@ def test_the_tower_of_a_pruned_pair_comes_back_pruned_alone(cls: Any, tmp_path: 
     back = cls.from_pretrained(tmp_path).eval()
     assert pruning_of(back).levels.tolist() == thresholds
     x = tiny.images(3)
-    found, expected = Answers(back), Answers(model.eval())
+    found, expected = ImageModel(back), ImageModel(model.eval())
     if cls is not CLIPVisionModel:  # which has no projection
         with torch.no_grad():
             assert_close(found(x), expected(x), **EXACT)

@@ -8,7 +8,10 @@ from typing import Any
 
 import pytest
 import tiny
+import transformers as hf
+from suite import FLOAT32
 from torch import nn
+from torch.testing import assert_close
 from transformers import (
     CLIPConfig,
     CLIPModel,
@@ -25,9 +28,12 @@ from transformers import (
     ViTModel,
 )
 
+import vitprune
+from vitprune.models import families, structure
 from vitprune.models.families import FAMILIES, supported
 from vitprune.models.structure import examine
 from vitprune.pruning.costs import CostModel
+from vitprune.recipe.schema import PruningSpec
 
 D, H, BLOCKS, LABELS = 48, 4, 6, 5
 PATCH = 3 * 4 * 4 * D
@@ -85,7 +91,7 @@ PREFIX = {
 }
 
 
-@every_family
+@pytest.mark.parametrize("family", COSTS)
 def test_costs_are_those_counted_by_hand(family: str) -> None:
     linear, patch, head = COSTS[family]
     expected = CostModel(linear=(linear,) * BLOCKS, width=D, head_width=D // H, patch=patch, head=head)
@@ -110,23 +116,24 @@ def test_a_plain_vit_has_the_papers_twelve_d_squared() -> None:
 @every_family
 def test_blocks_are_found_in_order(family: str) -> None:
     model = tiny.build(family)
-    anatomy = examine(model)
+    structure = examine(model)
     order: list[nn.Module] = []
-    for block in anatomy.blocks:
+    for block in structure.blocks:
         block.register_forward_hook(lambda module, args, output: order.append(module))
     tiny.forward(model, tiny.inputs(family, 1))
-    assert len(anatomy.blocks) == BLOCKS
-    assert order == list(anatomy.blocks)
+    assert len(structure.blocks) == BLOCKS
+    assert order == list(structure.blocks)
 
 
 @every_family
 def test_prefix_tokens_are_all_that_is_no_patch(family: str) -> None:
     model = tiny.build(family)
-    anatomy = examine(model)
-    sequence = anatomy.backbone(**tiny.inputs(family, 1)).last_hidden_state
-    assert sequence.shape[1] == anatomy.num_prefix_tokens + tiny.PATCHES
-    assert anatomy.num_prefix_tokens == PREFIX.get(family, 1)
-    assert anatomy.has_class_token == (family not in tiny.WITHOUT_CLASS_TOKEN)
+    structure = examine(model)
+    sequence = structure.backbone(**tiny.inputs(family, 1)).last_hidden_state
+    assert sequence.shape[1] == structure.num_prefix_tokens + tiny.PATCHES
+    if family in COSTS:
+        assert structure.num_prefix_tokens == PREFIX.get(family, 1)
+    assert structure.has_class_token == (family not in tiny.WITHOUT_CLASS_TOKEN)
 
 
 @every_family
@@ -139,9 +146,9 @@ def test_the_backbone_is_the_innermost_model_that_takes_images(family: str) -> N
 
 @every_family
 def test_no_family_that_is_named_has_to_be_recognised(family: str) -> None:
-    anatomy = examine(tiny.build(family))
-    assert not anatomy.is_generic
-    assert anatomy.family is FAMILIES[anatomy.model_type]
+    structure = examine(tiny.build(family))
+    assert not structure.is_generic
+    assert structure.family is FAMILIES[structure.model_type]
 
 
 def test_every_supported_class_is_one_of_transformers() -> None:
@@ -194,3 +201,25 @@ def test_refusals_name_the_model_and_list_what_works(build, name: str) -> None:
 )
 def test_bare_models_without_a_pooler_cost_nothing_behind_their_blocks(model) -> None:
     assert examine(model()).cost.head == 0
+
+
+def test_a_family_can_be_registered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that no entry names, and whose head reads less than one would think."""
+    monkeypatch.setattr(families, "FAMILIES", dict(FAMILIES))
+    monkeypatch.setattr(structure, "FAMILIES", families.FAMILIES)
+
+    class NovelConfig(hf.ViTConfig):
+        model_type = "novel"
+
+    class NovelForImageClassification(hf.ViTForImageClassification):
+        config_class = NovelConfig
+
+    novel = vitprune.Family(("NovelForImageClassification",), reads_patches=lambda model: False)
+    vitprune.register_family("novel", novel)
+    with pytest.raises(ValueError, match="'novel' is registered already"):
+        vitprune.register_family("novel", novel)
+    model = NovelForImageClassification(NovelConfig(**tiny.MLP)).eval()
+    expected = model(tiny.images(2)).logits
+    vitprune.prune_(model, PruningSpec(before_blocks=[2]))
+    assert examine(model).family is novel
+    assert_close(model(tiny.images(2)).logits, expected, **FLOAT32)

@@ -11,7 +11,7 @@ from tiny import Tolerance
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from vitprune.models.outputs import Answers, is_two_towers
+from vitprune.models.outputs import ImageModel, is_two_towers
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 FLOAT32 = Tolerance(rtol=1e-5, atol=1e-6)
@@ -31,9 +31,9 @@ FLOAT32 = Tolerance(rtol=1e-5, atol=1e-6)
 @torch.no_grad()
 def test_the_answer_is_the_models_own(family: str, name: str) -> None:
     model, x = tiny.build(family), tiny.images(2)
-    answers = Answers(model)
+    answers = ImageModel(model)
     assert_close(answers(x), model(x)[name], **EXACT)
-    assert answers.are_logits == (name == "logits")
+    assert answers.is_classifier == (name == "logits")
 
 
 @torch.no_grad()
@@ -41,7 +41,7 @@ def test_without_class_token_and_pooler_it_is_the_mean() -> None:
     model: Any = tiny.build("ijepa")
     backbone = model.ijepa
     backbone.pooler = None
-    assert_close(Answers(backbone)(tiny.images(2)), backbone(tiny.images(2)).last_hidden_state.mean(1), **EXACT)
+    assert_close(ImageModel(backbone)(tiny.images(2)), backbone(tiny.images(2)).last_hidden_state.mean(1), **EXACT)
 
 
 @pytest.mark.parametrize("family", ["clip-zero-shot", "siglip-zero-shot"])
@@ -52,18 +52,18 @@ def test_zero_shot_logits_are_those_of_the_two_towers(family: str) -> None:
     x, tokens = tiny.images(2), torch.tensor([[0, 5, 6, 1], [0, 7, 1, 1], [0, 8, 9, 1]])
     expected = model(pixel_values=x, input_ids=tokens).logits_per_image
     classes_CE = F.normalize(model.get_text_features(input_ids=tokens).pooler_output, dim=-1)
-    answers = Answers(model, classes_CE)
-    assert answers.are_logits
+    answers = ImageModel(model, classes_CE)
+    assert answers.is_classifier
     assert_close(answers(x), expected, **FLOAT32)
-    assert not Answers(model).are_logits
+    assert not ImageModel(model).is_classifier
 
 
 def test_the_classes_are_no_part_of_a_checkpoint() -> None:
-    answers = Answers(tiny.build("clip-zero-shot"), torch.ones(3, 12))
+    answers = ImageModel(tiny.build("clip-zero-shot"), torch.ones(3, 12))
     assert "classes_CE" not in answers.state_dict()
-    assert Answers.of(answers) is answers
+    assert ImageModel.of(answers) is answers
 
 
 def test_a_wrapper_is_refused_with_the_way_to_the_model() -> None:
     with pytest.raises(TypeError, match=r"Sequential is no model of transformers.*peft_model\.get_base_model\(\)"):
-        Answers.of(torch.nn.Sequential(tiny.build("vit")))
+        ImageModel.of(torch.nn.Sequential(tiny.build("vit")))

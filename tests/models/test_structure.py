@@ -105,13 +105,13 @@ def run(model: PreTrainedModel, x: Tensor) -> Tensor:
 @every_novelty
 def test_a_novel_vit_is_recognised(name: str) -> None:
     model = novel(name)
-    anatomy = examine(model)
-    assert anatomy.is_generic
-    assert anatomy.model_type not in FAMILIES
-    assert anatomy.num_prefix_tokens == NOVEL[name][1]
-    assert anatomy.has_class_token == (NOVEL[name][1] > 0)
-    assert len(anatomy.blocks) == 6
-    assert all(any(block is module for module in model.modules()) for block in anatomy.blocks)
+    structure = examine(model)
+    assert structure.is_generic
+    assert structure.model_type not in FAMILIES
+    assert structure.num_prefix_tokens == NOVEL[name][1]
+    assert structure.has_class_token == (NOVEL[name][1] > 0)
+    assert len(structure.blocks) == 6
+    assert all(any(block is module for module in model.modules()) for block in structure.blocks)
 
 
 @pytest.mark.parametrize(("name", "family"), [("vit", "vit"), ("vit-bare", "vit-bare"), ("deit", "deit")])
@@ -321,10 +321,10 @@ def test_without_a_class_token_its_attention_is_no_score(family: str) -> None:
 
 @pytest.mark.parametrize("family", ["vit", "clip", "siglip"])
 def test_a_stage_outside_the_blocks_is_named(family: str) -> None:
-    anatomy = examine(tiny.build(family))
-    assert anatomy.stages(PruningSpec(before_blocks=[1, 5])) == (1, 5)
+    structure = examine(tiny.build(family))
+    assert structure.stages(PruningSpec(before_blocks=[1, 5])) == (1, 5)
     with pytest.raises(ValueError, match=r"before_blocks: stage 6 is outside the model's 6 blocks \(1 to 5\)"):
-        anatomy.stages(PruningSpec(before_blocks=[2, 6]))
+        structure.stages(PruningSpec(before_blocks=[2, 6]))
 
 
 def test_data2vec_needs_fused_attention() -> None:

@@ -97,7 +97,7 @@ def test_a_prompt_needs_two_towers_and_names(tmp_path: Path) -> None:
 
 def test_recipes_feed_images_only(tmp_path: Path) -> None:
     for verb in (apply, plan):
-        with pytest.raises(ValueError, match="VideoMAEModel takes videos, recipes read images"):
+        with pytest.raises(ValueError, match="VideoMAEModel takes videos, and recipes read images"):
             verb(recipe(tmp_path / verb.__name__, RECIPE, "videomae"))
 
 

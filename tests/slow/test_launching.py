@@ -111,7 +111,7 @@ def test_one_of_two_is_killed_and_the_run_goes_on(
     _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode not in (0, None)
     assert said(error) == [
-        "failed: another process of this run ended; the same command goes on from what was kept "
+        "failed: another process of this run ended; the same command resumes from what was kept "
         "(VITPRUNE_DEBUG=1 shows where)"
     ]
     assert run(command)[0] == 0
@@ -126,7 +126,7 @@ def test_sigterm_passes_through_and_so_does_the_exit_code(tmp_path: Path, proces
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == TERMINATED, error
-    assert said(error) == ["told to end (SIGTERM); the same command goes on from what was kept"]
+    assert said(error) == ["terminated (SIGTERM); the same command resumes from what was kept"]
     assert not list(place_of(tmp_path / "out").glob("*.unfinished"))
 
 

@@ -1,4 +1,4 @@
-"""Runs that are broken off, and what becomes of them: killed, told to end, a full disk, another recipe."""
+"""Interrupted runs, and what becomes of them: killed, terminated, a full disk, another recipe."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from torch.testing import assert_close
 from recipes import RECIPE, write
 from vitprune.finetuning.finetune import _Loop
 from vitprune.finetuning.state import States
-from vitprune.finetuning.step import Update
+from vitprune.finetuning.step import TrainStep
 from vitprune.recipe.schema import Recipe, load_recipe
 from vitprune.runs import apply as steps
 from vitprune.runs.apply import apply
@@ -199,15 +199,15 @@ def test_a_step_may_be_cut_in_smaller_batches(
 ) -> None:
     """As the message on memory that ran out advises."""
     asked = recipe(tmp_path, "finetune.checkpoint_every=5")  # an odd number of batches before
-    original = Update.__call__
+    original = TrainStep.__call__
 
-    def update(self: Update, parts: Any, step: int) -> Any:
+    def update(self: TrainStep, parts: Any, step: int) -> Any:
         if step == 5:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return original(self, parts, step)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Update, "__call__", update)
+        patch.setattr(TrainStep, "__call__", update)
         with pytest.raises(RuntimeError, match="memory ran out") as raised:
             apply(asked)
     assert "at step 6, in batches of 8" in str(raised.value)
@@ -233,7 +233,7 @@ def test_sigterm_keeps_the_state_and_has_an_exit_code_of_its_own(
     process.send_signal(signal.SIGTERM)
     _, error = process.communicate(timeout=PATIENCE)
     assert process.returncode == TERMINATED, seen + error
-    assert "told to end (SIGTERM); the same command goes on" in error
+    assert "terminated (SIGTERM); the same command resumes" in error
     assert "Traceback" not in error
     assert len(list(place_of(tmp_path / "out").glob("step-*"))) == 1
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
@@ -262,7 +262,7 @@ def test_a_full_disk_leaves_the_last_state(tmp_path: Path, monkeypatch: pytest.M
     asked = recipe(tmp_path)
     with monkeypatch.context() as broken:
         broken.setattr(Accelerator, "save_state", full)
-        with pytest.raises(OSError, match=r"step 6 can't be written.*No space left.*goes on from step 4"):
+        with pytest.raises(OSError, match=r"step 6 can't be written.*No space left.*resumes from step 4"):
             apply(asked)
     assert states(tmp_path) == ["step-000000002", "step-000000004"]
     apply(asked)

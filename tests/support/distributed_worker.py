@@ -24,7 +24,7 @@ from vitprune.budget.calibration import calibrate
 from vitprune.data.images import load_images
 from vitprune.finetuning.finetune import finetune
 from vitprune.finetuning.state import States
-from vitprune.finetuning.step import Update
+from vitprune.finetuning.step import TrainStep
 from vitprune.models.module import pruning_of
 from vitprune.recipe.schema import DataSpec, FinetuneSpec, PruningSpec, SplitSpec
 from vitprune.runtime import distributed, signals
@@ -33,21 +33,21 @@ from vitprune.runtime.signals import TERMINATED
 
 def tell_main_to_end(at: object) -> None:
     """SIGTERM to one of the processes, in the midst of a step."""
-    original = Update.__call__
+    original = TrainStep.__call__
 
-    def update(self: Update, parts: Any, step: int) -> Any:
-        if step == at and distributed.join().is_main_process:
+    def update(self: TrainStep, parts: Any, step: int) -> Any:
+        if step == at and distributed.init().is_main_process:
             signal.raise_signal(signal.SIGTERM)
         return original(self, parts, step)
 
-    Update.__call__ = update
+    TrainStep.__call__ = update
 
 
 def run(out: Path, settings: dict[str, object]) -> None:
     data, fsdp = str(settings.pop("data")), settings.pop("fsdp", False)
     held_out = settings.pop("held_out", 0)
     policy, told_at = settings.pop("policy", tiny.AS_VIT), settings.pop("told_at", None)
-    state = distributed.join()
+    state = distributed.init()
     if fsdp:
         # Accelerate shards models on accelerators only; what it then does works on CPUs too
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
@@ -78,7 +78,7 @@ def run(out: Path, settings: dict[str, object]) -> None:
             {name: weight.contiguous() for name, weight in pruned.state_dict().items()}, out / "weights.safetensors"
         )
         (out / "records.json").write_text(json.dumps(history.records))
-    distributed.leave()
+    distributed.destroy()
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def with_borderline(policy: str) -> PruningSpec:
 
 
 def run(model: PreTrainedModel, x: Inputs, *, grad: bool = False) -> tuple[Tensor, vitprune.Trace]:
-    """Answers and what the forward did. grad: with gradients, as in training."""
+    """ImageModel and what the forward did. grad: with gradients, as in training."""
     with torch.set_grad_enabled(grad), vitprune.trace(model) as trace:
         result = tiny.answer(tiny.forward(model, x))
     return result.detach(), trace

@@ -1,7 +1,5 @@
 """How long a forward takes and how much memory: dense, attached and pruned models in turn on the same batches.
 
-Knows one image size, dtype and mode at a time. Leaves how the models are made to `contestants`.
-
 Tensor suffixes: B images, C channels, H height, W width.
 """
 
@@ -14,10 +12,10 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vitprune.bench.subjects import Contest, Levels, compile_
+from vitprune.bench.subjects import BenchSubjects, Levels, compile_
 from vitprune.measure.memory import peak_memory, require_memory
 from vitprune.measure.timing import WARM_UP, PlacedBatches, Runner, time_in_turn, whole_batches
-from vitprune.models.outputs import Answers
+from vitprune.models.outputs import ImageModel
 from vitprune.models.trace import eval_mode, trace
 from vitprune.reports.bench_results import Case, Setting
 
@@ -39,7 +37,7 @@ class Ratios:
         while len(self.macs) < count:
             batch = self.x_BCHW[len(self.macs) :][:TRACED]
             with trace(self.model) as seen, torch.no_grad():
-                Answers(self.model)(PlacedBatches([batch], self.model)[0])
+                ImageModel(self.model)(PlacedBatches([batch], self.model)[0])
             self.macs += seen.macs.tolist()
             self.dense_macs += seen.dense_macs.tolist()
         return sum(self.macs[:count]) / sum(self.dense_macs[:count])
@@ -51,27 +49,29 @@ class Lineup:
 
     setting: Setting
     x_BCHW: Tensor
-    answers: dict[str, Answers]
+    answers: dict[str, ImageModel]
     targets: dict[str, float | None]
     ratios: dict[str, Ratios]
 
     @classmethod
-    def of(cls, contest: Contest, levels: Mapping[float | None, Levels], setting: Setting, x_BCHW: Tensor) -> Lineup:
+    def of(
+        cls, subjects: BenchSubjects, levels: Mapping[float | None, Levels], setting: Setting, x_BCHW: Tensor
+    ) -> Lineup:
         """setting: eager. x_BCHW: the images to time."""
         targets = {str(target): target for target in levels}
-        pruned = {name: contest.pruned(levels[target]) for name, target in targets.items()}
-        models = {DENSE: contest.dense, ATTACHED: contest.attached(), **pruned}
+        pruned = {name: subjects.pruned(levels[target]) for name, target in targets.items()}
+        models = {DENSE: subjects.dense, ATTACHED: subjects.attached(), **pruned}
         return cls(
             setting=setting,
             x_BCHW=x_BCHW,
-            answers={name: Answers(model) for name, model in models.items()},
+            answers={name: ImageModel(model) for name, model in models.items()},
             targets=targets,
             ratios={name: Ratios(model, x_BCHW) for name, model in pruned.items()},
         )
 
-    def compiled(self, contest: Contest, levels: Mapping[float | None, Levels]) -> Lineup:
+    def compiled(self, subjects: BenchSubjects, levels: Mapping[float | None, Levels]) -> Lineup:
         """The same models anew, their blocks compiled."""
-        fresh = Lineup.of(contest.again(), levels, self.setting.model_copy(update={"mode": "compiled"}), self.x_BCHW)
+        fresh = Lineup.of(subjects.again(), levels, self.setting.model_copy(update={"mode": "compiled"}), self.x_BCHW)
         for answers in fresh.answers.values():
             compile_(answers.model)
         return Lineup(fresh.setting, fresh.x_BCHW, fresh.answers, fresh.targets, self.ratios)

@@ -1,8 +1,8 @@
-"""The images of a benchmark, of any size: real ones, or random pixels where there are none.
+"""The models and images of a benchmark: dense, attached, pruned; real images or random pixels, of any size.
 
-Knows which to calibrate on (training images) and which to time on (evaluation images), and how they become larger or
-smaller: real ones by interpolating the pixel values that the image processor gives (bicubic, antialiased), so nothing
-is sharper than it was. Random pixels are drawn at each size.
+Calibrates on training images and times on evaluation images. Real ones of another size are interpolated from the pixel
+values that the image processor gives (bicubic, antialiased), so nothing is sharper than it was; random pixels are drawn
+at each size.
 
 Tensor suffixes: B images, C channels, H height, W width.
 """
@@ -105,7 +105,7 @@ def _own_size(recipe: Recipe, model: PreTrainedModel) -> int:
 
 
 @dataclass(frozen=True)
-class Contest:
+class BenchSubjects:
     """A dense model and how it is pruned. own: levels that the checkpoint or its recipe gives; None: none yet."""
 
     dense: PreTrainedModel
@@ -113,7 +113,7 @@ class Contest:
     own: Levels | None
 
     @classmethod
-    def load(cls, recipe: Recipe, dtype: torch.dtype, device: torch.device) -> Contest:
+    def load(cls, recipe: Recipe, dtype: torch.dtype, device: torch.device) -> BenchSubjects:
         """The recipe's model. One that is pruned already becomes dense again and keeps its levels as its own.
 
         Raises ValueError for no such checkpoint, one that isn't a plain ViT, or a stage that it doesn't have.
@@ -133,20 +133,20 @@ class Contest:
         given = recipe.pruning.thresholds if recipe.pruning.select == "threshold" else recipe.pruning.keep_ratios
         return cls(model, recipe.pruning, None if given == "calibrated" else Levels.of(pruning))
 
-    def at(self, size: int) -> Contest:
+    def at(self, size: int) -> BenchSubjects:
         """The same for images of `size` × `size` pixels. Raises ValueError where the model takes no such images."""
-        return Contest(_fit(twin(self.dense), size), self.spec, self.own)
+        return BenchSubjects(_fit(twin(self.dense), size), self.spec, self.own)
 
     def patches(self, size: int) -> int:
         """Of an image of `size` × `size` pixels."""
-        anatomy, first = examine(self.dense), next(self.dense.parameters())
+        structure, first = examine(self.dense), next(self.dense.parameters())
         image = torch.zeros(1, channels(self.dense), size, size, dtype=first.dtype, device=first.device)
         with torch.no_grad():
-            return count_tokens(anatomy, image) - anatomy.num_prefix_tokens
+            return count_tokens(structure, image) - structure.num_prefix_tokens
 
-    def again(self) -> Contest:
+    def again(self) -> BenchSubjects:
         """The same with a dense model of its own, on the same weights."""
-        return Contest(twin(self.dense), self.spec, self.own)
+        return BenchSubjects(twin(self.dense), self.spec, self.own)
 
     def attached(self) -> PreTrainedModel:
         """Pruned, but nothing ever leaves."""

@@ -1,7 +1,6 @@
 """What pruning gains on this machine: `bench`, a sweep over image sizes, dtypes, modes, batch sizes and MACs.
 
-Knows the order of things and what becomes of a case that can't be measured. Leaves models to `contestants`, images to
-`bench_images`, measuring to `inference_cases` and `training_steps`, and what the numbers say to `benchmark_results`.
+A case that can't be measured is listed with its reason, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from tqdm.auto import tqdm
 
 from vitprune.bench.inference import Lineup
 from vitprune.bench.settings import TARGETS, BenchSettings
-from vitprune.bench.subjects import RANDOM_PIXELS, BenchImages, Contest, Levels, random_images, real_images
+from vitprune.bench.subjects import RANDOM_PIXELS, BenchImages, BenchSubjects, Levels, random_images, real_images
 from vitprune.bench.training import measure_training
 from vitprune.measure.memory import is_out_of_memory
 from vitprune.measure.throughput import describe_environment
@@ -85,18 +84,18 @@ class _Sweep:
             raise ValueError(f"{output} is no folder; name one for what is measured")
         recipe, device = settings.recipe, _device()
         dtypes = settings.dtypes or (recipe.model.dtype,)
-        contest = Contest.load(recipe, getattr(torch, dtypes[0]), device)
-        require_images(recipe.model.checkpoint, examine(contest.dense))
+        subjects = BenchSubjects.load(recipe, getattr(torch, dtypes[0]), device)
+        require_images(recipe.model.checkpoint, examine(subjects.dense))
         for size in settings.image_sizes:  # better now than after an hour
-            contest.at(size)
+            subjects.at(size)
         timed = max(FEWEST_TIMED, *settings.batch_sizes)
         if settings.random_pixels:
-            images = random_images(recipe, contest.dense, settings.calibration_images, timed)
+            images = random_images(recipe, subjects.dense, settings.calibration_images, timed)
         else:
             images = real_images(recipe, settings.calibration_images, timed)
         targets = settings.targets
         if targets is None:
-            targets = TARGETS if contest.own is None else ()
+            targets = TARGETS if subjects.own is None else ()
         modes, sizes = len(settings.modes), max(1, len(settings.image_sizes))
         each = len(targets) + modes * len(settings.batch_sizes) + settings.training
         if output is not None:
@@ -107,8 +106,8 @@ class _Sweep:
             device=device,
             images=images,
             targets=targets,
-            environment=describe_environment(contest.dense).model_copy(update={"dtype": ", ".join(dtypes)}),
-            pruning=contest.spec.model_dump(mode="json"),
+            environment=describe_environment(subjects.dense).model_copy(update={"dtype": ", ".join(dtypes)}),
+            pruning=subjects.spec.model_dump(mode="json"),
             output=output,
             bar=tqdm(total=each * sizes * len(dtypes), unit="step", leave=False, disable=not progress),
         )
@@ -139,31 +138,31 @@ class _Sweep:
 
     def run(self, dtype: str) -> None:
         """All image sizes of a dtype, one after the other."""
-        contest = Contest.load(self.settings.recipe, getattr(torch, dtype), self.device)
+        subjects = BenchSubjects.load(self.settings.recipe, getattr(torch, dtype), self.device)
         for size in self.settings.image_sizes or (self.images.size,):
-            setting, sized = Setting(image_size=size, dtype=dtype), contest.at(size)
+            setting, sized = Setting(image_size=size, dtype=dtype), subjects.at(size)
             levels = self._levels(sized, setting)
             if levels:
                 self._infer(sized, setting, levels)
                 if self.settings.training:
                     self._train(setting, levels)
 
-    def _levels(self, contest: Contest, setting: Setting) -> dict[float | None, Levels]:
+    def _levels(self, subjects: BenchSubjects, setting: Setting) -> dict[float | None, Levels]:
         """The model's own, and calibrated ones for each target that can be reached."""
-        levels: dict[float | None, Levels] = {} if contest.own is None else {None: contest.own}
+        levels: dict[float | None, Levels] = {} if subjects.own is None else {None: subjects.own}
         images = self.images.calibration(setting.image_size)
-        batches = list(PlacedBatches(images.split(self.settings.recipe.calibration.batch_size), contest.dense))
-        found_at = None if contest.own is None else contest.own.patches
-        if found_at is not None and contest.patches(setting.image_size) != found_at:
+        batches = list(PlacedBatches(images.split(self.settings.recipe.calibration.batch_size), subjects.dense))
+        found_at = None if subjects.own is None else subjects.own.patches
+        if found_at is not None and subjects.patches(setting.image_size) != found_at:
             self.other_sizes.setdefault(setting.image_size, found_at)
         for target in self.targets:
             with self._step(setting, f"calibration to {target:.0%}", target=target, also=ValueError):
-                levels[target] = contest.calibrated(batches, target)
+                levels[target] = subjects.calibrated(batches, target)
         return levels
 
-    def _infer(self, contest: Contest, setting: Setting, levels: Mapping[float | None, Levels]) -> None:
-        eager = Lineup.of(contest, levels, setting, self.images.timed(setting.image_size))
-        lineups = {"eager": lambda: eager, "compiled": lambda: eager.compiled(contest, levels)}
+    def _infer(self, subjects: BenchSubjects, setting: Setting, levels: Mapping[float | None, Levels]) -> None:
+        eager = Lineup.of(subjects, levels, setting, self.images.timed(setting.image_size))
+        lineups = {"eager": lambda: eager, "compiled": lambda: eager.compiled(subjects, levels)}
         for mode in self.settings.modes:
             found = setting.model_copy(update={"mode": mode})
             # what torch.compile can't do is a finding too
@@ -180,10 +179,10 @@ class _Sweep:
         """Weights are trained in float32, whatever is computed in beside it."""
         settings = self.settings
         with self._step(setting, "a step of fine-tuning", batch_size=settings.training_batch_size, also=ValueError):
-            contest = Contest.load(settings.recipe, torch.float32, self.device).at(setting.image_size)
+            subjects = BenchSubjects.load(settings.recipe, torch.float32, self.device).at(setting.image_size)
             images = self.images.calibration(setting.image_size)
             self.training += measure_training(
-                contest, levels, setting, images, settings.training_batch_size, settings.repeats
+                subjects, levels, setting, images, settings.training_batch_size, settings.repeats
             )
 
     @contextmanager

@@ -1,8 +1,8 @@
 """How long a step of fine-tuning takes, dense and pruned, and how much memory.
 
-Knows what such a step is: teacher, student, losses, backward, optimizer, as `finetuning` does them; packed with
-thresholds that don't learn, masked, as published, with such as do. The learning rate is 0, so that weights and
-thresholds stay and every step does the same work. Leaves training in earnest to `finetuning`.
+Such a step is teacher, student, losses, backward and optimizer; packed with thresholds that don't learn, masked, as
+published, with such as do. The learning rate is 0, so that weights and thresholds stay and every step does the same
+work.
 
 Tensor suffixes: B images, C channels or classes, H height, W width.
 """
@@ -17,12 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
-from vitprune.bench.subjects import Contest, Levels, twin
+from vitprune.bench.subjects import BenchSubjects, Levels, twin
 from vitprune.finetuning.losses import answer_losses, budget_loss
 from vitprune.measure.memory import peak_memory, require_memory
 from vitprune.measure.timing import PlacedBatches, Runner, time_in_turn, whole_batches
 from vitprune.models.module import is_pruned, pruning_of
-from vitprune.models.outputs import Answers
+from vitprune.models.outputs import ImageModel
 from vitprune.models.trace import trace
 from vitprune.recipe.schema import Execution, FinetuneSpec
 from vitprune.reports.bench_results import Setting, TrainingStep
@@ -37,8 +37,8 @@ TASK = FinetuneSpec()
 class Step:
     """One step on a batch: forward of teacher and student, backward, optimizer. ratios: MACs, one entry a step."""
 
-    student: Answers
-    teacher: Answers
+    student: ImageModel
+    teacher: ImageModel
     optimizer: Optimizer
     autocast: torch.dtype
     target: float | None = None
@@ -60,8 +60,8 @@ class Step:
         with self._autocast(x_BCHW), torch.no_grad():
             taught = self.teacher(x_BCHW)
         # labels are the teacher's answers
-        are_logits = self.student.are_logits
-        losses = answer_losses(answers, taught, taught.argmax(dim=-1), weights, are_logits=are_logits)
+        is_classifier = self.student.is_classifier
+        losses = answer_losses(answers, taught, taught.argmax(dim=-1), weights, is_classifier=is_classifier)
         return torch.stack([*losses.values(), *(weights.budget * part for part in budget)]).sum()
 
     def _autocast(self, x_BCHW: Tensor) -> torch.autocast:
@@ -80,13 +80,15 @@ class Step:
         self.ratios.append((seen.macs.detach() / seen.dense_macs).mean())
 
 
-def make_steps(contest: Contest, levels: Mapping[float | None, Levels], autocast: torch.dtype) -> dict[str, Step]:
+def make_steps(
+    subjects: BenchSubjects, levels: Mapping[float | None, Levels], autocast: torch.dtype
+) -> dict[str, Step]:
     """The dense student's step, and one for each execution and target. All share weights, in float32, and gradients."""
-    teacher = Answers(twin(contest.dense)).eval()
-    students: dict[str, tuple[Answers, float | None]] = {DENSE: (Answers(twin(contest.dense)), None)}
+    teacher = ImageModel(twin(subjects.dense)).eval()
+    students: dict[str, tuple[ImageModel, float | None]] = {DENSE: (ImageModel(twin(subjects.dense)), None)}
     for execution in EXECUTIONS:
         for target, level in levels.items():
-            students[_name(execution, target)] = (_student(contest, level, execution), target)
+            students[_name(execution, target)] = (_student(subjects, level, execution), target)
     # one optimizer for all: it passes over what has no gradient, which is the other students' thresholds
     unique = {id(weight): weight for student, _ in students.values() for weight in student.parameters()}
     optimizer = AdamW(list(unique.values()), lr=0.0, weight_decay=TASK.weight_decay)
@@ -96,12 +98,12 @@ def make_steps(contest: Contest, levels: Mapping[float | None, Levels], autocast
     }
 
 
-def _student(contest: Contest, levels: Levels, execution: Execution) -> Answers:
+def _student(subjects: BenchSubjects, levels: Levels, execution: Execution) -> ImageModel:
     """Packed as by default, with thresholds that don't learn; masked as published, with such as do."""
-    student = contest.pruned(levels)
+    student = subjects.pruned(levels)
     pruning_of(student).execution = execution
     pruning_of(student).requires_grad_(execution == "masked")
-    return Answers(student)
+    return ImageModel(student)
 
 
 def _name(execution: str, target: float | None) -> str:
@@ -109,7 +111,7 @@ def _name(execution: str, target: float | None) -> str:
 
 
 def measure_training(
-    contest: Contest,
+    subjects: BenchSubjects,
     levels: Mapping[float | None, Levels],
     setting: Setting,
     x_BCHW: Tensor,
@@ -118,14 +120,14 @@ def measure_training(
 ) -> list[TrainingStep]:
     """A step of fine-tuning with a dense student and with pruned ones, in turn on the same batches.
 
-    contest: float32; `setting.dtype` is what forward and backward compute in beside it (autocast).
+    subjects: float32; `setting.dtype` is what forward and backward compute in beside it (autocast).
 
     Raises ValueError for float16, and MemoryError for a batch that would take more memory than there is.
     """
     if setting.dtype == "float16":
         raise ValueError("in float16 the loss has to be scaled, which isn't timed; use float32 or bfloat16")
-    steps = make_steps(contest, levels, getattr(torch, setting.dtype))
-    batches = PlacedBatches(whole_batches(x_BCHW, batch_size), contest.dense)
+    steps = make_steps(subjects, levels, getattr(torch, setting.dtype))
+    batches = PlacedBatches(whole_batches(x_BCHW, batch_size), subjects.dense)
     for step in steps.values():
         step(batches[0][:1])  # the optimizer's state comes with the first step
     largest = max(levels, key=lambda target: 1.0 if target is None else target)

@@ -1,7 +1,7 @@
 """Levels for a budget without any training: thresholds from the score distribution of a few hundred images.
 
-Knows how levels follow from scores and costs; leaves the images to the caller. Every process of a distributed run that
-calibrates on the same images gets the same levels.
+Knows how levels follow from scores and costs. Every process of a distributed run that calibrates on the same images
+gets the same levels.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from vitprune.budget.schedule import STRONGEST, Schedule, Tried, search, unreachable
 from vitprune.models.module import Pruning, pruning_of
-from vitprune.models.outputs import Answers
+from vitprune.models.outputs import ImageModel
 from vitprune.models.structure import Inputs, first_image, run_on_images
 from vitprune.models.trace import Trace, eval_mode, trace, watching
 
@@ -107,7 +107,7 @@ def calibrate(model: nn.Module, batches: Batches, budget: float, *, progress: bo
 def find_schedule(passes: _Passes, patches: int, budget: float) -> tuple[list[Tried], str]:
     """The schedules that were tried at a budget, the one to take first, and what their distance is measured in."""
     model, bar = passes.model, passes.bar
-    pruning, answers = pruning_of(model), Answers.of(model)
+    pruning, answers = pruning_of(model), ImageModel.of(model)
     prefix, num_blocks = pruning.num_prefix_tokens, len(pruning.cost.linear)
     bar.set_description("looking for a schedule")
     pruning.settle(before_blocks=pruning.before_blocks)
@@ -123,7 +123,7 @@ def find_schedule(passes: _Passes, patches: int, budget: float) -> tuple[list[Tr
         for _ in range(2):
             strength = schedule.strength(pruning.cost, patches, prefix, budget - off)
             setter = _LevelSetter(pruning, schedule.before_blocks, rates=schedule.rates(strength))
-            distance = _distance(dense, passes.answers(setter, answers), are_logits=answers.are_logits)
+            distance = _distance(dense, passes.answers(setter, answers), is_classifier=answers.is_classifier)
             ratio = setter.ratio
             if abs(ratio - budget) <= 2 * TOLERANCE:
                 break
@@ -135,12 +135,12 @@ def find_schedule(passes: _Passes, patches: int, budget: float) -> tuple[list[Tr
 
     tried = search(try_, num_blocks)
     bar.set_description("calibrating")
-    return tried, "KL" if answers.are_logits else "1 - cosine"
+    return tried, "KL" if answers.is_classifier else "1 - cosine"
 
 
-def _distance(dense: Tensor, pruned: Tensor, *, are_logits: bool) -> float:
+def _distance(dense: Tensor, pruned: Tensor, *, is_classifier: bool) -> float:
     """Mean over images (B, C) of KL(dense, pruned) of classes, or of 1 − cosine of embeddings."""
-    if are_logits:
+    if is_classifier:
         return F.kl_div(pruned.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="batchmean").item()
     return (1 - F.cosine_similarity(dense, pruned, dim=-1)).mean().item()
 
@@ -220,7 +220,7 @@ class _Passes:
         self._run(watched, lambda inputs: run_on_images(self.model, inputs))
         return watched.ratio
 
-    def answers(self, watched: Trace, answers: Answers) -> Tensor:
+    def answers(self, watched: Trace, answers: ImageModel) -> Tensor:
         """What the model answers to all images, float32."""
         found: list[Tensor] = []
         self._run(watched, lambda inputs: found.append(answers(inputs).float()))

@@ -1,8 +1,5 @@
 """A latency budget: met by the measured cost table, checked by measurement, and the table corrected by what it missed.
 
-Leaves measuring the table to `cost_measurement`, reading it to `cost_table`, and the search for levels, which counts by
-the table from `budget_latency` on, to `calibration`.
-
 Shapes: B images, C channels, H height, W width.
 """
 
@@ -18,7 +15,7 @@ from torch import Tensor, nn
 from vitprune.budget.latency_table import CostTable
 from vitprune.measure.timing import PlacedBatches, Runner, placed, time_in_turn, whole_batches
 from vitprune.models.module import pruning_of
-from vitprune.models.outputs import Answers
+from vitprune.models.outputs import ImageModel
 from vitprune.models.trace import eval_mode, trace
 from vitprune.reports.results import LATENCY_TOLERANCE, Latency, MeasuredCosts, Timing
 
@@ -46,7 +43,7 @@ def check_latency(
 
     images: pixel values (B, C, H, W) of real images by chance. repeats: measurements of a batch, in all.
     """
-    before, after = Answers.of(dense), Answers.of(pruned)
+    before, after = ImageModel.of(dense), ImageModel.of(pruned)
     pruning = pruning_of(pruned)
     batches = whole_batches(images, batch_size)[:BATCHES]
     # all in one measurement, so that measured is what predicted is the mean of

@@ -1,8 +1,5 @@
 """Measures what a model's blocks and stages take by the number of tokens: the table of a latency budget.
 
-Knows how seconds are told apart and how a table follows from them. Leaves the stopwatch to `timing`, reading the table
-to `cost_table` and what is done with it to `latency`.
-
 Shapes: B images, C channels, H height, W width, P measurements, S numbers of tokens in the table.
 """
 
@@ -22,7 +19,7 @@ from vitprune.budget.calibration import set_rate
 from vitprune.budget.latency_table import CostTable, between
 from vitprune.measure.timing import PlacedBatches, Runner, placed, time_in_turn, wait_for, whole_batches
 from vitprune.models.module import Levels, Pruning, pruning_of
-from vitprune.models.outputs import Answers
+from vitprune.models.outputs import ImageModel
 from vitprune.models.structure import examine
 from vitprune.models.trace import eval_mode, trace
 
@@ -46,7 +43,7 @@ def measure_latency(
 
     Raises ValueError where `pruned` isn't pruned.
     """
-    before, after = Answers.of(dense), Answers.of(pruned)
+    before, after = ImageModel.of(dense), ImageModel.of(pruned)
     pruning = pruning_of(pruned)
     batches = whole_batches(images, batch_size)[:1]
     blocks = _blocks(before, after)
@@ -90,7 +87,7 @@ class _Tokens:
 class _Probe:
     """A call of the pruned model at some levels. Notes when each block began and ended, and its stage, pass by pass."""
 
-    model: Answers
+    model: ImageModel
     blocks: tuple[nn.Module, ...]
     levels: Tensor
     tokens: _Tokens
@@ -132,7 +129,7 @@ class _Probe:
         return [median(times) for times in blocks], [median(times) for times in decided], median(rest)
 
 
-def _probe(model: Answers, blocks: tuple[nn.Module, ...], x_BCHW: Tensor, rate: float) -> _Probe:
+def _probe(model: ImageModel, blocks: tuple[nn.Module, ...], x_BCHW: Tensor, rate: float) -> _Probe:
     pruning = pruning_of(model)
     set_rate(model.model, [x_BCHW], rate)
     tokens = pruning.latency = _Tokens()
@@ -202,7 +199,7 @@ def _shares(tokens_S: Tensor, tokens_B: Tensor) -> Tensor:
     return shares_BS.scatter_(1, right_B[:, None] - 1, 1 - part_B[:, None])
 
 
-def _blocks(dense: Answers, pruned: Answers) -> tuple[nn.Module, ...]:
+def _blocks(dense: ImageModel, pruned: ImageModel) -> tuple[nn.Module, ...]:
     """The pruned model's blocks: pruning leaves their names alone."""
     names = {module: name for name, module in dense.model.named_modules()}
     return tuple(pruned.model.get_submodule(names[block]) for block in examine(dense.model).blocks)

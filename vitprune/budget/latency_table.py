@@ -1,7 +1,7 @@
 """Seconds of a pruned and of a dense pass by the number of tokens, from a table that was measured.
 
-Knows how to read a table; leaves measuring it to `latency`. Between its token counts a straight line counts, and beyond
-them the nearest one goes on, so that a latency budget has a gradient to the thresholds as one of MACs has.
+Knows how to read a table. Between its token counts a straight line counts, and beyond them the nearest one goes on, so
+that a latency budget has a gradient to the thresholds as one of MACs has.
 
 Shapes: B images.
 """

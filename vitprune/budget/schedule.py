@@ -1,7 +1,4 @@
-"""Where stages lie and how they share the work; and the search for the schedule whose answers change least.
-
-Knows what a schedule costs by formula and which ones are worth a try. Leaves running the model to `calibration`.
-"""
+"""Where stages lie and how they share the work; and the search for the schedule whose answers change least."""
 
 from __future__ import annotations
 

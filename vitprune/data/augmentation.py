@@ -1,7 +1,7 @@
 """Random changes to a batch of training images, made with kornia.
 
 Knows what fine-tuning of image classifiers usually does to its images, and how the checkpoint's image processor scaled
-them. Leaves loading and batching to `data`.
+them.
 
 Tensor suffixes: B images, C channels, H height, W width.
 """

@@ -1,6 +1,4 @@
-"""A row becomes pixel values, and rows become a batch: decoding, the checkpoint's image processor, broken images.
-
-Leaves which rows there are to `rows`.
+"""Rows become pixel values and batches: decoding, colours, the checkpoint's image processor, broken images.
 
 Tensor suffixes: B images, C channels, H height, W width.
 """

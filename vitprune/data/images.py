@@ -1,8 +1,5 @@
 """Images of a data set's split, ready for a model: opening, seeded samples, batches.
 
-Knows what can be asked for. Leaves opening data sets and their labels to `sources`, a table's or a stream's rows to
-`rows`, the order and random changes of training to `training_data`.
-
 Tensor suffixes: B images, C channels, H height, W width.
 """
 
@@ -88,7 +85,7 @@ class Images:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What somebody should know of the labels."""
+        """What a user should know of the labels."""
         return self.rows.reader.source.notes
 
     @property

@@ -1,7 +1,4 @@
-"""The data's labels as the checkpoint's classes: by name, whatever order they come in, or by number.
-
-Knows how people write class names. Leaves which column holds labels to `sources`.
-"""
+"""The data's labels as the checkpoint's classes: by name, whatever order they come in, or by number."""
 
 from __future__ import annotations
 
@@ -82,7 +79,7 @@ class Labels:
     """What a label column holds: class ids of the data, or names.
 
     ids: of the checkpoint, one for each id of the data; None: they are the same. classes: where the column holds names.
-    count: of the checkpoint's classes, if it has any. names: the data's, by its id. notes: what somebody should know.
+    count: of the checkpoint's classes, if it has any. names: the data's, by its id. notes: what a user should know.
     """
 
     column: str

@@ -1,6 +1,6 @@
 """Opens image data sets: where rows come from, which column is the image, what the labels mean.
 
-Knows `datasets` and the checkpoint's label names. Leaves decoding, batches and randomness to `data`.
+Knows `datasets` and the checkpoint's label names.
 """
 
 from __future__ import annotations

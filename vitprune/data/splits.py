@@ -1,7 +1,4 @@
-"""The rows of a split that were chosen: a table, whose rows are asked for by number, or a stream, which passes by once.
-
-Knows choosing by chance, sharing between processes, and what was held out. Leaves what is in a row to `reading`.
-"""
+"""The rows of a split that were chosen: a table, whose rows are asked for by number, or a stream, which passes once."""
 
 from __future__ import annotations
 
@@ -153,7 +150,7 @@ class Stream(torch_data.IterableDataset[Sample | None]):
         return rows if count == 1 else split_dataset_by_node(rows, index, count)
 
     def _whose(self) -> str:
-        """Rows are counted by whoever reads them."""
+        """Rows are counted by what reads them."""
         info = torch_data.get_worker_info()
         own = (f" of process {self.part[0]}",) if self.part[1] > 1 else ()
         loaded = (f" of loader process {info.id}",) if info is not None and info.num_workers > 1 else ()

@@ -1,6 +1,6 @@
 """Training images in an order that depends on the seed alone, whoever loads them: how many processes, how many workers.
 
-Knows batches, epochs and positions to go on from. Leaves reading rows to `data`, random changes to `augmentation`.
+Knows batches, epochs and positions to go on from.
 
 Tensor suffixes: B images, C channels, H height, W width.
 """

@@ -1,7 +1,6 @@
 """Fine-tuning on Accelerate: a pruned model learns at its budget, from a table or a stream of images.
 
-Knows how long training lasts and what is kept of it on the way; leaves one step to `update`, where the thresholds start
-to `calibration`, and the folder of the run to the caller.
+Knows how long training lasts and what is kept of it on the way.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from vitprune.finetuning.held_out import HeldOut
 from vitprune.finetuning.losses import NonFiniteLoss as NonFiniteLoss
 from vitprune.finetuning.optimization import build_optimizer
 from vitprune.finetuning.state import Progress, States
-from vitprune.finetuning.step import Update
+from vitprune.finetuning.step import TrainStep
 from vitprune.finetuning.student import State, copied, trained
 from vitprune.finetuning.thresholds import ThresholdTraining
-from vitprune.finetuning.tracking import Diary, Tracking, require_installed
+from vitprune.finetuning.tracking import TrackerContext, Tracking, require_installed
 from vitprune.measure.memory import is_out_of_memory
 from vitprune.models.detection import find_backbone
 from vitprune.models.module import pruning_of
-from vitprune.models.outputs import Answers, require_same_kind
+from vitprune.models.outputs import ImageModel, require_same_kind
 from vitprune.pruning.packed_attention import require_no_dropout
 from vitprune.recipe.schema import FinetuneSpec, require_thresholds
 from vitprune.reports.results import Check, Training
@@ -72,8 +71,8 @@ def _settings_given_back() -> Iterator[None]:
 
 @_settings_given_back()
 def finetune(
-    model: PreTrainedModel | Answers,
-    teacher: PreTrainedModel | Answers,
+    model: PreTrainedModel | ImageModel,
+    teacher: PreTrainedModel | ImageModel,
     images: Images,
     spec: FinetuneSpec,
     budget: float,
@@ -82,7 +81,7 @@ def finetune(
     seed: int = 0,
     progress: bool = True,
     states: States | None = None,
-    diary: Diary | None = None,
+    tracker_context: TrackerContext | None = None,
 ) -> History:
     """Fine-tunes a pruned model at a compute budget, in place.
 
@@ -96,7 +95,8 @@ def finetune(
         has no classes. images: labelled or not (then the task loss is left out). budget: MACs of the pruned pass ÷
         dense, in (0, 1]; seconds where the model has a latency table (`latency.budget_latency`). holdout: images by
         which the best state is chosen, the one before training included; without them it is the last. states: where the
-        full state is kept every so often, and taken up again if there is one. diary: what `spec.trackers` are given.
+        full state is kept every so often, and taken up again if there is one.
+        tracker_context: what `spec.trackers` are given.
 
     Raises:
         ValueError: no images for a single batch, no loss that could teach the task, thresholds without a start, a
@@ -106,18 +106,18 @@ def finetune(
         Terminated: inside `preemption.watch`, after SIGTERM; the state was kept.
         NonFiniteLoss: names the step; the model has its weights from up to `update.SNAPSHOT_STEPS` steps before.
     """
-    answers, taught_by = Answers.of(model), Answers.of(teacher)
+    answers, taught_by = ImageModel.of(model), ImageModel.of(teacher)
     model = answers.model
     require_budget(budget)
     if taught_by.model is model:
         raise ValueError("the teacher is the model itself; pass the dense model, or a copy of it from before prune_")
     require_same_kind(answers, taught_by)
     require_thresholds(pruning_of(model).spec, spec)
-    require_trainable(images, spec, model, has_classes=answers.are_logits)
+    require_trainable(images, spec, model, has_classes=answers.is_classifier)
     if not pruning_of(model).levels.isfinite().all():
         raise ValueError("thresholds have no start to learn from; call calibrate first, or give them in the spec")
-    state = distributed.join()
-    accelerator = _accelerator(spec, diary)
+    state = distributed.init()
+    accelerator = _accelerator(spec, tracker_context)
     torch.manual_seed(seed + state.process_index)
     share = Share(state.process_index, state.num_processes)
     batches = TrainingBatches(images, spec.batch_size, seed, spec.augmentation, share)
@@ -133,10 +133,10 @@ def finetune(
         scheduler = get_cosine_schedule_with_warmup(optimizer.optimizer, math.ceil(spec.warmup * steps), steps)
         accelerator.register_for_checkpointing(scheduler)
         stages = pruning_of(model).before_blocks
-        update = Update(accelerator, prepared, taught_by, optimizer, spec, thresholds, stages, images.stand_in())
+        update = TrainStep(accelerator, prepared, taught_by, optimizer, spec, thresholds, stages, images.stand_in())
         at_a_time = spec.batch_size // state.num_processes
         held_out = None if holdout is None else HeldOut(holdout, at_a_time, stages, budget)
-        tracking = _tracking(accelerator, prepared, thresholds, spec, diary)
+        tracking = _tracking(accelerator, prepared, thresholds, spec, tracker_context)
         loop = _Loop(accelerator, update, scheduler, batches, states, tracking, held_out, ours.whole_weights)
         loop.resume()
         try:
@@ -156,7 +156,7 @@ class _Loop:
     """Step after step, keeping states on the way."""
 
     accelerator: Accelerator
-    update: Update
+    update: TrainStep
     scheduler: LRScheduler
     batches: TrainingBatches
     states: States | None
@@ -188,7 +188,7 @@ class _Loop:
                 self.held_out.best = State(best, progress.best_factor)
 
     def run(self, steps: int, *, progress: bool) -> None:
-        """Raises Terminated after keeping the state, where the process was told to end."""
+        """Raises Terminated after keeping the state, where SIGTERM came."""
         with (
             tqdm(total=steps, initial=self.step, desc="fine-tuning", unit="step", disable=not progress) as bar,
             deferred() as notice,
@@ -202,10 +202,10 @@ class _Loop:
                 check = self._check(bar) if self._is_check(steps) else None
                 bar.set_postfix_str(_summary(record))
                 if tracking is not None:
-                    tracking.tell(record, self._rates(), self.step, check)
+                    tracking.log_step(record, self._rates(), self.step, check)
                     if self.step % self._epoch(steps) == 0 or self.step == steps:
-                        tracking.show(self.step)
-                due, told = self._agreed(self.states is not None and self.states.is_due(self.step), notice.came)
+                        tracking.log_images(self.step)
+                due, told = self._agreed(self.states is not None and self.states.is_due(self.step), notice.received)
                 if self.states is not None and (due or told or self.step == steps):
                     self.states.save(self.accelerator, self._progress(), best=self._best_weights())
                 if told:
@@ -265,7 +265,7 @@ class _Loop:
             self.tracking.end()
 
     def _epoch(self, steps: int) -> int:
-        """Steps of an epoch; a tenth of all where nobody knows."""
+        """Steps of an epoch; a tenth of all where that isn't known."""
         length = self.batches.images.length
         return max(1, steps // 10 if length is None else length // self.update.spec.images_per_step)
 
@@ -295,7 +295,7 @@ class _Loop:
             raise
 
     def _agreed(self, due: bool, told: bool) -> tuple[bool, bool]:
-        """By the main process's clock a state is due; told to end is the run where any process is."""
+        """Whether a state is due, by the main process's clock, and whether any process got SIGTERM."""
         if self.accelerator.num_processes == 1:
             return due, told
         flags = torch.tensor([due and self.accelerator.is_main_process, told], dtype=torch.float32)
@@ -309,19 +309,19 @@ def _tracking(
     student: nn.Module,
     thresholds: ThresholdTraining,
     spec: FinetuneSpec,
-    diary: Diary | None,
+    tracker_context: TrackerContext | None,
 ) -> Tracking | None:
     if not spec.trackers:
         return None
-    if diary is None:
-        raise ValueError(f"finetune.trackers are {list(spec.trackers)}; pass finetune() a diary for them")
-    return Tracking(accelerator, student, thresholds, diary, spec.images_per_step)
+    if tracker_context is None:
+        raise ValueError(f"finetune.trackers are {list(spec.trackers)}; pass finetune() a tracker_context for them")
+    return Tracking(accelerator, student, thresholds, tracker_context, spec.images_per_step)
 
 
-def _accelerator(spec: FinetuneSpec, diary: Diary | None) -> Accelerator:
+def _accelerator(spec: FinetuneSpec, tracker_context: TrackerContext | None) -> Accelerator:
     return Accelerator(
         log_with=list(spec.trackers) or None,
-        project_dir=None if diary is None else str(diary.folder),
+        project_dir=None if tracker_context is None else str(tracker_context.folder),
         mixed_precision=spec.mixed_precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=spec.gradient_accumulation_steps, sync_with_dataloader=False
@@ -352,7 +352,7 @@ def _out_of_memory(spec: FinetuneSpec, step: int, accelerator: Accelerator) -> s
     return (
         f"fine-tuning: memory ran out on {accelerator.device} at step {step + 1}, in batches of {size} over "
         f"{accelerator.num_processes} processes; the same training takes less with {less}"
-        "finetune.gradient_checkpointing=true, and goes on from what was kept"
+        "finetune.gradient_checkpointing=true, and resumes from what was kept"
     )
 
 

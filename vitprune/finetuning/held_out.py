@@ -1,7 +1,6 @@
 """Training images that are kept back: which state of a training is the best, and whether it gained anything.
 
-Knows how states are compared: by what training minimises, on the same images, at the budget. Leaves what a state is to
-the caller.
+Knows how states are compared: by what training minimises, on the same images, at the budget.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from vitprune.data.images import Images
 from vitprune.finetuning.losses import LOSSES
-from vitprune.finetuning.step import Update
+from vitprune.finetuning.step import TrainStep
 from vitprune.finetuning.student import State
 from vitprune.models.trace import eval_mode
 from vitprune.reports.results import Check
@@ -45,7 +44,7 @@ class HeldOut:
     first: tuple[float, ...] = ()
     _taught: list[Tensor | None] = field(default_factory=list, init=False)
 
-    def look(self, update: Update, step: int) -> bool:
+    def look(self, update: TrainStep, step: int) -> bool:
         """Compares the student as it is; returns whether it is the best so far."""
         sums: dict[str, float] = {}
         images, batches = 0, list[float]()

@@ -42,13 +42,13 @@ def token_loss(student_BND: Tensor, teacher_BND: Tensor, there_BN: Tensor) -> Te
 
 
 def answer_losses(
-    answers: Tensor, taught: Tensor | None, labels_B: Tensor | None, weights: LossWeights, *, are_logits: bool
+    answers: Tensor, taught: Tensor | None, labels_B: Tensor | None, weights: LossWeights, *, is_classifier: bool
 ) -> dict[str, Tensor]:
     """What training minimises beside the budget, weighted: task (labels and logits) and distillation (a teacher)."""
     losses = {}
-    if labels_B is not None and weights.task and are_logits:
+    if labels_B is not None and weights.task and is_classifier:
         losses["task"] = weights.task * F.cross_entropy(answers.float(), labels_B)
     if taught is not None and weights.distillation:
-        distil = distillation_loss if are_logits else embedding_loss
+        distil = distillation_loss if is_classifier else embedding_loss
         losses["distillation"] = weights.distillation * distil(answers, taught)
     return losses

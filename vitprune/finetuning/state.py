@@ -1,7 +1,6 @@
 """The full state of a fine-tuning, written beside its place and renamed, the last few kept.
 
-Knows when a state is due and how it is found again. Leaves what is in it to Accelerate (weights, optimizer, schedule,
-scaler and random numbers of every process) and to `finetuning` (how far it has come).
+Knows when a state is due and how it is found again.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ _BEST = "best.safetensors"
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a fine-tuning has come: optimizer steps, where its data goes on, the log of the factor on its thresholds.
+    """How far a fine-tuning has come: optimizer steps, where its data is, the log of the factor on its thresholds.
 
     checks: of so many held-out images, so far; first: losses of their batches before training. best_factor: of the best
     state, whose weights lie beside; None while it is the first.
@@ -126,7 +125,7 @@ class States:
             where = "the beginning" if newest is None else f"step {newest}"
             raise OSError(
                 f"the state of step {progress.steps} can't be written to {self.folder}: {first_line(error)} "
-                f"({free:.1f} GiB are free there); make room and run the same command again: it goes on from {where}"
+                f"({free:.1f} GiB are free there); make room and run the same command again: it resumes from {where}"
             ) from error
         finally:
             if mine:

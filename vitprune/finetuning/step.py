@@ -1,7 +1,7 @@
 """One update of the weights: losses, gradients and the optimizer's step over one global batch.
 
 Knows that a global batch is cut in parts, by processes and by accumulation, and that the result mustn't depend on how:
-every loss is one of all its images. Leaves which images, how often and what is kept of it to `finetuning`.
+every loss is one of all its images.
 
 Shapes: B images, C channels, H height, W width, S stages, N tokens of an image in the dense sequence, D width.
 """
@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from vitprune.finetuning.losses import LOSSES, NonFiniteLoss, answer_losses, token_loss
 from vitprune.finetuning.student import FinalTokens, Seen, taken
 from vitprune.finetuning.thresholds import ThresholdTraining
-from vitprune.models.outputs import Answers, require_same_width
+from vitprune.models.outputs import ImageModel, require_same_width
 from vitprune.recipe.schema import FinetuneSpec
 from vitprune.runtime import distributed
 
@@ -30,7 +30,7 @@ _WAY_OUT = "lower finetune.learning_rate, or set finetune.mixed_precision to bf1
 
 
 @dataclass
-class Update:
+class TrainStep:
     """Runs an update and says what it saw. stand_in: a batch for a process that has no image at its turn.
 
     good_weights: those of a step whose loss and gradient were finite, up to `SNAPSHOT_STEPS` steps ago, and the factor
@@ -39,7 +39,7 @@ class Update:
 
     accelerator: Accelerator
     student: nn.Module
-    teacher: Answers
+    teacher: ImageModel
     optimizer: Optimizer
     spec: FinetuneSpec
     thresholds: ThresholdTraining
@@ -53,7 +53,7 @@ class Update:
         self._taught = FinalTokens(self.teacher) if self.spec.losses.tokens else None
 
     def __call__(self, parts: Sequence[Mapping[str, Tensor] | None], step: int) -> dict[str, float] | None:
-        """One step on this process's parts of a global batch; None, and nothing done, where nobody has an image.
+        """One step on this process's parts of a global batch; None, and nothing done, where no process has an image.
 
         Returns means over all images of the global batch: loss and its parts, ratio of costs, kept part of the patches
         at the end and after each stage; and the factor on the thresholds.
@@ -110,7 +110,7 @@ class Update:
             if taught is not None:
                 require_same_width(seen.answers, taught)
             labels_B = batch.get("labels")
-            losses = answer_losses(seen.answers, taught, labels_B, weights, are_logits=self.teacher.are_logits)
+            losses = answer_losses(seen.answers, taught, labels_B, weights, is_classifier=self.teacher.is_classifier)
             if tokens:
                 assert seen.final_BND is not None
                 assert seen.there_BN is not None
@@ -134,7 +134,7 @@ class Update:
             parts = ", ".join(f"{name} {record[name]:.4g}" for name in LOSSES if name in record)
             raise NonFiniteLoss(f"fine-tuning: the loss isn't finite at step {step + 1} ({parts}); {_WAY_OUT}")
         clipped: Any = self.accelerator.clip_grad_norm_(self.student.parameters(), self.spec.max_grad_norm)
-        norm = distributed.whole(torch.as_tensor(clipped))
+        norm = distributed.full_tensor(torch.as_tensor(clipped))
         # under fp16 the scaler skips such a step by itself and goes on with a smaller scale
         if self.accelerator.scaler is None and not norm.isfinite():
             raise NonFiniteLoss(f"fine-tuning: the gradient isn't finite at step {step + 1}; {_WAY_OUT}")

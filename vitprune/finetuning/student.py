@@ -1,7 +1,5 @@
 """The model that is trained: what its forward gives out, in which state it ends.
 
-Leaves how it is made better to those who call it.
-
 Shapes: B images, S stages, N tokens of an image in the dense sequence, D width.
 """
 
@@ -25,7 +23,7 @@ from vitprune.finetuning.optimization import learning
 from vitprune.finetuning.thresholds import ThresholdTraining
 from vitprune.models import context
 from vitprune.models.module import pruning_of
-from vitprune.models.outputs import Answers
+from vitprune.models.outputs import ImageModel
 from vitprune.models.structure import examine
 from vitprune.recipe.schema import FinetuneSpec
 
@@ -62,7 +60,7 @@ class Seen(NamedTuple):
 class Student(nn.Module):
     """A pruned model as it is trained, with thresholds as `ThresholdTraining` has them."""
 
-    def __init__(self, answers: Answers, thresholds: ThresholdTraining, *, wants_tokens: bool) -> None:
+    def __init__(self, answers: ImageModel, thresholds: ThresholdTraining, *, wants_tokens: bool) -> None:
         super().__init__()
         self.answers = answers
         self.thresholds = thresholds
@@ -82,7 +80,7 @@ class Student(nn.Module):
 class FinalTokens:
     """The tokens of a model behind its last block and norm."""
 
-    def __init__(self, answers: Answers) -> None:
+    def __init__(self, answers: ImageModel) -> None:
         self._source = examine(answers.model).final_norm
 
     @contextmanager
@@ -113,7 +111,7 @@ class Trained:
     the student is no copy. state: what to end with, if not with what was learned last; or `is_at_start`.
     """
 
-    answers: Answers
+    answers: ImageModel
     student: Student
     thresholds: ThresholdTraining
     is_sharded: bool
@@ -148,7 +146,11 @@ class Trained:
 
 @contextmanager
 def trained(
-    answers: Answers, teacher: Answers, spec: FinetuneSpec, accelerator: Accelerator, thresholds: ThresholdTraining
+    answers: ImageModel,
+    teacher: ImageModel,
+    spec: FinetuneSpec,
+    accelerator: Accelerator,
+    thresholds: ThresholdTraining,
 ) -> Iterator[Trained]:
     """The student to be trained; afterwards `answers` has what it learned and is ready to be used.
 

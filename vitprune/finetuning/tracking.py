@@ -1,6 +1,6 @@
 """What experiment trackers are told of a fine-tuning: the recipe, figures of every step, pictures of kept tokens.
 
-Knows names and units of the figures. Leaves the trackers themselves to Accelerate.
+Knows names and units of the figures.
 
 Shapes: B images, C channels, H height, W width, P patches.
 """
@@ -32,7 +32,7 @@ _PACKAGES = {"comet_ml": "comet-ml"}
 
 
 @dataclass(frozen=True)
-class Diary:
+class TrackerContext:
     """What trackers are given besides figures.
 
     folder: for those that write files. run: its name. settings: the flat recipe, shown as hyperparameters. samples:
@@ -63,23 +63,23 @@ class Tracking:
     accelerator: Accelerator
     student: nn.Module
     thresholds: ThresholdTraining
-    diary: Diary
+    tracker_context: TrackerContext
     images_per_step: int
     _last: float = field(default_factory=time.perf_counter, init=False)
 
     def begin(self) -> None:
         plain = {key: value if isinstance(value, str | int | float) else str(value) for key, value in self._settings()}
-        self.accelerator.init_trackers(self.diary.run, config=plain)
+        self.accelerator.init_trackers(self.tracker_context.run, config=plain)
         self._last = time.perf_counter()
 
-    def tell(
+    def log_step(
         self, record: Mapping[str, float], learning_rates: Mapping[str, float], step: int, check: Check | None = None
     ) -> None:
         """Figures of one step: losses, ratio, kept parts, thresholds, learning rates, images a second; a check's."""
         now = time.perf_counter()
         speed, self._last = self.images_per_step / (now - self._last), now
         pruning = pruning_of(self.student)
-        levels = self.thresholds.levels(distributed.whole(pruning.levels)).tolist()
+        levels = self.thresholds.levels(distributed.full_tensor(pruning.levels)).tolist()
         seen = {} if check is None else {"loss": check.loss, "ratio": check.ratio, **check.losses}
         self.accelerator.log(
             {
@@ -96,13 +96,13 @@ class Tracking:
         """So much of the time since the last step was no training."""
         self._last += seconds
 
-    def show(self, step: int) -> None:
+    def log_images(self, step: int) -> None:
         """Pictures of the samples, each beside itself with the tokens dimmed that didn't stay to the end."""
         began = time.perf_counter()
-        x_BCHW = self.diary.samples.to(self.accelerator.device)
+        x_BCHW = self.tracker_context.samples.to(self.accelerator.device)
         with trace(self.student) as seen, eval_mode(self.student), torch.no_grad(), self.accelerator.autocast():
             self.student(x_BCHW)
-        unit_BCHW = unscaled(self.diary.samples, self.diary.scale_C, self.diary.shift_C)
+        unit_BCHW = unscaled(self.tracker_context.samples, self.tracker_context.scale_C, self.tracker_context.shift_C)
         pictures = beside_kept(unit_BCHW, seen.keep_masks[-1].cpu())
         if pictures is not None:
             for tracker in self.accelerator.trackers:
@@ -116,7 +116,7 @@ class Tracking:
             tracker.finish()
 
     def _settings(self) -> Sequence[tuple[str, Any]]:
-        return [(key, "none" if value is None else value) for key, value in self.diary.settings.items()]
+        return [(key, "none" if value is None else value) for key, value in self.tracker_context.settings.items()]
 
 
 _NAMES = {name: f"loss/{name}" for name in LOSSES} | {"loss": "loss/total"}

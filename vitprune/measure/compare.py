@@ -1,7 +1,4 @@
-"""Pruned against dense: how good, how much work, how fast.
-
-Knows how to measure two models on the same images in the same run. Leaves the stopwatch to `timing`, what the
-numbers are called to `results`, and showing them to `report`.
+"""Pruned against dense on the same images: how good the answers are, and how much work they take.
 
 Tensor suffixes: B images, C channels, H height, W width.
 """
@@ -21,7 +18,7 @@ from vitprune.data.images import Images
 from vitprune.measure.metrics import RANKED, load_metric
 from vitprune.measure.timing import placed
 from vitprune.models.module import pruning_of
-from vitprune.models.outputs import Answers, require_same_kind, require_same_width
+from vitprune.models.outputs import ImageModel, require_same_kind, require_same_width
 from vitprune.models.trace import Trace, eval_mode, trace
 from vitprune.recipe.schema import EvaluateSpec
 from vitprune.reports.results import (
@@ -48,9 +45,9 @@ def compare(
 
     Raises ValueError where there is no image, `pruned` isn't pruned, or isn't made of `dense`, as their answers tell.
     """
-    dense_answers, pruned_answers = Answers.of(dense), Answers.of(pruned)
+    dense_answers, pruned_answers = ImageModel.of(dense), ImageModel.of(pruned)
     require_same_kind(pruned_answers, dense_answers)
-    state = distributed.join()
+    state = distributed.init()
     own = images.share(state.process_index, state.num_processes)
     batches = own.loader(spec.batch_size)
     total = None if images.streamed else len(batches)
@@ -64,8 +61,10 @@ def compare(
             with trace(pruned) as watched:
                 after = pruned_answers(placed(x_BCHW, pruned))
             require_same_width(after, before)
-            seen.append(_Seen.of(before, after, watched, batch.get("labels"), are_logits=dense_answers.are_logits))
-    everybodys = distributed.gathered((seen, own.skipped))
+            seen.append(
+                _Seen.of(before, after, watched, batch.get("labels"), is_classifier=dense_answers.is_classifier)
+            )
+    everybodys = distributed.all_gather((seen, own.skipped))
     together = [one for theirs, _ in everybodys for one in theirs]
     if not together:
         raise ValueError("data.eval: there is no image to compare the models on")
@@ -91,15 +90,17 @@ class _Seen:
     finite_B: tuple[Tensor, Tensor]
 
     @classmethod
-    def of(cls, dense: Tensor, pruned: Tensor, watched: Trace, labels_B: Tensor | None, *, are_logits: bool) -> _Seen:
+    def of(
+        cls, dense: Tensor, pruned: Tensor, watched: Trace, labels_B: Tensor | None, *, is_classifier: bool
+    ) -> _Seen:
         return cls(
             macs_B=watched.macs.cpu(),
             dense_macs_B=watched.dense_macs.cpu(),
             kept_BS=torch.stack([mask.sum(dim=1) for mask in watched.keep_masks], dim=1).cpu(),
             patches=watched.keep_masks[0].shape[1],
-            ranked=(_ranked(dense), _ranked(pruned)) if are_logits else None,
-            cosines_B=None if are_logits else F.cosine_similarity(dense.float(), pruned.float(), dim=-1).cpu(),
-            labels_B=labels_B if are_logits else None,
+            ranked=(_ranked(dense), _ranked(pruned)) if is_classifier else None,
+            cosines_B=None if is_classifier else F.cosine_similarity(dense.float(), pruned.float(), dim=-1).cpu(),
+            labels_B=labels_B if is_classifier else None,
             finite_B=(_are_finite(dense), _are_finite(pruned)),
         )
 

@@ -2,7 +2,7 @@
 
 Knows bytes of working memory: what torch allocates at its peak beyond what was there before the call, so neither
 weights nor the batch. Exact, the same in every run, and not what the operating system shows: that also has libraries,
-and memory that the allocator keeps for later. Leaves seconds to `timing`.
+and memory that the allocator keeps for later.
 
 Tensor suffixes: B images, C channels, H height, W width.
 """
@@ -70,7 +70,7 @@ def require_memory(call: Callable[[Tensor], object], x_BCHW: Tensor, batch_size:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that a process could still take; infinity where nobody says."""
+    """Bytes that a process could still take; infinity where that isn't known."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

@@ -1,7 +1,4 @@
-"""How good answers are: `evaluate` metrics that work offline.
-
-Knows only class ids. Leaves to `evaluation` where they come from.
-"""
+"""How good answers are: `evaluate` metrics that work offline."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from rich.progress import track
 from torch import Tensor, nn
 
 from vitprune.measure.timing import PlacedBatches, Runner, time_in_turn, whole_batches
-from vitprune.models.outputs import Answers
+from vitprune.models.outputs import ImageModel
 from vitprune.models.trace import eval_mode, trace
 from vitprune.pruning.kernels import cpu
 from vitprune.reports.results import (
@@ -40,7 +40,7 @@ def measure_throughput(
     Raises ValueError where `pruned` isn't pruned.
     """
     console = Console(stderr=True)
-    answers = Answers.of(dense), Answers.of(pruned)
+    answers = ImageModel.of(dense), ImageModel.of(pruned)
     with eval_mode(dense, pruned), torch.no_grad():
         return [
             _throughput(*answers, whole_batches(images, size), repeats)

@@ -1,7 +1,5 @@
 """The stopwatch: calls timed in turn on the same batches, warmed up, medians with their spread.
 
-Knows seconds. Leaves what is called to the caller, and bytes to `memory`.
-
 Tensor suffixes: B images, C channels, H height, W width.
 """
 

@@ -1,7 +1,4 @@
-"""Checkpoints: a dense one comes in, a pruned one goes out, whole or not at all.
-
-Knows files; leaves what a pruned model is to `pruner`, and its way back through `from_pretrained` to `plugin`.
-"""
+"""Checkpoints: a dense one comes in, a pruned one goes out, whole or not at all."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from vitprune.models.families import supported
 from vitprune.models.module import is_pruned
 from vitprune.models.prune import SUBMODULE
-from vitprune.models.structure import Anatomy, examine
+from vitprune.models.structure import Structure, examine
 from vitprune.recipe.errors import first_line
 from vitprune.runtime.files import GIB, beside, contents, require_name_fits
 from vitprune.runtime.hub_cache import CONFIG, NO_SAFETENSORS, PROCESSOR, TOKENIZER, WEIGHTS, WEIGHTS_INDEX, absence
@@ -86,7 +83,7 @@ def _classifier_of(config: PreTrainedConfig) -> str:
     return found if isinstance(found, str) else found[0]
 
 
-def outline(cls: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[PreTrainedModel, Anatomy]:
+def outline(cls: type[PreTrainedModel], config: PreTrainedConfig) -> tuple[PreTrainedModel, Structure]:
     """A model without weights, on the meta device, and its parts. Raises ValueError for what is no plain ViT."""
     with torch.device("meta"):
         model = cls(config)

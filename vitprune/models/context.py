@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 class Context:
     """traces: that watch. whole_sequence: what is behind the last block is wanted whole, though the head reads less.
 
-    for_head: nobody but the model's own head sees what the backbone gives out.
+    for_head: only the model's own head sees what the backbone gives out.
     forward: of a pruned backbone, from its first module to its last. attention: of the block that runs.
     checkpoints: blocks are run again in the backward pass, by us.
     """

@@ -64,7 +64,7 @@ class Recognised:
     macs: int
 
 
-def recognise(model: PreTrainedModel, backbone: PreTrainedModel) -> Recognised | None:
+def detect(model: PreTrainedModel, backbone: PreTrainedModel) -> Recognised | None:
     """What a model is that no entry of `FAMILIES` names; None for what is no plain ViT."""
     size, patch = (getattr(backbone.config, name, None) for name in ("image_size", "patch_size"))
     if not find_blocks(backbone) or not isinstance(size, int) or not isinstance(patch, int):

@@ -1,7 +1,4 @@
-"""What is known of each family of ViTs: one entry of `FAMILIES`. `anatomy` finds a model's parts with it.
-
-docs/families.md shows how one is added.
-"""
+"""What is known of each family of ViTs: one entry of `FAMILIES`. docs/families.md shows how one is added."""
 
 from __future__ import annotations
 
@@ -164,3 +161,20 @@ FAMILIES = {
 def supported() -> str:
     """The model classes that work, for messages and docs."""
     return ", ".join(name for family in FAMILIES.values() for name in family.classes)
+
+
+def register_family(model_type: str, family: Family) -> None:
+    """Make models of a type known to `prune_`, for this process.
+
+    Args:
+        model_type: `config.model_type` of the module that takes the image.
+        family: what pruning has to know of such models.
+
+    Raises:
+        ValueError: the type is known already.
+    """
+    if model_type in FAMILIES:
+        raise ValueError(
+            f"the family '{model_type}' is registered already; its classes are {FAMILIES[model_type].classes}"
+        )
+    FAMILIES[model_type] = family

@@ -1,7 +1,4 @@
-"""What a pruned model holds beyond the dense one (`Pruning`), and what its forwards did (`Trace`).
-
-Leaves attaching it to a model to `pruner`.
-"""
+"""What a pruned model holds beyond the dense one: its thresholds, and the policy of its forwards."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from vitprune.models.block import Removable
-from vitprune.models.structure import Anatomy
+from vitprune.models.structure import Structure
 from vitprune.pruning.costs import Costs
 from vitprune.pruning.selection import Policy
 from vitprune.recipe.pruning_spec import FORMAT, METHOD
@@ -38,15 +35,15 @@ class Pruning(nn.Module):
 
     temperatures: Tensor
 
-    def __init__(self, spec: PruningSpec, anatomy: Anatomy) -> None:
+    def __init__(self, spec: PruningSpec, structure: Structure) -> None:
         super().__init__()
         self.spec = spec
         self.configs: tuple[PreTrainedConfig, ...] = ()
-        self.before_blocks = anatomy.stages(spec)
-        self.num_prefix_tokens = anatomy.num_prefix_tokens
-        self.has_class_token = anatomy.has_class_token
-        self.cost = anatomy.cost
-        self.dense_attention = anatomy.backbone.config._attn_implementation or "sdpa"
+        self.before_blocks = structure.stages(spec)
+        self.num_prefix_tokens = structure.num_prefix_tokens
+        self.has_class_token = structure.has_class_token
+        self.cost = structure.cost
+        self.dense_attention = structure.backbone.config._attn_implementation or "sdpa"
         self.execution: Execution = "masked"
         self.latency: Costs | None = None
         self.handles: list[Removable] = []

@@ -1,6 +1,6 @@
 """A model as a function of images alone: logits where it has classes, an embedding where it has none.
 
-Knows where each kind of model keeps its answer; leaves what is done with it to training and evaluation.
+Knows where each kind of model keeps its answer.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _KINDS = {True: "has classes", False: "has none"}
 _WAY_OUT = "name the dense model that the pruned one was made of"
 
 
-class Answers(nn.Module):
+class ImageModel(nn.Module):
     """`pixel_values` in; logits (B, C) or embeddings (B, E) out.
 
     Logits come from a classification head, or by zero-shot from `classes_CE`, embeddings of the classes' names of
@@ -36,22 +36,22 @@ class Answers(nn.Module):
         self.register_buffer("classes_CE", classes_CE, persistent=False)
 
     @staticmethod
-    def of(model: nn.Module) -> Answers:
+    def of(model: nn.Module) -> ImageModel:
         """The model itself if it is one already.
 
         Raises TypeError for what is no model of transformers, such as a wrapper around one.
         """
-        if isinstance(model, Answers):
+        if isinstance(model, ImageModel):
             return model
         if not isinstance(model, PreTrainedModel):
             raise TypeError(
                 f"{type(model).__name__} is no model of transformers (PreTrainedModel); pass the model inside it, such "
                 "as model.module of DistributedDataParallel or peft_model.get_base_model()"
             )
-        return Answers(model)
+        return ImageModel(model)
 
     @property
-    def are_logits(self) -> bool:
+    def is_classifier(self) -> bool:
         return self.classes_CE is not None or "Classification" in type(self.model).__name__
 
     def forward(self, pixel_values: Inputs) -> Tensor:
@@ -79,10 +79,10 @@ class Answers(nn.Module):
         return cosines_BC * model.logit_scale.exp() + getattr(model, "logit_bias", 0.0)
 
 
-def require_same_kind(pruned: Answers, dense: Answers) -> None:
+def require_same_kind(pruned: ImageModel, dense: ImageModel) -> None:
     """Raises ValueError where one model has classes and the other has none."""
-    if pruned.are_logits != dense.are_logits:
-        ours, theirs = (f"{type(a.model).__name__} {_KINDS[a.are_logits]}" for a in (pruned, dense))
+    if pruned.is_classifier != dense.is_classifier:
+        ours, theirs = (f"{type(a.model).__name__} {_KINDS[a.is_classifier]}" for a in (pruned, dense))
         raise ValueError(f"the pruned {ours}, but the dense {theirs}; {_WAY_OUT}")
 
 

@@ -21,7 +21,7 @@ from transformers.utils.generic import ModelOutput
 from vitprune.models import context
 from vitprune.models.block import NAME, BlockForward, Removable, pack_rope
 from vitprune.models.module import Pruning, is_pruned, pruning_of, quantization_method
-from vitprune.models.structure import Anatomy, examine, find_backbone
+from vitprune.models.structure import Structure, examine, find_backbone
 from vitprune.models.trace import Trace
 from vitprune.pruning.forward import Forward, PackedForward
 from vitprune.pruning.learning.masked import MaskedForward
@@ -48,20 +48,20 @@ def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
     if is_pruned(model):
         raise ValueError(f"{type(model).__name__} is pruned already; call vitprune.restore_(model) first")
     _require_plain(model)
-    anatomy = examine(model)
-    if any(isinstance(hook, _Begin) for hook in anatomy.backbone._forward_pre_hooks.values()):
+    structure = examine(model)
+    if any(isinstance(hook, _Begin) for hook in structure.backbone._forward_pre_hooks.values()):
         raise ValueError(
             f"{type(model).__name__} is part of a model that is pruned already; call vitprune.restore_ on it"
         )
     _own_config(model)
-    pruning = Pruning(spec, anatomy)
+    pruning = Pruning(spec, structure)
     device = next(model.parameters()).device
-    owner = model if anatomy.inner is None else anatomy.inner
+    owner = model if structure.inner is None else structure.inner
     owner.add_module(SUBMODULE, pruning if device.type == "meta" else pruning.to(device))
-    pruning.handles = _attach(model, pruning, anatomy)
-    if anatomy.family.has_interface:
-        _set_attention(anatomy.backbone, NAME)
-    pruning.configs = tuple({id(config): config for config in (model.config, anatomy.backbone.config)}.values())
+    pruning.handles = _attach(model, pruning, structure)
+    if structure.family.has_interface:
+        _set_attention(structure.backbone, NAME)
+    pruning.configs = tuple({id(config): config for config in (model.config, structure.backbone.config)}.values())
     pruning.tell_configs()
     return model
 
@@ -121,23 +121,23 @@ def restore_(model: PreTrainedModel) -> PreTrainedModel:
     return model
 
 
-def _attach(model: PreTrainedModel, pruning: Pruning, anatomy: Anatomy) -> list[Removable]:
+def _attach(model: PreTrainedModel, pruning: Pruning, structure: Structure) -> list[Removable]:
     """Hooks are objects, not closures, so that a copy of the model has hooks of its own."""
-    family, backbone = anatomy.family, anatomy.backbone
+    family, backbone = structure.family, structure.backbone
     handles: list[Removable] = [
-        backbone.register_forward_pre_hook(_Begin(pruning, family.has_interface, anatomy.inner), with_kwargs=True),
-        backbone.register_forward_hook(_End(pruning, anatomy.inner), always_call=True),
-        anatomy.final_norm.register_forward_hook(_Unpack(norms=anatomy.final_norm not in anatomy.blocks)),
+        backbone.register_forward_pre_hook(_Begin(pruning, family.has_interface, structure.inner), with_kwargs=True),
+        backbone.register_forward_hook(_End(pruning, structure.inner), always_call=True),
+        structure.final_norm.register_forward_hook(_Unpack(norms=structure.final_norm not in structure.blocks)),
     ]
-    if anatomy.pooling is not None:
-        handles.append(anatomy.pooling.register_forward_pre_hook(_pool_what_is_there, with_kwargs=True))
+    if structure.pooling is not None:
+        handles.append(structure.pooling.register_forward_pre_hook(_pool_what_is_there, with_kwargs=True))
     # transformers and timm have a class of that name for stochastic depth
     drops = (module for module in backbone.modules() if type(module).__name__.endswith("DropPath"))
     handles += [module.register_forward_hook(_drop_by_image) for module in drops]
-    if anatomy.cost.read is not None:
+    if structure.cost.read is not None:
         handles.append(model.register_forward_pre_hook(_begin_for_head, prepend=True, with_kwargs=True))
         handles.append(model.register_forward_hook(_end_for_head, always_call=True))
-    for index, block in enumerate(anatomy.blocks):
+    for index, block in enumerate(structure.blocks):
         enter = _EnterBlock(index, family.rope, family.pads)
         handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
         # first, so that all who record see the same
@@ -242,7 +242,7 @@ class _End:
 
 
 def _unpacked(forward: Forward, hidden_states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
-    # those that nobody selected are None
+    # those that weren't selected are None
     return tuple(None if x is None else forward.unpack_recorded(block, x) for block, x in enumerate(hidden_states))
 
 
@@ -276,7 +276,7 @@ class _EnterBlock:
 
 @dataclass(frozen=True, eq=False)
 class _LeaveBlock:
-    """A stage comes behind the block before, not before its own: whoever called the block holds less then."""
+    """A stage comes behind the block before, not before its own: the block's caller holds less then."""
 
     block: int
 

@@ -1,8 +1,4 @@
-"""A model's parts, found without a path into its modules.
-
-What differs between families is in `families`. Leaves models that no entry names to `recognition`, changing a model to
-`pruner`.
-"""
+"""A model's parts, found without a path into its modules, and what they cost."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from vitprune.models.detection import find_backbone, find_blocks, recognise
+from vitprune.models.detection import detect, find_backbone, find_blocks
 from vitprune.models.families import FAMILIES, Family, supported
 from vitprune.pruning.costs import CostModel
 from vitprune.recipe.errors import Problem, RecipeError
@@ -24,7 +20,7 @@ Inputs = Tensor | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
-class Anatomy:
+class Structure:
     """The parts of one model that pruning touches or counts.
 
     backbone: the innermost module whose forward takes the image.
@@ -66,7 +62,7 @@ def _unsupported(model: nn.Module, why: str = "is not a ViT that vitprune can pr
     return ValueError(f"{type(model).__name__}{kind} {why}; supported are: {supported()}")
 
 
-def examine(model: nn.Module) -> Anatomy:
+def examine(model: nn.Module) -> Structure:
     """Finds the parts of a model.
 
     Raises:
@@ -77,7 +73,7 @@ def examine(model: nn.Module) -> Anatomy:
     backbone = find_backbone(model)
     family = FAMILIES.get(backbone.config.model_type)
     if family is None:
-        return _dissect(model, backbone, _recognised(model, backbone), is_generic=True)
+        return _dissect(model, backbone, _detected(model, backbone), is_generic=True)
     if {cls.__name__ for cls in type(model).__mro__}.isdisjoint(family.classes):
         raise _unsupported(model)
     if family.inner is not None:
@@ -89,9 +85,9 @@ def examine(model: nn.Module) -> Anatomy:
     return _dissect(model, backbone, family)
 
 
-def _recognised(model: PreTrainedModel, backbone: PreTrainedModel) -> Family:
+def _detected(model: PreTrainedModel, backbone: PreTrainedModel) -> Family:
     """The family of a model that no entry names, if what it costs is understood."""
-    found = recognise(model, backbone)
+    found = detect(model, backbone)
     if found is None:
         raise _unsupported(model)
     cost = _cost(found.twin, find_blocks(found.twin), *found.family.heads(found.twin))
@@ -111,18 +107,20 @@ def run_on_images(model: nn.Module, inputs: Inputs) -> None:
     sees(**inputs) if isinstance(inputs, Mapping) else sees(inputs)
 
 
-def count_tokens(anatomy: Anatomy, pixel_values: Tensor) -> int:
+def count_tokens(structure: Structure, pixel_values: Tensor) -> int:
     """Tokens of an image in the first block, prefix included; the model and the image may be on the meta device."""
     seen: list[int] = []
-    handle = anatomy.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0].shape[1]))
+    handle = structure.blocks[0].register_forward_pre_hook(lambda block, args: seen.append(args[0].shape[1]))
     try:
-        anatomy.backbone(pixel_values)
+        structure.backbone(pixel_values)
     finally:
         handle.remove()
     return seen[0]
 
 
-def _dissect(model: PreTrainedModel, backbone: PreTrainedModel, family: Family, *, is_generic: bool = False) -> Anatomy:
+def _dissect(
+    model: PreTrainedModel, backbone: PreTrainedModel, family: Family, *, is_generic: bool = False
+) -> Structure:
     """The parts of a model whose family is known."""
     path = family.blocks
     blocks = find_blocks(backbone) if path is None else tuple(backbone.get_submodule(path).children())
@@ -132,7 +130,7 @@ def _dissect(model: PreTrainedModel, backbone: PreTrainedModel, family: Family, 
     final_norm = None if family.final_norm is None else modules.get(family.final_norm)
     prefix = family.num_prefix_tokens(backbone)
     read = None if family.reads_patches(model) else prefix
-    return Anatomy(
+    return Structure(
         model_type=backbone.config.model_type,
         family=family,
         backbone=backbone,
@@ -187,10 +185,10 @@ def _linear_macs(block: nn.Module) -> int:
     return sum(module.weight.numel() for module in block.modules() if isinstance(module, nn.Linear))
 
 
-def require_images(checkpoint: str, anatomy: Anatomy) -> None:
+def require_images(checkpoint: str, structure: Structure) -> None:
     """Raises ValueError for a model that a recipe can't feed."""
-    if anatomy.family.media != "images":
+    if structure.family.media != "images":
         raise ValueError(
-            f"model.checkpoint {checkpoint}: {type(anatomy.backbone).__name__} takes {anatomy.family.media}, recipes "
-            "read images; use the Python API: prune_, calibrate and a training loop of your own"
+            f"model.checkpoint {checkpoint}: {type(structure.backbone).__name__} takes {structure.family.media}, and "
+            "recipes read images; use the Python API: prune_, calibrate and a training loop of your own"
         )

@@ -3,8 +3,8 @@
 transformers' layers run unmodified: in place of their attention function they call the `Attention` of the block that
 runs. Here are those of a dense block and of the last one.
 
-Shapes: B images, N tokens of an image, T rows of the batch laid end to end, M tokens of the longest image, H heads,
-K head width, G images side by side, Q and J tokens that make pairs.
+Shapes: B images, N tokens of an image, T rows of the batch laid end to end, M tokens of the longest image, H heads, K
+head width, G images side by side, Q and J tokens that make pairs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Multiply-accumulates (MACs) of a pruned and of a dense pass, exact for what is executed.
 
-Counted: every matrix product and convolution, the score's attention row and the similarities of a merge included.
-Not counted, as everywhere: norms, activations, softmax, sums. Nor padding: of similarity matrices to a batch's largest
+Counted: every matrix product and convolution, the score's attention row and the similarities of a merge included. Not
+counted, as everywhere: norms, activations, softmax, sums. Nor padding: of similarity matrices to a batch's largest
 image, of keys to what the attention kernel likes.
 
 All token counts may be numbers or tensors, so that the same formulas serve reports and the budget loss.

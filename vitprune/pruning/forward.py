@@ -25,7 +25,7 @@ class Forward(ABC):
     """The state of one forward of a pruned model. Belongs to that forward alone.
 
     keep_masks: after each stage so far, bool (B, patches): the patches that are still tokens of their own.
-    counter: what it cost so far, counted where somebody observes; None before the first block.
+    counter: what it cost so far, counted where there are observers; None before the first block.
     num_tokens: of an image in the dense sequence.
     """
 
@@ -52,7 +52,7 @@ class Forward(ABC):
     def unpack(self, hidden_states: Tensor) -> Tensor:
         """Hidden states behind the last block, and its norm, in the dense sequence, (B, N, D); zero for padding.
 
-        Where nobody but the head sees them, those that it reads.
+        Where only the head sees them, those that it reads.
         """
 
     def unpack_recorded(self, block: int, hidden_states: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ class Forward(ABC):
 class PackedForward(Forward):
     """A forward in which tokens that leave are gone.
 
-    for_head: nobody but the model's head sees what the last block gives out.
+    for_head: only the model's head sees what the last block gives out.
     trains: the last block is computed for all tokens, but counted as inference computes it.
     """
 
@@ -110,7 +110,7 @@ class PackedForward(Forward):
         self._batches: list[TokenBatch | None] = []
 
     def _stages(self) -> dict[int, int]:
-        """Stage by block that it comes before; where nobody observes, a stage at which nothing can leave is none."""
+        """Stage by block that it comes before; without observers, a stage at which nothing can leave is none."""
         levels = zip(self.policy.before_blocks, self.policy.levels.tolist(), strict=True)
         return {
             block: stage
@@ -120,7 +120,7 @@ class PackedForward(Forward):
 
     @property
     def is_dense(self) -> bool:
-        """Whether all of it is as in the dense model, and nobody wants to know."""
+        """Whether all of it is as in the dense model, and there are no observers."""
         return not (self.stages or self.read is not None or self.observers)
 
     def enter_block(
@@ -189,7 +189,7 @@ class PackedForward(Forward):
         return x_TD[None]
 
     def _observe(self, after: TokenBatch, kept_B: Tensor | None) -> None:
-        """Counts a stage where somebody observes. kept_B: tokens that each image keeps, float64."""
+        """Counts a stage, if there are observers. kept_B: tokens that each image keeps, float64."""
         if kept_B is None:
             return
         assert self.counter is not None

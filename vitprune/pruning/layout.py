@@ -1,7 +1,5 @@
 """Where the tokens of each image lie in a packed batch, as kernels like it.
 
-Knows lengths and rows, on the host. Leaves what a token is to `tokens`.
-
 Shapes: B images, T rows of the whole batch laid end to end, M tokens of the longest image, G images in a bucket, L rows
 of each of them, D width.
 """
@@ -26,7 +24,7 @@ TILE_KEY_ALIGNMENT = 16
 CALL_MACS, TILE_CALL_MACS, LEARNING_CALL_MACS = 2_500_000, 9_000_000, 50_000_000
 # half-precision matrix products on a CPU are compiled for their shape (up to milliseconds each): keep to few
 HALF_PRECISION_ROWS = 64
-# but of fewer rows no more than this part may be nobody's
+# but of fewer rows no more than this part may be unused
 HALF_PRECISION_PADDING = 1 / 32
 
 
@@ -79,7 +77,7 @@ def ranges(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 class Layout:
     """Which rows belong to which image. Images of as many rows lie side by side: rectangles, the buckets.
 
-    An image's tokens come first in its rows, then fillers; behind the last image may be rows that are nobody's.
+    An image's tokens come first in its rows, then fillers; behind the last image may be unused rows.
 
     lengths: tokens of each image, prefix included. On the host: every ragged operation needs them there.
     alignment: of which number the rows of an image are a multiple.

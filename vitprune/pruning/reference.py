@@ -1,8 +1,8 @@
 """The whole algorithm for one image on one page, unoptimised: the tests' oracle, and the place to read first.
 
-Equations: AS-ViT, arXiv 2209.13802; ToMe, arXiv 2210.09461; density peaks, Rodriguez & Laio, Science 2014.
-Shapes: N tokens that the image has left (prefix first), P of them prefix, n patches of the dense image, H heads, K head
-width, D width.
+Equations: AS-ViT, arXiv 2209.13802; ToMe, arXiv 2210.09461; density peaks, Rodriguez & Laio, Science 2014. Shapes: N
+tokens that the image has left (prefix first), P of them prefix, n patches of the dense image, H heads, K head width, D
+width.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class Kernels(Protocol):
 
 
 class Origin(Protocol):
-    """Where a batch's tokens come from; worked out when somebody asks.
+    """Where a batch's tokens come from; worked out when it is asked for.
 
     positions_T: index of each token in the dense sequence; `NO_TOKEN` for fillers.
     patch_token_BN: which of its image's tokens stands for a token of the dense sequence now, or `NO_TOKEN`.

@@ -1,7 +1,4 @@
-"""What is wrong with a recipe, where, and what to write instead.
-
-Knows how to say in plain words what Pydantic refuses. Leaves finding the lines to `yaml_source.py`. Imports no torch.
-"""
+"""What is wrong with a recipe, where, and what to write instead."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The recipe's section on fine-tuning. Imports no torch."""
+"""The recipe's section on fine-tuning."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ class FinetuneSpec(Spec):
     trackers: Annotated[tuple[Tracker, ...], LISTS_TOO] = ()
     """Experiment trackers that are told of every step, such as [tensorboard]."""
     checkpoint_every: Interval = "15min"
-    """How often the full state is kept, from which a run that was broken off goes on: 500 (steps) or 15min."""
+    """How often the full state is kept, from which an interrupted run is resumed: 500 (steps) or 15min."""
     checkpoints_kept: PositiveInt = 2
     """The newest so many of these states stay while the run lasts."""
 

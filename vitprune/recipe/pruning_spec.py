@@ -1,4 +1,4 @@
-"""What a recipe says of pruning: where, by what and how. Imports no torch."""
+"""What a recipe says of pruning: where, by what and how."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class PruningSpec(Spec):
     redundancy_exponent: NonNegative = 0.25
     """How much class attention counts beside redundancy: r * (patches * S)^exponent, 0 for redundancy alone."""
     select: Literal["threshold", "top-k", "random", "tome"] = "threshold"
-    """By a threshold, so that images keep different numbers of tokens, or one of the rivals with fixed numbers."""
+    """By a threshold, so that images keep different numbers of tokens, or one of the baselines with fixed numbers."""
     thresholds: Thresholds = "calibrated"
     """One per stage, for select: threshold. A token stays where its score is above."""
     keep_ratios: KeepRatios = "calibrated"

@@ -1,7 +1,6 @@
 """The recipe: what can be asked of vitprune, its defaults, and how it is read.
 
-Knows the meaning of every key and which go together. Leaves YAML and the places of mistakes to `yaml_source.py`, and
-everything that needs the model or the data to those who run a recipe. Imports no torch.
+Knows the meaning of every key and which go together.
 """
 
 from __future__ import annotations

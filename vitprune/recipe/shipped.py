@@ -1,7 +1,4 @@
-"""The recipes that come with vitprune: where they are and how to take one along.
-
-Knows the folder they are in, in an installed package or a checkout. Leaves their meaning to `recipe.py`.
-"""
+"""The recipes that come with vitprune: where they are and how to take one along."""
 
 from __future__ import annotations
 

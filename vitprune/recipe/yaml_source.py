@@ -1,8 +1,4 @@
-"""YAML in, a Pydantic model out, and for every problem the line it was written on.
-
-Knows YAML's syntax, where each value was written, and `key.path=value` overrides. Leaves the meaning of the keys to
-`recipe.py` and the wording of Pydantic's refusals to `recipe_errors.py`. Imports no torch.
-"""
+"""YAML in, a Pydantic model out, and for every problem the line it was written on."""
 
 from __future__ import annotations
 

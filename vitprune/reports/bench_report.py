@@ -1,7 +1,4 @@
-"""Shows a benchmark: tables for the terminal, and in words what they come to.
-
-Knows how to say what numbers mean. Leaves the numbers to `benchmark_results`, pictures to `plots`.
-"""
+"""Shows a benchmark: tables for the terminal, and in words what they come to."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """What `vitprune bench` finds out, as values: `bench.json` is a `Benchmark`.
 
-Knows names, units, the file, and what follows from the numbers: where pruning pays, as a plain sentence. Leaves
-measuring to `benchmarking` and showing to `bench_report`. Imports no torch. `docs/bench.md` explains each field.
+Knows names, units, the file, and what follows from the numbers: where pruning pays, as a plain sentence.
+`docs/bench.md` explains each field.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import computed_field
 
-from vitprune.reports.results import Document, Environment, Race, Result, Timing
+from vitprune.reports.results import Document, Environment, PairedTiming, Result, Timing
 
 
 class Setting(Result):
@@ -28,7 +28,7 @@ class Setting(Result):
         return Setting(image_size=self.image_size, dtype=self.dtype, mode=self.mode)
 
 
-class Case(Setting, Race):
+class Case(Setting, PairedTiming):
     """Dense, attached and pruned model in turn on the same batches.
 
     attached: pruned, but with thresholds that keep everything. target: the part of the dense MACs that thresholds were
@@ -63,7 +63,7 @@ class Case(Setting, Race):
         return self.dense.median / self.attached.median
 
 
-class TrainingStep(Setting, Race):
+class TrainingStep(Setting, PairedTiming):
     """One step of fine-tuning, the dense teacher's forward included. execution: how the pruned student was trained.
 
     dense: the same step with a dense student. macs_ratio: what inference would execute of the dense MACs.

@@ -1,7 +1,4 @@
-"""The model card of a pruned checkpoint.
-
-Knows what the Hub wants to know. Leaves what the numbers come to to `report`.
-"""
+"""The model card of a pruned checkpoint."""
 
 from __future__ import annotations
 

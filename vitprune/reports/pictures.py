@@ -1,7 +1,6 @@
 """Two pictures of a benchmark: speed-up over MACs, and efficiency over batch size; a panel for each setting.
 
-Knows matplotlib, which is an optional part of the installation and imported only here. Leaves numbers to
-`benchmark_results` and tables to `bench_report`.
+Knows matplotlib, which is an optional part of the installation and imported only here.
 """
 
 from __future__ import annotations

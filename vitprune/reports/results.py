@@ -1,7 +1,6 @@
 """What is found out about a pruned model, as values: `report.json` is a `Report`. Also what a run would do: `Plan`.
 
-Knows names, units and the file. Leaves measuring to `evaluation` and showing to `report`. Imports no torch.
-`docs/report.md` explains each field.
+Knows names, units and the file. `docs/report.md` explains each field.
 """
 
 from __future__ import annotations
@@ -152,7 +151,7 @@ class Timing(Result):
     slowest: float
 
 
-class Race(Result):
+class PairedTiming(Result):
     """Dense and pruned model, timed in turn on the same batches."""
 
     dense: Timing
@@ -165,7 +164,7 @@ class Race(Result):
         return self.dense.median / self.pruned.median
 
 
-class Throughput(Race):
+class Throughput(PairedTiming):
     """Both models on the same batches, in turn. `ideal_speedup`: dense by pruned MACs of those images."""
 
     batch_size: int
@@ -287,7 +286,7 @@ class Report(Document):
 class PlanRow:
     """One block. Tokens count prefix tokens too; MACs are of one image; both at the budget are expected values.
 
-    None where the budget is of time, which nobody knows before it is measured.
+    None where the budget is of time, which isn't known before it is measured.
     """
 
     block: int

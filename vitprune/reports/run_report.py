@@ -1,7 +1,4 @@
-"""Shows results, tables and in words, and what a run would do.
-
-Knows how to say what numbers mean. Leaves the numbers to `results` and where they come from to `evaluation`.
-"""
+"""Shows results, tables and in words, and what a run would do."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""A recipe becomes a compressed checkpoint: `apply`, read from top to bottom. Also `evaluate`.
-
-Knows the order of things; leaves each to its module.
-"""
+"""A recipe becomes a compressed checkpoint: `apply`, read from top to bottom. Also `evaluate`."""
 
 from __future__ import annotations
 
@@ -34,7 +31,7 @@ from vitprune.reports.results import Comparison, Latency, Report, ScheduleSearch
 from vitprune.runs.resume import RunFolder, was_saved
 from vitprune.runs.inputs import RunInputs, flat, moved
 from vitprune.models.module import Levels, pruning_of
-from vitprune.finetuning.tracking import Diary
+from vitprune.finetuning.tracking import TrackerContext
 from vitprune.finetuning.state import States
 
 # different batches of the largest size that throughput is measured on
@@ -46,13 +43,13 @@ SHOWN = 8
 def apply(recipe: Recipe, *, restart: bool = False) -> Report:
     """Prunes, calibrates, fine-tunes, compares and saves, as the recipe says; returns what was measured.
 
-    A run that was broken off goes on where it was, unless `restart`; what is finished isn't done again.
+    An interrupted run is resumed, unless `restart`; what is finished isn't done again.
 
     Raises:
         ValueError: something in the recipe, its data or its checkpoint doesn't fit, or differs from what the run began
             with; names the place and the way out.
         NonFiniteLoss: fine-tuning broke off; the model from before is saved beside the output path.
-        Terminated: by SIGTERM; the same call goes on.
+        Terminated: by SIGTERM; the same call resumes.
     """
     output = Path(recipe.output.path).resolve()
     with signals.watch():
@@ -116,7 +113,7 @@ class _Run(RunInputs):
             search = ScheduleSearch(images=result.images, measure=result.measure, tried=tried)
             return {"levels": Levels.of(pruning).to_lists(), "search": search.model_dump(mode="json")}
 
-        # one stage: a run that is broken off has both or neither
+        # one step: an interrupted run has both or neither
         kept = folder.stage("schedule", dict[str, Any], lambda: distributed.on_main(found))
         Levels.from_lists(kept["levels"]).give(pruning)
         return ScheduleSearch.model_validate(kept["search"])
@@ -157,7 +154,7 @@ class _Run(RunInputs):
         try:
             dense, pruned = self.answers
             states = States.of(recipe.finetune, folder.path)
-            diary = self._diary(output) if recipe.finetune.trackers else None
+            tracker_context = self._tracker_context(output) if recipe.finetune.trackers else None
             history = finetune(
                 pruned,
                 dense,
@@ -168,7 +165,7 @@ class _Run(RunInputs):
                 seed=recipe.seed,
                 progress=self.is_main,
                 states=states,
-                diary=diary,
+                tracker_context=tracker_context,
             )
         except NonFiniteLoss as error:
             rescued = sibling(output, "last-good")
@@ -186,11 +183,11 @@ class _Run(RunInputs):
             self._settle(folder, "thresholds", self._until_met(scale))
         return training
 
-    def _diary(self, output: Path) -> Diary:
+    def _tracker_context(self, output: Path) -> TrackerContext:
         assert self.holdout is not None
         settings = flat(self.recipe.model_dump(mode="json"))
         samples = self.holdout.sample(SHOWN, self.recipe.seed).pixels()
-        return Diary(sibling(output, "logs"), output.name, settings, samples, *pixel_scale(self.processor))
+        return TrackerContext(sibling(output, "logs"), output.name, settings, samples, *pixel_scale(self.processor))
 
     def _until_met(self, settle: Callable[[], object]) -> Callable[[], object]:
         """Settles on levels for the budget; where it is one of time, until that is what is measured."""

@@ -1,7 +1,5 @@
 """What a recipe runs on: the dense model and the pruned one, the image processor, the images of each part.
 
-Knows what has to go together. Leaves what is done with them to `apply`.
-
 Tensor suffixes: C classes, E width of an embedding.
 """
 
@@ -20,7 +18,7 @@ from typing_extensions import Self
 
 from vitprune.runtime import distributed
 from vitprune.models.structure import examine
-from vitprune.models.outputs import Answers, embed_classes, is_two_towers
+from vitprune.models.outputs import ImageModel, embed_classes, is_two_towers
 from vitprune.models.checkpoint import digest_weights, load, load_processor, load_tokenizer
 from vitprune.data.images import Images, load_images
 from vitprune.finetuning.finetune import require_trainable
@@ -30,7 +28,7 @@ from vitprune.recipe.schema import Recipe, SplitSpec
 from vitprune.recipe.errors import Problem, RecipeError
 from vitprune.models.module import is_pruned
 
-# what may change while a run is broken off
+# what may change while a run is interrupted
 _NO_MATTER = {
     "output": True,
     "finetune": {
@@ -51,7 +49,7 @@ class RunInputs:
     recipe: Recipe
     dense: PreTrainedModel
     pruned: PreTrainedModel
-    answers: tuple[Answers, Answers]
+    answers: tuple[ImageModel, ImageModel]
     processor: BaseImageProcessor
     tokenizer: PreTrainedTokenizerBase | None
     train: Images | None
@@ -65,7 +63,7 @@ class RunInputs:
 
         Raises ValueError, naming place and way out, for what isn't there or doesn't go together.
         """
-        state = distributed.join()
+        state = distributed.init()
         distributed.require_same(flat(recipe.model_dump(mode="json")), "recipes")
         dense, model = _load_models(recipe, pruned, state.device)
         spec = recipe.model
@@ -84,7 +82,7 @@ class RunInputs:
             recipe=recipe,
             dense=dense,
             pruned=model,
-            answers=(Answers(dense, classes_CE), Answers(model, classes_CE)),
+            answers=(ImageModel(dense, classes_CE), ImageModel(model, classes_CE)),
             processor=processor,
             tokenizer=tokenizer,
             train=train,
@@ -99,7 +97,7 @@ class RunInputs:
         return _dtype(self.recipe)
 
     def fingerprint(self) -> dict[str, object]:
-        """What a run that goes on has to share with the one that was broken off."""
+        """What a run has to share with the interrupted one that it resumes."""
         settings = flat(self.recipe.model_dump(mode="json", exclude=_NO_MATTER))
         images = {"train": self.train, "held out": self.holdout, "eval": self.eval}
         found = {f"images ({name})": one.fingerprint for name, one in images.items() if one is not None}
@@ -110,7 +108,7 @@ class RunInputs:
             settings[key] = tuning.images_per_step
             if self.recipe.data.streaming:
                 settings["finetune.batch_size"] = tuning.batch_size
-        return {**settings, **found, **weights, "processes": distributed.join().num_processes}
+        return {**settings, **found, **weights, "processes": distributed.init().num_processes}
 
 
 def _load_models(
@@ -137,8 +135,8 @@ def _load_models(
 
 
 def _require_same_names(pruned: str, model: PreTrainedModel, checkpoint: str, dense: PreTrainedModel) -> None:
-    """Answers are compared by class id."""
-    if Answers(model).are_logits and Answers(dense).are_logits and model.config.id2label != dense.config.id2label:
+    """ImageModel are compared by class id."""
+    if ImageModel(model).is_classifier and ImageModel(dense).is_classifier and model.config.id2label != dense.config.id2label:
         raise ValueError(
             f"{pruned} and model.checkpoint {checkpoint} have different classes (`id2label` in config.json); name the "
             "dense model that the pruned one was made of"
@@ -155,7 +153,7 @@ def _require_device(recipe: Recipe, device: torch.device) -> None:
 
 
 def _has_classes(recipe: Recipe, dense: PreTrainedModel) -> bool:
-    return recipe.model.prompt is not None or Answers(dense).are_logits
+    return recipe.model.prompt is not None or ImageModel(dense).is_classifier
 
 
 def _embed_classes(
@@ -174,7 +172,7 @@ def _embed_classes(
 def _load_images(recipe: Recipe, processor: BaseImageProcessor, dense: PreTrainedModel, split: SplitSpec) -> Images:
     """Labels are the model's classes; without a head they are those of the data; of no use without a prompt."""
     labels = None
-    if Answers(dense).are_logits:
+    if ImageModel(dense).is_classifier:
         labels = {int(index): name for index, name in (dense.config.id2label or {}).items()}
     labelled = _has_classes(recipe, dense)
     return load_images(recipe.data, split, processor, id2label=labels, labelled=labelled, seed=recipe.seed)

@@ -1,7 +1,4 @@
-"""`vitprune apply RECIPE -- LAUNCHER OPTIONS`: the same command under Accelerate's launcher.
-
-Leaves starting and watching processes to `accelerate launch`; signals and the exit code pass through.
-"""
+"""`vitprune apply RECIPE -- LAUNCHER OPTIONS`: the same command under Accelerate's launcher."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from vitprune.models.structure import Anatomy, count_tokens, require_images
+from vitprune.models.structure import Structure, count_tokens, require_images
 from vitprune.budget.calibration import TOLERANCE
 from vitprune.models.checkpoint import load_config, load_processor, model_class, outline
 from vitprune.pruning.costs import CostModel
@@ -23,14 +23,14 @@ def plan(recipe: Recipe) -> Plan:
     spec = recipe.model
     config = load_config(spec.checkpoint, spec.revision)
     cls = model_class(spec.checkpoint, config)
-    _, anatomy = outline(cls, config)
-    require_images(spec.checkpoint, anatomy)
+    _, structure = outline(cls, config)
+    require_images(spec.checkpoint, structure)
     if quantization_method(config) == METHOD:
         raise ValueError(f"model.checkpoint {spec.checkpoint} is pruned already; name the dense model")
-    stages = anatomy.stages(recipe.pruning)
+    stages = structure.stages(recipe.pruning)
     pixels = blank_image(load_processor(spec.checkpoint, spec.revision))
-    prefix, cost = anatomy.num_prefix_tokens, anatomy.cost
-    patches = count_tokens(anatomy, pixels.to("meta")) - prefix
+    prefix, cost = structure.num_prefix_tokens, structure.cost
+    patches = count_tokens(structure, pixels.to("meta")) - prefix
     expected: list[float | None] = [None] * len(cost.linear)
     if recipe.budget.macs is not None and _meets_budget(recipe):  # what takes some time is known when it was measured
         schedule = Schedule.even(stages)
@@ -49,9 +49,9 @@ def plan(recipe: Recipe) -> Plan:
     )
     return Plan(
         checkpoint=spec.checkpoint,
-        family=f"{anatomy.model_type}{', recognised generically' if anatomy.is_generic else ''}",
+        family=f"{structure.model_type}{', recognised generically' if structure.is_generic else ''}",
         model_class=cls.__name__,
-        num_blocks=len(anatomy.blocks),
+        num_blocks=len(structure.blocks),
         num_prefix_tokens=prefix,
         stages=stages,
         budget=recipe.budget.part,

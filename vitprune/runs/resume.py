@@ -1,7 +1,6 @@
-"""The folder of a run beside its output: what is finished, so that the same command goes on where it was broken off.
+"""The folder of a run beside its output: what is finished of an interrupted run, so that the same command resumes it.
 
-Knows files and the fingerprint that guards them. Leaves what the stages are to `apply`, the states of fine-tuning to
-`training_state`.
+Files, and the fingerprint that guards them.
 """
 
 from __future__ import annotations
@@ -35,7 +34,7 @@ def place_of(output: Path) -> Path:
 
 
 def was_saved(output: Path) -> bool:
-    """Whether what is at the output is the result of the run that was broken off: only its folder is still there."""
+    """Whether the interrupted run had saved its result, and only cleaning up is left."""
     reports = [place / _REPORT for place in (place_of(output), output)]
     if not all(report.is_file() for report in reports):
         return False
@@ -52,7 +51,7 @@ class RunFolder:
 
     @classmethod
     def open(cls, output: Path, fingerprint: Callable[[], Mapping[str, Any]], *, restart: bool) -> RunFolder:
-        """A new folder, or that of a run which was broken off, if something of it is finished.
+        """A new folder, or that of an interrupted run, if something of it is finished.
 
         fingerprint: asked of the main process alone.
 
@@ -60,7 +59,7 @@ class RunFolder:
         it is still under way.
         """
         path = place_of(output)
-        lock = FileLock(path / _LOCK, blocking=False) if distributed.join().is_main_process else None
+        lock = FileLock(path / _LOCK, blocking=False) if distributed.init().is_main_process else None
 
         def prepare() -> None:
             assert lock is not None
@@ -102,13 +101,13 @@ class RunFolder:
         for found in distributed.on_main(find):
             return found
         result = compute()
-        if distributed.join().is_main_process:
+        if distributed.init().is_main_process:
             _write(place, json.dumps(adapter.dump_python(result, mode="json"), indent=1))
         return result
 
     def remove(self) -> None:
         """The run is done."""
-        if distributed.join().is_main_process:
+        if distributed.init().is_main_process:
             # half a folder is no run to go on with
             done = self.path.with_name(self.path.name.removesuffix("run") + "done")
             self.path.rename(done)
@@ -141,7 +140,7 @@ def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path)
         return
     lines = [f"  {key}: {_shown(before.get(key, _ABSENT))} then, {_shown(now.get(key, _ABSENT))} now" for key in keys]
     raise ValueError(
-        "a run was broken off there, which can only go on as it began; different are\n"
+        "an interrupted run there can only be resumed with the settings that it began with; changed are\n"
         + "\n".join(lines)
         + f"\nTake the changes back, write to another output.path, or begin anew with --restart ({path})"
     )

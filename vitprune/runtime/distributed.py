@@ -1,7 +1,4 @@
-"""The processes of a run: how one joins the others, and how they agree.
-
-Knows Accelerate's state and torch's process group. A run of one process is the same with nobody to ask.
-"""
+"""The processes of a run: how one joins the others, and how they agree."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ def on_cpu() -> bool:
     return parse_flag_from_env("ACCELERATE_USE_CPU") or not torch.accelerator.is_available()
 
 
-def join() -> PartialState:
+def init() -> PartialState:
     """This process's place in the run; the first call forms the group that a launcher started.
 
     Raises OSError where the processes can't reach one another.
@@ -55,7 +52,7 @@ def _is_launched() -> bool:
     return distributed.is_torchelastic_launched() or distributed.is_initialized()
 
 
-def leave() -> None:
+def destroy() -> None:
     """Ends the group, if there is one."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
@@ -63,23 +60,23 @@ def leave() -> None:
 
 def on_main(compute: Callable[[], T]) -> T:
     """What the main process computes, in every process."""
-    (result,) = broadcast_object_list([compute() if join().is_main_process else None])
+    (result,) = broadcast_object_list([compute() if init().is_main_process else None])
     return result  # pyright: ignore[reportReturnType] — all have the main process's now
 
 
-def gathered(value: T) -> list[T]:
-    """Everybody's value, in the order of the processes."""
+def all_gather(value: T) -> list[T]:
+    """The values of all processes, in their order."""
     return gather_object([value])
 
 
-def whole(tensor: Tensor) -> Tensor:
+def full_tensor(tensor: Tensor) -> Tensor:
     """All of a tensor that is sharded over the processes; another as it is."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def require_same(what: Mapping[str, object], name: str) -> None:
     """Raises ValueError naming the keys where another process's values aren't the main process's."""
-    first, *others = gathered(dict(what))
+    first, *others = all_gather(dict(what))
     for index, other in enumerate(others, start=1):
         if other != first:
             keys = sorted(key for key in {*first, *other} if first.get(key) != other.get(key))
@@ -100,5 +97,5 @@ def first_to_fail() -> bool:
         return True
     try:
         return _get_default_store().add(_FAILURES, 1) == 1
-    except RuntimeError:  # who keeps the count is gone
+    except RuntimeError:  # the process that keeps the count is gone
         return False

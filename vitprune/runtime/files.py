@@ -14,7 +14,7 @@ GIB = 2**30
 KINDS = ("run", "done", "unfinished", "old")
 """What may lie beside an output, hidden."""
 SIBLINGS = ("last-good", "logs")
-"""And what may lie there for somebody to see."""
+"""And what may lie there for people to see."""
 
 
 def beside(path: Path, kind: str) -> Path:

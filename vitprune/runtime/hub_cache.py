@@ -1,7 +1,6 @@
 """The Hub and its caches: what is on this machine already, and why something can't be had.
 
-Knows the caches' folders, the variables that set them, and which files are a checkpoint's. Leaves fetching to
-`prefetch`, loading to `checkpoint` and `sources`.
+Knows the caches' folders, the variables that set them, and which files are a checkpoint's.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ PROCESSOR = ("preprocessor_config.json", "processor_config.json")
 TOKENIZER = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
 
 Disconnected = httpx.HTTPError
-"""What a request that went wrong raises where nobody made an OSError of it."""
+"""What a failed request raises, unless it is an OSError."""
 
 PREFETCH = "run `vitprune prefetch RECIPE`"
 

@@ -14,14 +14,14 @@ from dataclasses import dataclass
 
 
 class Terminated(BaseException):
-    """The process was told to end. No `Exception`, which others catch."""
+    """SIGTERM came. No `Exception`, which others catch."""
 
 
 @dataclass
 class Notice:
-    """came: whether the process has been told to end."""
+    """received: whether SIGTERM has come."""
 
-    came: bool = False
+    received: bool = False
 
 
 _notice: ContextVar[Notice | None] = ContextVar("vitprune_notice", default=None)
@@ -33,7 +33,7 @@ def watch() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    before = signal.signal(signal.SIGTERM, _told)
+    before = signal.signal(signal.SIGTERM, _on_sigterm)
     try:
         yield
     finally:
@@ -51,15 +51,15 @@ def deferred() -> Iterator[Notice]:
         _notice.reset(token)
 
 
-def _told(number: int, frame: object) -> None:
+def _on_sigterm(number: int, frame: object) -> None:
     notice = _notice.get()
     if notice is None:
         raise Terminated
-    notice.came = True
+    notice.received = True
 
 
 FAILED = 1
 USAGE = 2
-# told to end (SIGTERM, as on pre-emption); what was done is kept, and the same command goes on from there
+# by SIGTERM, as on pre-emption; what was done is kept, and the same command resumes from there
 TERMINATED = 75
 INTERRUPTED = 130

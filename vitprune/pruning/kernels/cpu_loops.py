@@ -6,9 +6,9 @@ hundred a stage, each of them small.
 Half precision comes as the bits of bfloat16 in 16-bit integers; numba has no such number. Images are independent, so
 what is no number in one image stays there.
 
-spans_3B: of each image the first row, the number of tokens, and of rows; those behind the last image are its own.
-Array suffixes: B images, T rows of the batch laid end to end, M tokens of the longest image, N tokens of an image in
-the dense sequence, H heads, K head width, D width.
+spans_3B: of each image the first row, the number of tokens, and of rows; those behind the last image are its own. Array
+suffixes: B images, T rows of the batch laid end to end, M tokens of the longest image, N tokens of an image in the
+dense sequence, H heads, K head width, D width.
 """
 
 from __future__ import annotations
@@ -283,7 +283,7 @@ def reduce(
             for c in range(width):
                 y_TD[row, c] = x_TD[before, c]
         if dst_BM is not None:
-            # for each token that takes somebody in, the last who comes, and for each of them the one before
+            # for each destination the last token that is merged into it, and for each of those the one before
             last_M, previous_M = np.full(length, NO_TOKEN, np.int64), np.empty(length, np.int64)
             for i in range(length):
                 if not keep_BM[b, i]:

@@ -131,7 +131,7 @@ class MaskedForward(Forward):
     def enter_block(
         self, block: int, hidden_states: Tensor, valid_BN: Tensor | None = None
     ) -> tuple[Tensor, Attention]:
-        """As the base class; valid_BN: nobody ever attends to padding."""
+        """As the base class; valid_BN: padding is never attended to."""
         policy = self.policy
         if block == 0:
             self._count(hidden_states, valid_BN)

@@ -1,0 +1,155 @@
+"""The house itself: what its pages say of it is so."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import tiny
+import torch
+
+import vitprune
+from vitprune.pruning import scores
+from vitprune.recipe.schema import json_schema
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "vitprune"
+MODULES = sorted(path for path in PACKAGE.rglob("*.py") if "_recipes" not in path.parts)
+MOST_ENTRIES = 13
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/README.md"), *ROOT.glob("integrations/*/README.md")]
+
+
+def dotted(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def rooms_page() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("rooms", ROOT / "docs" / "rooms.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_contributing_has_the_rooms_that_are_checked() -> None:
+    rooms, text = rooms_page(), (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    assert rooms.page(text) == text, "run `python docs/rooms.py`"
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in MODULES} - {PACKAGE}), ids=dotted)
+def test_no_room_is_crowded(folder: Path) -> None:
+    entries = [entry for entry in folder.iterdir() if entry.name not in ("__pycache__", "py.typed")]
+    assert len(entries) <= MOST_ENTRIES
+    assert len(folder.relative_to(PACKAGE).parts) <= 2
+    assert ast.get_docstring(ast.parse((folder / "__init__.py").read_text(encoding="utf-8")))
+
+
+def imported(path: Path) -> set[str]:
+    """What a file imports of vitprune: `vitprune` for names of the package, else the module."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module)
+        elif isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+    return {name for name in found if name.split(".")[0] == "vitprune"}
+
+
+@pytest.mark.parametrize(
+    "path",
+    [*ROOT.glob("benchmarks/*.py"), *ROOT.glob("integrations/**/*.py"), *ROOT.glob("recipes/**/*.py")],
+    ids=lambda path: path.name,
+)
+def test_benchmarks_and_integrations_use_the_public_api(path: Path) -> None:
+    assert imported(path) <= {"vitprune"}
+
+
+def references() -> list[tuple[str, str]]:
+    """`module.name` as pages write them, with the page."""
+    stems = {path.stem for path in MODULES} | {path.parent.name for path in MODULES}
+    found = []
+    for page in PAGES:
+        for text in re.findall(r"`([a-z_]+(?:\.\w+)+)(?:\([^`]*\))?`", page.read_text(encoding="utf-8")):
+            head = text.split(".")[0]
+            is_ours = head == "vitprune" or head in stems
+            if is_ours and not text.endswith((".py", ".yaml", ".json", ".md", ".png", ".safetensors")):
+                found.append((page.name, text))
+    return sorted(set(found))
+
+
+def keys(schema: dict[str, Any], of: dict[str, Any]) -> Iterator[tuple[str, ...]]:
+    """Paths of a JSON schema's keys, and their ends: pages write `losses.tokens` for `finetune.losses.tokens`."""
+    for part in (of, *of.get("anyOf", []), *of.get("allOf", [])):
+        part = schema["$defs"][part["$ref"].rpartition("/")[2]] if "$ref" in part else part
+        for name, inner in part.get("properties", {}).items():
+            yield (name,)
+            for path in keys(schema, inner):
+                yield path
+                yield (name, *path)
+
+
+RECIPE_KEYS = {".".join(path) for path in keys(json_schema(), json_schema())}
+
+
+@pytest.mark.parametrize(("page", "text"), references())
+def test_what_pages_name_is_there(page: str, text: str) -> None:
+    head, *names = text.split(".")
+    if head == "vitprune":
+        assert resolves(vitprune, names), f"{page}: {text}"
+        return
+    modules = [importlib.import_module(dotted(path)) for path in MODULES if dotted(path).split(".")[-1] == head]
+    assert any(resolves(module, names) for module in modules) or text in RECIPE_KEYS, f"{page}: {text}"
+
+
+def resolves(thing: object, names: list[str]) -> bool:
+    for name in names:
+        if isinstance(thing, ModuleType) and not hasattr(thing, name):
+            try:
+                thing = importlib.import_module(f"{thing.__name__}.{name}")
+                continue
+            except ModuleNotFoundError:
+                return False
+        if not hasattr(thing, name) and name not in getattr(thing, "__annotations__", {}):
+            return False
+        thing = getattr(thing, name, None)
+    return True
+
+
+def test_every_public_name_is_in_the_api_page() -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    assert sorted(re.findall(r"heading: vitprune\.(\w+)", text)) == sorted(vitprune.__all__)
+
+
+def test_the_score_of_the_page_is_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/scores.md, carried out; and an image's answer doesn't depend on its batch."""
+    monkeypatch.setattr(scores, "SCORES", dict(scores.SCORES))
+    monkeypatch.setattr("vitprune.pruning.selection.SCORES", scores.SCORES)
+    page = (ROOT / "docs" / "scores.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    exec(compile(code, "docs/scores.md", "exec"), {"__name__": "page"})
+    spec = tiny.POLICIES["as-vit-merge"].model_copy(update={"score": "surprise", "thresholds": (0.4, 0.5)})
+    model, x = vitprune.prune_(tiny.build("vit"), spec), tiny.images(4)
+    with torch.no_grad(), vitprune.trace(model) as trace:
+        together, alone = model(x).logits, torch.cat([model(image).logits for image in x.split(1)])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    assert not trace.keep_masks[0].all()
+    assert trace.keep_masks[0].any(1).all()
+
+
+def test_a_room_without_torch_imports_none() -> None:
+    code = (
+        "import sys, vitprune.recipe.schema, vitprune.reports.run_report, vitprune.reports.results, "
+        "vitprune.bench.settings; sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
