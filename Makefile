@@ -6,10 +6,10 @@ BIN    := $(VENV)/bin
 TESTS  := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format types imports docs package clean
+.PHONY: help install demo test test-slow test-oldest lint format types imports docs package clean
 
 help:  ## Show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-9s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 install: $(VENV)/.installed  ## Create .venv with vitprune and what its development needs
 
@@ -23,9 +23,17 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install  ## Prune, fine-tune, compare and save a small ViT; offline, under five minutes
 	HF_HUB_OFFLINE=1 $(BIN)/vitprune apply recipes/quickstart.yaml --set output.overwrite=true
 
-test: install  ## Run all tests
-	$(TESTS)
+test: install  ## Run the tests, but for the slow ones
+	$(TESTS) --ignore tests/slow
+
+test-slow: install  ## Run tests that start processes, kill runs, compile; and timm's
+	$(TESTS) tests/slow
 	$(TESTS) integrations/timm
+
+test-oldest: install  ## Run the tests with the oldest versions that pyproject.toml allows, in .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable '.[dev]'
+	OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 .venv-oldest/bin/python -m pytest -n 2 --ignore tests/slow
 
 lint: install  ## Check style
 	$(BIN)/ruff check .
@@ -43,10 +51,10 @@ imports: install  ## Check that imports only go down
 
 docs: install  ## Build the documentation site
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
-	$(BIN)/mkdocs build
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 package: install  ## Build the wheel
 	$(BIN)/python -m build --wheel
 
 clean:  ## Remove what make made
-	rm -rf $(VENV) dist runs .ruff_cache
+	rm -rf $(VENV) .venv-oldest dist runs site .ruff_cache

@@ -65,7 +65,7 @@ def test_two_runs_into_one_output_dont_mix(tmp_path: Path) -> None:
                 RunFolder.open(tmp_path / "out", lambda: {"budget": 0.75}, restart=restart)
     with RunFolder.open(tmp_path / "out", lambda: {"budget": 0.75}, restart=False) as again:
         assert again.stage("calibration", dict, lambda: {"levels": 2}) == {"levels": 1}
-    with pytest.raises(ValueError, match="different are"):
+    with pytest.raises(ValueError, match="changed are"):
         RunFolder.open(tmp_path / "out", lambda: {"budget": 0.55}, restart=False)
     # refused, it has let go
     with RunFolder.open(tmp_path / "out", lambda: {"budget": 0.55}, restart=True) as anew:

@@ -12,27 +12,26 @@ from typing import Any
 
 from torch import Tensor
 
-from vitprune.runtime import signals
-from vitprune.runtime import distributed
-from vitprune.data.augmentation import pixel_scale
 from vitprune.budget.calibration import calibrate, scale_to_budget
-from vitprune.models.checkpoint import require_free, require_room, save
+from vitprune.budget.latency import budget_latency, check_latency, meet_latency, shortfall
 from vitprune.budget.latency_measurement import measure_latency
 from vitprune.budget.latency_table import CostTable
+from vitprune.data.augmentation import pixel_scale
 from vitprune.data.images import Images
+from vitprune.finetuning.finetune import NonFiniteLoss, finetune
+from vitprune.finetuning.state import States
+from vitprune.finetuning.tracking import TrackerContext
 from vitprune.measure.compare import compare
 from vitprune.measure.throughput import describe_environment, measure_throughput
-from vitprune.finetuning.finetune import NonFiniteLoss, finetune
-from vitprune.budget.latency import budget_latency, check_latency, meet_latency, shortfall
-from vitprune.reports.model_card import model_card
-from vitprune.runtime.files import sibling
-from vitprune.recipe.schema import Recipe
-from vitprune.reports.results import Comparison, Latency, Report, ScheduleSearch, Training, TriedSchedule
-from vitprune.runs.resume import RunFolder, was_saved
-from vitprune.runs.inputs import RunInputs, flat, moved
+from vitprune.models.checkpoint import require_free, require_room, save
 from vitprune.models.module import Levels, pruning_of
-from vitprune.finetuning.tracking import TrackerContext
-from vitprune.finetuning.state import States
+from vitprune.recipe.schema import Recipe
+from vitprune.reports.model_card import model_card
+from vitprune.reports.results import Comparison, Latency, Report, ScheduleSearch, Training, TriedSchedule
+from vitprune.runs.inputs import RunInputs, flat, moved
+from vitprune.runs.resume import RunFolder, was_saved
+from vitprune.runtime import distributed, signals
+from vitprune.runtime.files import sibling
 
 # different batches of the largest size that throughput is measured on
 TIMED_BATCHES = 3

@@ -16,17 +16,16 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 from typing_extensions import Self
 
-from vitprune.runtime import distributed
-from vitprune.models.structure import examine
-from vitprune.models.outputs import ImageModel, embed_classes, is_two_towers
-from vitprune.models.checkpoint import digest_weights, load, load_processor, load_tokenizer
 from vitprune.data.images import Images, load_images
 from vitprune.finetuning.finetune import require_trainable
-from vitprune.models.structure import require_images
-from vitprune.models.prune import prune_
-from vitprune.recipe.schema import Recipe, SplitSpec
-from vitprune.recipe.errors import Problem, RecipeError
+from vitprune.models.checkpoint import digest_weights, load, load_processor, load_tokenizer
 from vitprune.models.module import is_pruned
+from vitprune.models.outputs import ImageModel, embed_classes, is_two_towers
+from vitprune.models.prune import prune_
+from vitprune.models.structure import examine, require_images
+from vitprune.recipe.errors import Problem, RecipeError
+from vitprune.recipe.schema import Recipe, SplitSpec
+from vitprune.runtime import distributed
 
 # what may change while a run is interrupted
 _NO_MATTER = {
@@ -136,7 +135,11 @@ def _load_models(
 
 def _require_same_names(pruned: str, model: PreTrainedModel, checkpoint: str, dense: PreTrainedModel) -> None:
     """ImageModel are compared by class id."""
-    if ImageModel(model).is_classifier and ImageModel(dense).is_classifier and model.config.id2label != dense.config.id2label:
+    if (
+        ImageModel(model).is_classifier
+        and ImageModel(dense).is_classifier
+        and model.config.id2label != dense.config.id2label
+    ):
         raise ValueError(
             f"{pruned} and model.checkpoint {checkpoint} have different classes (`id2label` in config.json); name the "
             "dense model that the pruned one was made of"

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from vitprune.models.structure import Structure, count_tokens, require_images
 from vitprune.budget.calibration import TOLERANCE
+from vitprune.budget.schedule import MOST_TRIES, Schedule, unreachable
+from vitprune.data.decoding import blank_image
 from vitprune.models.checkpoint import load_config, load_processor, model_class, outline
+from vitprune.models.module import quantization_method
+from vitprune.models.structure import count_tokens, require_images
 from vitprune.pruning.costs import CostModel
+from vitprune.recipe.errors import Problem, RecipeError
 from vitprune.recipe.finetune_spec import Trained
 from vitprune.recipe.pruning_spec import ANCHORS, METHOD
-from vitprune.data.decoding import blank_image
 from vitprune.recipe.schema import Recipe
-from vitprune.recipe.errors import Problem, RecipeError
 from vitprune.reports.results import Plan, PlanRow
-from vitprune.budget.schedule import MOST_TRIES, Schedule, unreachable
-from vitprune.models.module import quantization_method
 
 _WHAT: dict[Trained, str] = {"all": "all weights", "norms": "norms", "thresholds": "thresholds"}
 
@@ -77,8 +77,6 @@ def _require_reachable(recipe: Recipe, first: Schedule, cost: CostModel, patches
     nearest = macs / cost.dense(patches, prefix)
     if nearest > budget + 5 * TOLERANCE:
         raise RecipeError([Problem(("budget", "macs"), unreachable(budget, schedule.before_blocks, nearest, "MACs"))])
-
-
 
 
 def _meets_budget(recipe: Recipe) -> bool:

@@ -14,13 +14,26 @@ import huggingface_hub
 from datasets import Dataset
 from transformers import PreTrainedModel
 
-from vitprune.models.outputs import is_two_towers
-from vitprune.models.checkpoint import load_config, load_tokenizer, model_class, outline, require_safetensors
-from vitprune.runtime.hub_cache import CONFIG, NO_SAFETENSORS, PROCESSOR, TOKENIZER, WEIGHTS, WEIGHTS_INDEX, Disconnected, absence, in_cache, is_hub_id, shard_names, weights_in_cache
-from vitprune.runs.plan import plan
-from vitprune.recipe.schema import DataSpec, ModelSpec, Recipe
-from vitprune.recipe.errors import first_line
 from vitprune.data.source import open_source, require_found
+from vitprune.models.checkpoint import load_config, load_tokenizer, model_class, outline, require_safetensors
+from vitprune.models.outputs import is_two_towers
+from vitprune.recipe.errors import first_line
+from vitprune.recipe.schema import DataSpec, ModelSpec, Recipe
+from vitprune.runs.plan import plan
+from vitprune.runtime.hub_cache import (
+    CONFIG,
+    NO_SAFETENSORS,
+    PROCESSOR,
+    TOKENIZER,
+    WEIGHTS,
+    WEIGHTS_INDEX,
+    Disconnected,
+    absence,
+    in_cache,
+    is_hub_id,
+    shard_names,
+    weights_in_cache,
+)
 
 LOCAL = "local, nothing to fetch"
 STREAMED = "streamed while it runs, over the network; to have it in the cache set data.streaming: false"
