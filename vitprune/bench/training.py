@@ -1,29 +1,32 @@
 """How long a step of fine-tuning takes, dense and pruned, and how much memory.
 
-Such a step is teacher, student, losses, backward and optimizer; packed with thresholds that don't learn, masked, as
-published, with such as do. The learning rate is 0, so that weights and thresholds stay and every step does the same
-work.
+It is the step that fine-tuning does, with teacher, losses, backward and optimizer: packed with thresholds that don't
+learn, masked, as published, with such as do. The learning rate is 0, so that weights and thresholds stay and every step
+does the same work.
 
-Tensor suffixes: B images, C channels or classes, H height, W width.
+Tensor suffixes: B images, C channels, H height, W width.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import statistics
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import Tensor, nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import AdamW
 
 from vitprune.bench.subjects import BenchSubjects, Levels, twin
-from vitprune.finetuning.losses import answer_losses, budget_loss
+from vitprune.finetuning.step import TrainStep
+from vitprune.finetuning.student import Seen, Student
+from vitprune.finetuning.thresholds import ThresholdTraining
 from vitprune.measure.memory import peak_memory, require_memory
 from vitprune.measure.timing import PlacedBatches, Runner, time_in_turn, whole_batches
-from vitprune.models.module import is_pruned, pruning_of
+from vitprune.models.module import pruning_of
 from vitprune.models.outputs import ImageModel
-from vitprune.models.trace import trace
 from vitprune.recipe.schema import Execution, FinetuneSpec
 from vitprune.reports.bench_results import Setting, TrainingStep
 
@@ -31,79 +34,84 @@ EXECUTIONS: tuple[Execution, ...] = ("packed", "masked")
 """How a pruned student can be trained."""
 DENSE = "dense"
 TASK = FinetuneSpec()
+# not 0, at which the weights are copied aside: once in a hundred steps
+STEP = 1
+
+
+class DenseStudent(nn.Module):
+    """A dense model as a step of training sees it: all patches stay, at the dense model's cost."""
+
+    def __init__(self, answers: ImageModel) -> None:
+        super().__init__()
+        self.answers = answers
+
+    def forward(self, pixel_values: Tensor) -> Seen:
+        answers = self.answers(pixel_values)
+        ones_B = torch.ones(len(answers), device=answers.device)
+        return Seen(answers, ones_B, ones_B, ones_B[:, None], None, None)
 
 
 @dataclass
 class Step:
-    """One step on a batch: forward of teacher and student, backward, optimizer. ratios: MACs, one entry a step."""
+    """One step on a batch. ratios: of MACs, one entry a step."""
 
-    student: ImageModel
-    teacher: ImageModel
-    optimizer: Optimizer
-    autocast: torch.dtype
-    target: float | None = None
-    ratios: list[Tensor] = field(default_factory=list)
+    train_step: TrainStep
+    ratios: list[float] = field(default_factory=list)
 
     def __call__(self, x_BCHW: Tensor) -> None:
-        loss = self._loss(x_BCHW)
-        loss.backward()
-        weights = [weight for group in self.optimizer.param_groups for weight in group["params"]]
-        nn.utils.clip_grad_norm_(weights, TASK.max_grad_norm)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-    def _loss(self, x_BCHW: Tensor) -> Tensor:
-        weights = TASK.losses
-        with self._autocast(x_BCHW), self._traced() as budget:
-            answers = self.student(x_BCHW)
-        # a context of its own: weights that are cast once for both would come without their gradient
-        with self._autocast(x_BCHW), torch.no_grad():
-            taught = self.teacher(x_BCHW)
-        # labels are the teacher's answers
-        is_classifier = self.student.is_classifier
-        losses = answer_losses(answers, taught, taught.argmax(dim=-1), weights, is_classifier=is_classifier)
-        return torch.stack([*losses.values(), *(weights.budget * part for part in budget)]).sum()
-
-    def _autocast(self, x_BCHW: Tensor) -> torch.autocast:
-        return torch.autocast(x_BCHW.device.type, self.autocast, enabled=self.autocast != torch.float32)
-
-    @contextmanager
-    def _traced(self) -> Iterator[list[Tensor]]:
-        """Gives a list that holds the budget loss afterwards; of a dense student it stays empty."""
-        budget: list[Tensor] = []
-        if not is_pruned(self.student):
-            yield budget
-            return
-        with trace(self.student) as seen:
-            yield budget
-        budget.append(budget_loss(seen.macs, seen.dense_macs, self.target or 0.0).float())
-        self.ratios.append((seen.macs.detach() / seen.dense_macs).mean())
+        # whatever the labels, the work is the same
+        batch = {"pixel_values": x_BCHW, "labels": torch.zeros(len(x_BCHW), dtype=torch.long)}
+        record = self.train_step([batch], STEP)
+        assert record is not None
+        self.ratios.append(record["ratio"])
 
 
 def make_steps(
     subjects: BenchSubjects, levels: Mapping[float | None, Levels], autocast: torch.dtype
 ) -> dict[str, Step]:
     """The dense student's step, and one for each execution and target. All share weights, in float32, and gradients."""
+    on_cpu = next(subjects.dense.parameters()).device.type == "cpu"
+    AcceleratorState._reset_state(reset_partial_state=True)  # of another precision, before
+    accelerator = Accelerator(mixed_precision="no" if autocast == torch.float32 else "bf16", cpu=on_cpu)
     teacher = ImageModel(twin(subjects.dense)).eval()
-    students: dict[str, tuple[ImageModel, float | None]] = {DENSE: (ImageModel(twin(subjects.dense)), None)}
+    nothing = ThresholdTraining("calibrated", holds=False, budget=1.0, starts=(), units=())
+    students: dict[str, tuple[nn.Module, ThresholdTraining]] = {
+        DENSE: (DenseStudent(ImageModel(twin(subjects.dense))), nothing)
+    }
     for execution in EXECUTIONS:
         for target, level in levels.items():
-            students[_name(execution, target)] = (_student(subjects, level, execution), target)
+            students[_name(execution, target)] = _student(subjects, level, execution, target)
     # one optimizer for all: it passes over what has no gradient, which is the other students' thresholds
     unique = {id(weight): weight for student, _ in students.values() for weight in student.parameters()}
     optimizer = AdamW(list(unique.values()), lr=0.0, weight_decay=TASK.weight_decay)
     return {
-        name: Step(student.train(), teacher, optimizer, autocast, target)
-        for name, (student, target) in students.items()
+        name: Step(
+            TrainStep(
+                accelerator,
+                student.train(),
+                teacher,
+                optimizer,
+                TASK,
+                thresholds,
+                before_blocks=pruning_of(student).before_blocks if isinstance(student, Student) else (0,),
+                stand_in={},
+                good_weights={"": torch.empty(0)},
+            )
+        )
+        for name, (student, thresholds) in students.items()
     }
 
 
-def _student(subjects: BenchSubjects, levels: Levels, execution: Execution) -> ImageModel:
+def _student(
+    subjects: BenchSubjects, levels: Levels, execution: Execution, target: float | None
+) -> tuple[Student, ThresholdTraining]:
     """Packed as by default, with thresholds that don't learn; masked as published, with such as do."""
-    student = subjects.pruned(levels)
-    pruning_of(student).execution = execution
-    pruning_of(student).requires_grad_(execution == "masked")
-    return ImageModel(student)
+    model = subjects.pruned(levels)
+    pruning = pruning_of(model)
+    pruning.execution = execution
+    pruning.requires_grad_(execution == "masked")
+    thresholds = ThresholdTraining.of(pruning, "calibrated", 1.0 if target is None else target)
+    return Student(ImageModel(model), thresholds, wants_tokens=False), thresholds
 
 
 def _name(execution: str, target: float | None) -> str:
@@ -144,7 +152,7 @@ def measure_training(
             target=target,
             dense=timings[DENSE],
             pruned=timings[name],
-            macs_ratio=float(torch.stack(steps[name].ratios).mean()),
+            macs_ratio=statistics.fmean(steps[name].ratios),
             dense_peak_memory=peaks[DENSE],
             pruned_peak_memory=peaks[name],
         )
