@@ -15,6 +15,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
@@ -70,13 +71,11 @@ def require_memory(call: Callable[[Tensor], object], x_BCHW: Tensor, batch_size:
 
 
 def free_memory(device: torch.device) -> float:
-    """Bytes that a process could still take; infinity where that isn't known."""
+    """Bytes that a process could still take."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    info = Path("/proc/meminfo")
-    found = re.search(r"^MemAvailable: *(\d+) kB", info.read_text(encoding="utf-8"), re.M) if info.is_file() else None
-    return min(1024.0 * int(found[1]) if found else math.inf, _left_in_container())
+    return min(psutil.virtual_memory().available, _left_in_container())
 
 
 def _left_in_container() -> float:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from vitprune.reports.bench_results import Benchmark, Case, Setting
+from vitprune.runtime.files import write_whole
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,10 +46,7 @@ def _save(panels: dict[Setting, list[Case]], draw: Callable[[Axes, list[Case]], 
         draw(axes, sorted(cases, key=lambda case: (case.batch_size, case.macs_ratio)))
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")
-    # beside its place and renamed, as bench.json
-    partial = path.with_name(f"{path.name}.partial")
-    figure.savefig(partial, format="png")
-    partial.replace(path)
+    write_whole(path, lambda unfinished: figure.savefig(unfinished, format="png"))
     return path
 
 

@@ -13,6 +13,8 @@ from typing import Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, computed_field
 from typing_extensions import Self
 
+from vitprune.runtime.files import write_whole
+
 LATENCY_TOLERANCE = 0.05  # of the latency that was asked for
 
 
@@ -248,9 +250,8 @@ class Document(Result):
 
     def save(self, path: str | Path) -> None:
         """Writes JSON: beside `path` first, so that there is never half a file."""
-        partial = Path(f"{path}.partial")
-        partial.write_text(self.model_dump_json(indent=2, by_alias=True) + "\n", encoding="utf-8")
-        partial.replace(path)
+        text = self.model_dump_json(indent=2, by_alias=True) + "\n"
+        write_whole(Path(path), lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

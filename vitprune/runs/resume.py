@@ -19,7 +19,7 @@ from pydantic import TypeAdapter
 from typing_extensions import Self
 
 from vitprune.runtime import distributed
-from vitprune.runtime.files import beside
+from vitprune.runtime.files import beside, write_whole
 
 T = TypeVar("T")
 _FINGERPRINT = "fingerprint.json"
@@ -129,9 +129,7 @@ def _acquire(lock: FileLock, path: Path) -> None:
 
 
 def _write(place: Path, text: str) -> None:
-    unfinished = place.with_suffix(".unfinished")
-    unfinished.write_text(text, encoding="utf-8")
-    unfinished.replace(place)
+    write_whole(place, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
 
 def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

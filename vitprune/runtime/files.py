@@ -7,7 +7,7 @@ that lies inside it, under names that begin with a dot.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 GIB = 2**30
@@ -45,3 +45,13 @@ def require_name_fits(path: Path) -> None:
             f"output.path {path}: its last name is {excess} bytes too long, as a run writes beside it "
             f"({longest[:12]}…{longest[-12:]}); choose a shorter one"
         )
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Writes a file beside its place and renames it, so that it is there whole or not at all."""
+    unfinished = path.with_name(f"{path.name}.unfinished")
+    try:
+        write(unfinished)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
