@@ -16,7 +16,7 @@ export HF_HUB_OFFLINE=1
 python -m pip install --quiet --no-index --find-links "$wheels" --upgrade vitprune pytest
 python -c "import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU')"
 # with a GPU this runs the kernels that CPUs don't have
-python -m pytest -rs tests/test_packed_attention.py tests/test_ghost_attention.py
+python -m pytest -rs tests/pruning/test_packed_attention.py tests/pruning/learning/test_mask_gradients.py
 # shellcheck disable=SC2086
 python -m vitprune bench "$checkpoint" --data "$data" $options --output "$out/default"
 # shellcheck disable=SC2086

@@ -15,12 +15,13 @@ from transformers import PreTrainedModel
 
 import vitprune
 from vitprune.budget.calibration import calibrate, mean_ratio
-from vitprune.budget.latency import budget_latency, check_latency, meet_latency, shortfall
+from vitprune.budget.latency import budget_latency, check_latency, meet_latency
 from vitprune.budget.latency_measurement import measure_latency
 from vitprune.budget.latency_table import CostTable
 from vitprune.models.module import pruning_of
 from vitprune.recipe.schema import PruningSpec
 from vitprune.reports.results import Latency, Timing
+from vitprune.reports.run_report import shortfall
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 # what calibration accepts

@@ -76,15 +76,15 @@ def test_benchmarks_and_integrations_use_the_public_api(path: Path) -> None:
 
 
 def references() -> list[tuple[str, str]]:
-    """`module.name` as pages write them, with the page."""
+    """`module.name` as pages and docstrings write them, with the file."""
     stems = {path.stem for path in MODULES} | {path.parent.name for path in MODULES}
     found = []
-    for page in PAGES:
+    for page in [*PAGES, *MODULES]:
         for text in re.findall(r"`([a-z_]+(?:\.\w+)+)(?:\([^`]*\))?`", page.read_text(encoding="utf-8")):
             head = text.split(".")[0]
             is_ours = head == "vitprune" or head in stems
-            if is_ours and not text.endswith((".py", ".yaml", ".json", ".md", ".png", ".safetensors")):
-                found.append((page.name, text))
+            if is_ours and not text.endswith((".py", ".pyi", ".yaml", ".json", ".md", ".png", ".safetensors")):
+                found.append((str(page.relative_to(ROOT)), text))
     return sorted(set(found))
 
 

@@ -17,7 +17,7 @@ from vitprune.measure.timing import PlacedBatches, Runner, placed, time_in_turn,
 from vitprune.models.module import pruning_of
 from vitprune.models.outputs import ImageModel
 from vitprune.models.trace import eval_mode, trace
-from vitprune.reports.results import LATENCY_TOLERANCE, Latency, MeasuredCosts, Timing
+from vitprune.reports.results import Latency, MeasuredCosts, Timing
 
 # how near to what was asked, as a part of it, correcting ends
 CLOSE = 0.02
@@ -103,17 +103,6 @@ def meet_latency(
     if nearest is not tried[-1]:
         budget_latency(pruned, nearest[1])
         settle()
-
-
-def shortfall(found: Latency) -> str | None:
-    """A sentence for the reader where what was measured isn't what was asked; None where it is."""
-    if found.met:
-        return None
-    return (
-        f"The latency budget of {found.asked:.1%} is missed: {found.measured:.1%} was measured, further off than "
-        f"{LATENCY_TOLERANCE:.0%} of what was asked. Other work on the machine, or images unlike"
-        " the calibration's, do that."
-    )
 
 
 def _of_one(timing: Timing, batches: int) -> Timing:

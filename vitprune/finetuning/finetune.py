@@ -48,7 +48,7 @@ _ATTENTION_DROPOUTS = ("attention_probs_dropout_prob", "attention_dropout")
 
 @dataclass
 class History:
-    """Steps in all, and one entry for each that was done here: `update.Update` says what is in it; and `lr`.
+    """Steps in all, and one entry for each that was done here: `step.TrainStep` says what is in it; and `lr`.
 
     training: what held-out images said; None where there were none.
     """
@@ -103,8 +103,8 @@ def finetune(
             batch that the processes can't share evenly, a budget out of range, or a teacher that the model isn't made
             of, as their answers tell.
         OSError: a state can't be written; those before it are there.
-        Terminated: inside `preemption.watch`, after SIGTERM; the state was kept.
-        NonFiniteLoss: names the step; the model has its weights from up to `update.SNAPSHOT_STEPS` steps before.
+        Terminated: inside `signals.watch`, after SIGTERM; the state was kept.
+        NonFiniteLoss: names the step; the model has its weights from up to `step.SNAPSHOT_STEPS` steps before.
     """
     answers, taught_by = ImageModel.of(model), ImageModel.of(teacher)
     model = answers.model

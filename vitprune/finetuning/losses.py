@@ -1,4 +1,4 @@
-"""The losses that pruning adds to the task's own: compute budget and distillation, of logits or of embeddings."""
+"""Losses of fine-tuning: the task's, distillation of logits, embeddings and tokens; and AS-ViT's own for the budget."""
 
 from __future__ import annotations
 

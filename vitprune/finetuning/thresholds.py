@@ -73,7 +73,7 @@ class ThresholdTraining:
 
     @contextmanager
     def watched(self, pruning: Pruning) -> Iterator[Trace]:
-        """`tracing.trace`, with the thresholds as they are in training."""
+        """`trace.trace`, with the thresholds as they are in training."""
         with watching(_Trained(pruning, pruning.before_blocks, training=self)) as seen:
             yield seen
 

@@ -114,7 +114,7 @@ class Pruning(nn.Module):
 
 
 def as_config(spec: PruningSpec) -> dict[str, object]:
-    """The entry of a config.json that `plugin` reads when the model comes back through `from_pretrained`."""
+    """The entry of a config.json that `hf_plugin` reads when the model comes back through `from_pretrained`."""
     return {"quant_method": METHOD, "format": FORMAT, "pruning": spec.model_dump(mode="json")}
 
 

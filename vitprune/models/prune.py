@@ -2,8 +2,9 @@
 
 A pruned model is the same modules under the same names, plus one submodule `vitprune` that holds what is learned, and
 hooks: on the backbone (one forward begins and ends), on each block (tokens leave behind it), on the final norm (the
-dense sequence comes back) and on an attention pooling. How a block attends reaches its `forward` as a keyword, so that
-gradient checkpointing repeats it. torch.compile leaves hooks alone: how many tokens an image keeps is decided by their
+dense sequence comes back), on an attention pooling, on stochastic depth, and on a model whose head reads few tokens.
+How a block attends reaches its `forward`, for which another stands in, as a keyword, so that gradient checkpointing
+repeats it. torch.compile leaves hooks alone: how many tokens an image keeps is decided by their
 values.
 """
 
@@ -35,9 +36,9 @@ _QUANTIZER_MARKS = ("hf_quantizer", "quantization_method", "is_quantized")
 def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
     """Makes a ViT drop tokens, in place.
 
-    In eval mode tokens are removed. In train mode the thresholds learn: all tokens are masked, or, with
-    `model.vitprune.execution = "packed"`, tokens are removed that no threshold learns from. Module names stay. With
-    `thresholds: calibrated` everything is kept until `calibrate` has been called. Where the head reads nothing but
+    In eval mode tokens are removed. In train mode all tokens are masked, or, with `model.vitprune.execution =
+    "packed"`, tokens are removed that no threshold learns from; frozen thresholds learn from none. Module names stay.
+    With `thresholds: calibrated` everything is kept until `calibrate` has been called. Where the head reads nothing but
     prefix tokens, the last block computes no more than it needs for them. A forward with `output_hidden_states=True`
     gives dense sequences: a patch that left holds the state of the token that stands for
     it, or under `leave` the mean of the image's remaining patches.
@@ -164,7 +165,7 @@ def make_forward(pruning: Pruning, *, training: bool) -> Forward:
     observers = tuple(watched for watched in asked.traces if watched.pruning is pruning)
     if training and pruning.execution == "masked":
         return MaskedForward(policy, observers)
-    # a look at all tokens in eval mode counts as training does, by what inference will do
+    # with `whole_sequence` in eval mode what inference would execute is counted, as in training
     trains = training or asked.whole_sequence
     if trains and policy.levels.requires_grad and torch.is_grad_enabled():
         return LearningForward(policy, observers)
@@ -276,7 +277,7 @@ class _EnterBlock:
 
 @dataclass(frozen=True, eq=False)
 class _LeaveBlock:
-    """A stage comes behind the block before, not before its own: the block's caller holds less then."""
+    """The stage before block b runs right after block b − 1, so that the caller keeps only what is left."""
 
     block: int
 

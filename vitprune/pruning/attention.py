@@ -37,7 +37,8 @@ from vitprune.pruning.token_batch import TokenBatch
 class StatsRequest:
     """What the stage behind a block wants to know of its attention.
 
-    row: the score of each token by whose attention row. metric: the keys. gradient: thresholds learn from it.
+    row: the tokens' scores, by the attention row of the class token or of the mean query; None: none.
+    metric: the keys that similarity is measured on. gradient: with one, since thresholds learn from it.
     """
 
     row: Row | None = None
@@ -106,7 +107,10 @@ def compute_stats(
     scale: float,
     pairs: PairBias | None = None,
 ) -> TokenStats:
-    """What a block's attention says about the tokens of a batch, as far as it is requested."""
+    """What a block's attention says about the tokens of a batch, as far as it is requested.
+
+    Here, as in `scores`, `selection` and `reduction`, a device's kernels take over where the batch has some.
+    """
     if request.row is None and not request.metric:
         return TokenStats()
     if request.row == "mean":
@@ -190,7 +194,7 @@ class KeysAndValuesKnown(Exception):
 class LastBlockAttention(Attention):
     """Attention of a last block of which the head reads each image's first `read` tokens alone.
 
-    The layer runs twice: on all tokens as far as keys and values, then to its end on the tokens that are read.
+    The layer runs twice: on all tokens as far as queries, keys and values, then to its end on the tokens that are read.
     """
 
     def __init__(self, batch: TokenBatch | None, read: int) -> None:

@@ -4,7 +4,7 @@ Counted: every matrix product and convolution, the score's attention row and the
 counted, as everywhere: norms, activations, softmax, sums. Nor padding: of similarity matrices to a batch's largest
 image, of keys to what the attention kernel likes.
 
-All token counts may be numbers or tensors, so that the same formulas serve reports and the budget loss.
+All token counts may be numbers or tensors, so that the same formulas serve reports and training.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class CostModel:
     patch: MACs of embedding one patch.
     head: MACs of everything applied once an image (classifier, pooler).
     read: of how many tokens of an image the head reads the last block's output; None: of all.
-    projections: for each block, MACs of queries, keys and values for one token.
+    projections: of the last block, MACs of queries, keys and values for one token; 0 without `read`.
     """
 
     linear: tuple[int, ...]
@@ -44,7 +44,7 @@ class CostModel:
         return self.linear[block] * tokens + 2 * self.width * tokens * tokens
 
     def pruned_block(self, block: int, tokens: Count) -> Count:
-        """Block `block` in a pruned model: the last one makes keys and values of all tokens, and the rest of few."""
+        """Block `block` in a pruned model: the last one projects all tokens, and does the rest for few."""
         if self.read is None or block + 1 < len(self.linear):
             return self.block(block, tokens)
         return (self.projections + 2 * self.width * self.read) * tokens + self.linear[block] * self.read
@@ -65,7 +65,7 @@ class CostModel:
         return self.width * tokens
 
     def density_peaks(self, patches: Count, tile: int) -> Count:
-        """Each patch against those that are more important, so many rows at a time, each row as long as the last one's.
+        """Each patch against those that are more important: `tile` patches at a time, against all up to the tile's end.
 
         Between whole numbers of patches a straight line goes on, so that a budget has a gradient.
         """

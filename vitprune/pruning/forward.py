@@ -46,7 +46,7 @@ class Forward(ABC):
 
     @abstractmethod
     def leave_block(self, block: int, hidden_states: Tensor) -> Tensor:
-        """What block `block` gave out, as the stage before the next leaves it."""
+        """Output of block `block` after the stage that follows it, if any."""
 
     @abstractmethod
     def unpack(self, hidden_states: Tensor) -> Tensor:

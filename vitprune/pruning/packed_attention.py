@@ -1,7 +1,8 @@
 """Attention among packed tokens: every image's see their own alone. Several kernels behind one class.
 
 - buckets: images of as many rows lie side by side, and one call of torch's fused attention takes a bucket. For CPUs,
-where a call costs little. - varlen: flash attention of packed sequences, one call for all. For CUDA in half precision.
+  where a call costs little.
+- varlen: flash attention of packed sequences, one call for all. For CUDA in half precision.
 - padded: all images as long as the longest and a mask, one call for all. Where neither of the others does.
 
 Shapes: B images, N tokens of an image in the dense sequence, T rows of the batch laid end to end, G images of a

@@ -31,7 +31,7 @@ def reduce_tokens(batch: TokenBatch, x_TD: Tensor, decision: Decision) -> tuple[
     if kept == batch.lengths:
         return batch, x_TD
     layout = Layout.fitting(kept, x_TD)
-    if batch.kernels is not None and decision.metric_TK is None:
+    if batch.kernels is not None and decision.metric_TK is None:  # kernels want destinations that are known
         known = batch.positions_T, batch.sizes_T, batch.patch_token_BN, decision.keep_BM, decision.dst_BM
         y_TD, positions_T, sizes_T, patch_token_BN = batch.kernels.reduce(x_TD, *known, batch.layout, layout)
         origin, covers_all = Known(positions_T, patch_token_BN), batch.covers_all and not decision.drops

@@ -245,7 +245,7 @@ class TokenBatch:
         return {}
 
     def bucket_masks(self, dtype: torch.dtype) -> list[Tensor]:
-        """The same for each bucket as a kernel of such a precision takes it, (G, 1, L, L); made once for all blocks."""
+        """`key_bias_T` for each bucket as kernels of a precision take it, (G, 1, L, L); made once for all blocks."""
         if dtype not in self._bucket_masks:
             biases = self.layout.split(self.key_bias_T.to(dtype))
             masks = [bias_GL[:, None, None].expand(-1, -1, bias_GL.shape[1], -1) for bias_GL in biases]
@@ -259,7 +259,7 @@ class TokenBatch:
 
     @property
     def key_bias_BM(self) -> Tensor:
-        """The same in the padded view; −inf beyond an image's tokens. Not kept: checkpointing must make it again."""
+        """`key_bias_T` in the padded view; −inf beyond an image's tokens. Not kept: checkpointing makes it again."""
         return self.hide(self.pad(self.key_bias_T))
 
     def hide(self, logits_BM: Tensor) -> Tensor:

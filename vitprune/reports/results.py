@@ -190,7 +190,7 @@ class Throughput(PairedTiming):
 
 
 class MeasuredCosts(Result):
-    """A cost table as values; `cost_table.CostTable` says what they are."""
+    """A cost table as values; `latency_table.CostTable` says what they are."""
 
     batch_size: int
     tokens: tuple[float, ...]

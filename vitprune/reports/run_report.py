@@ -7,7 +7,18 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from vitprune.reports.results import Comparison, Latency, Plan, Report, ScheduleSearch, Throughput, Training
+from vitprune.recipe.finetune_spec import Trained
+from vitprune.recipe.schema import Recipe
+from vitprune.reports.results import (
+    LATENCY_TOLERANCE,
+    Comparison,
+    Latency,
+    Plan,
+    Report,
+    ScheduleSearch,
+    Throughput,
+    Training,
+)
 from vitprune.reports.text import Cells, count, percent, rich_table
 
 PAYS = 1.05  # a speed-up worth having: less is lost in the noise
@@ -249,3 +260,46 @@ def _plan_cells(plan: Plan) -> Cells:
     if budget:
         return cells
     return [(*row[:3], row[4]) for row in cells]
+
+
+def shortfall(found: Latency) -> str | None:
+    """A sentence for the reader where what was measured isn't what was asked; None where it is."""
+    if found.met:
+        return None
+    return (
+        f"The latency budget of {found.asked:.1%} is missed: {found.measured:.1%} was measured, further off than "
+        f"{LATENCY_TOLERANCE:.0%} of what was asked. Other work on the machine, or images unlike"
+        " the calibration's, do that."
+    )
+
+
+_WHAT: dict[Trained, str] = {"all": "all weights", "norms": "norms", "thresholds": "thresholds"}
+
+
+def plan_steps(recipe: Recipe, most_tries: int) -> tuple[str, ...]:
+    """What a run does, step by step, for `Plan.steps`."""
+    steps = []
+    counts = "MACs" if recipe.budget.latency is None else "dense model's time"
+    if recipe.budget.latency is not None and (recipe.pruning.is_calibrated or recipe.finetune is not None):
+        steps.append(f"measure what blocks and stages take by tokens, in batches of {recipe.budget.timed_batch}")
+    if recipe.pruning.is_searched:
+        steps.append(
+            f"try up to {most_tries} schedules, the first of which is shown above, on {recipe.calibration.images} "
+            "training images"
+        )
+    if recipe.pruning.is_calibrated:
+        steps.append(
+            f"calibrate on {recipe.calibration.images} training images to {recipe.budget.part:.0%} of the {counts}"
+        )
+    if (tuning := recipe.finetune) is not None:
+        length = f"{tuning.epochs:g} epochs" if tuning.steps is None else f"{tuning.steps} steps"
+        steps.append(f"fine-tune {_WHAT[tuning.train]} for {length} in batches of {tuning.batch_size}")
+        steps.append(f"keep the best state, and meet the budget, on {tuning.holdout} training images held out")
+    steps.append(f"compare with the dense model on split '{recipe.data.eval.split}' of {recipe.data.path}")
+    if recipe.evaluate.batch_sizes:
+        sizes = ", ".join(map(str, recipe.evaluate.batch_sizes))
+        steps.append(f"time both at batch sizes {sizes}")
+    if recipe.budget.latency is not None:
+        steps.append(f"check by measurement that pruned takes {recipe.budget.latency:.0%} of the dense model's time")
+    steps.append(f"save to {recipe.output.path}")
+    return tuple(steps)

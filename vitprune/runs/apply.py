@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from vitprune.budget.calibration import calibrate, scale_to_budget
-from vitprune.budget.latency import budget_latency, check_latency, meet_latency, shortfall
+from vitprune.budget.latency import budget_latency, check_latency, meet_latency
 from vitprune.budget.latency_measurement import measure_latency
 from vitprune.budget.latency_table import CostTable
 from vitprune.data.augmentation import pixel_scale
@@ -28,6 +28,7 @@ from vitprune.models.module import Levels, pruning_of
 from vitprune.recipe.schema import Recipe
 from vitprune.reports.model_card import model_card
 from vitprune.reports.results import Comparison, Latency, Report, ScheduleSearch, Training, TriedSchedule
+from vitprune.reports.run_report import shortfall
 from vitprune.runs.inputs import RunInputs, flat, moved
 from vitprune.runs.resume import RunFolder, was_saved
 from vitprune.runtime import distributed, signals

@@ -10,12 +10,10 @@ from vitprune.models.module import quantization_method
 from vitprune.models.structure import count_tokens, require_images
 from vitprune.pruning.costs import CostModel
 from vitprune.recipe.errors import Problem, RecipeError
-from vitprune.recipe.finetune_spec import Trained
 from vitprune.recipe.pruning_spec import ANCHORS, METHOD
 from vitprune.recipe.schema import Recipe
 from vitprune.reports.results import Plan, PlanRow
-
-_WHAT: dict[Trained, str] = {"all": "all weights", "norms": "norms", "thresholds": "thresholds"}
+from vitprune.reports.run_report import plan_steps
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -57,7 +55,7 @@ def plan(recipe: Recipe) -> Plan:
         budget=recipe.budget.part,
         counts="time" if recipe.budget.macs is None else "MACs",
         rows=rows,
-        steps=_steps(recipe),
+        steps=plan_steps(recipe, MOST_TRIES),
     )
 
 
@@ -82,31 +80,3 @@ def _require_reachable(recipe: Recipe, first: Schedule, cost: CostModel, patches
 def _meets_budget(recipe: Recipe) -> bool:
     """Whether levels are found for the budget; those that are given are as they are."""
     return recipe.pruning.is_calibrated or (recipe.finetune is not None and recipe.pruning.select == "threshold")
-
-
-def _steps(recipe: Recipe) -> tuple[str, ...]:
-    steps = []
-    counts = "MACs" if recipe.budget.latency is None else "dense model's time"
-    if recipe.budget.latency is not None and (recipe.pruning.is_calibrated or recipe.finetune is not None):
-        steps.append(f"measure what blocks and stages take by tokens, in batches of {recipe.budget.timed_batch}")
-    if recipe.pruning.is_searched:
-        steps.append(
-            f"try up to {MOST_TRIES} schedules, the first of which is shown above, on {recipe.calibration.images} "
-            "training images"
-        )
-    if recipe.pruning.is_calibrated:
-        steps.append(
-            f"calibrate on {recipe.calibration.images} training images to {recipe.budget.part:.0%} of the {counts}"
-        )
-    if (tuning := recipe.finetune) is not None:
-        length = f"{tuning.epochs:g} epochs" if tuning.steps is None else f"{tuning.steps} steps"
-        steps.append(f"fine-tune {_WHAT[tuning.train]} for {length} in batches of {tuning.batch_size}")
-        steps.append(f"keep the best state, and meet the budget, on {tuning.holdout} training images held out")
-    steps.append(f"compare with the dense model on split '{recipe.data.eval.split}' of {recipe.data.path}")
-    if recipe.evaluate.batch_sizes:
-        sizes = ", ".join(map(str, recipe.evaluate.batch_sizes))
-        steps.append(f"time both at batch sizes {sizes}")
-    if recipe.budget.latency is not None:
-        steps.append(f"check by measurement that pruned takes {recipe.budget.latency:.0%} of the dense model's time")
-    steps.append(f"save to {recipe.output.path}")
-    return tuple(steps)

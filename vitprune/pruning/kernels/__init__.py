@@ -1,6 +1,7 @@
 """The parts of a stage as one device does them fastest: a door for each device, chosen once a forward.
 
-Torch's operators say the same and serve where no door opens; they are in the modules above.
+Torch's operators say the same and serve where no door opens; they are in the modules above. So far the CPU has one;
+`cuda` holds packed attention alone, which `packed_attention` asks for block by block.
 """
 
 from __future__ import annotations

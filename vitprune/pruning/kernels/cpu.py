@@ -2,7 +2,8 @@
 
 Serves float32 and bfloat16 without gradients where numba is installed. Here tensors become arrays and back.
 
-Shapes: B images, T rows of the batch laid end to end, M tokens of the longest image, H heads, K head width, D width.
+Shapes: B images, T rows of the batch laid end to end, M tokens of the longest image, N tokens of an image in the dense
+sequence or, of order and distances, patches at the stage, H heads, K head width, D width.
 """
 
 from __future__ import annotations

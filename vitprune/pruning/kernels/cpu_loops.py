@@ -1,7 +1,7 @@
 """What a stage does in inference on a CPU, as loops over images and tokens that numba compiles.
 
-The semantics are those of `scores`, `selection` and `reduction`, which do the same in operators of torch: about a
-hundred a stage, each of them small.
+The semantics are those of `scores`, `selection` and `reduction`, which do the same in operators of torch: some
+seventy a stage, each of them small.
 
 Half precision comes as the bits of bfloat16 in 16-bit integers; numba has no such number. Images are independent, so
 what is no number in one image stays there.
@@ -83,7 +83,7 @@ def compute_stats(
     scores_BM: Any,
     metric_TK: Any,
 ) -> None:
-    """What a block's attention says about its tokens; `scoring.head_weighted_attention` and `scoring.key_metric`.
+    """What a block's attention says about its tokens; `scores.head_weighted_attention` and `scores.key_metric`.
 
     scores_BM, metric_TK: None where it isn't asked for. key_bias_T: None where no token has a size.
     """
@@ -210,7 +210,7 @@ def select(
     kept_B: Any,
     dst_BM: Any,
 ) -> None:
-    """Which tokens stay, `thresholds.above_threshold`, how many, and who takes in the others, `scoring.nearest`.
+    """Which tokens stay, `selection.above_threshold`, how many, and who takes in the others, `scores.nearest`.
 
     at_least: tokens that an image keeps whatever their scores. metric_TK, dst_BM: None where it isn't asked for.
     """

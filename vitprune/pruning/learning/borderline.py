@@ -3,11 +3,13 @@
 They attend to kept tokens and to themselves, but are attended to by none, so no gradient comes back through them. A
 threshold's gradient from them is what the kept tokens would have read from them.
 
-near θ and kept        in the batch, with a mask that has a gradient (`LearningBatch`)     near θ and not kept
-borderline: beside the batch until the next stage     elsewhere, not kept    dropped or merged, as in inference
+    near θ and kept          in the batch, with a mask that has a gradient (`LearningBatch`)
+    near θ and not kept      borderline: beside the batch until the next stage
+    elsewhere and not kept   dropped or merged, as in inference
 
-Shapes: B images, M tokens of an image at a stage, X borderline tokens of all images and copies of the first that fill
-up, D width, G images of a rectangle (all, or a bucket), C borderline tokens of the image that has most of them.
+Shapes: B images, N tokens of an image in the dense sequence, M of them at a stage, T rows of the batch, X borderline
+tokens of all images and copies of the first that fill up, D width, G images of a rectangle (all, or a bucket), C
+borderline tokens of the image that has most of them.
 """
 
 from __future__ import annotations
