@@ -16,7 +16,7 @@ from datasets import (
     Image,
     Value,
 )
-from images import ID2LABEL, NAMES, PROCESSOR, TRAIN, png, rows
+from made_up_images import ID2LABEL, NAMES, PROCESSOR, TRAIN, png, rows
 from transformers import ViTImageProcessorPil
 
 from vitprune.data.decoding import BrokenImageError

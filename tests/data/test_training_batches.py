@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from images import ID2LABEL, PROCESSOR, TRAIN, rows
+from made_up_images import ID2LABEL, PROCESSOR, TRAIN, rows
 from torch import Tensor
 
 from vitprune.data.augmentation import Augmentation

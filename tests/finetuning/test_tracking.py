@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from made_up_recipe import RECIPE, recipe
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from recipes import RECIPE, recipe
 from vitprune.finetuning.tracking import DIMMED, beside_kept, require_installed, unscaled
 from vitprune.runs.apply import apply
 

@@ -9,12 +9,12 @@ import pytest
 import samples
 import torch
 from made_up_clock import Clock
+from made_up_recipe import FINETUNE, RECIPE, recipe
 from PIL import Image
 from torch.testing import assert_close
 from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoTokenizer
 
 import vitprune
-from recipes import FINETUNE, RECIPE, recipe
 from vitprune.finetuning.finetune import NonFiniteLoss
 from vitprune.models.module import is_pruned
 from vitprune.recipe.schema import RecipeError, load_recipe

@@ -59,17 +59,17 @@ def test_a_name_that_would_become_too_long_is_refused_at_the_start(tmp_path: Pat
 
 def test_two_runs_into_one_output_dont_mix(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path / "out", lambda: {"budget": 0.75}, restart=False) as first:
-        first.stage("calibration", dict, lambda: {"levels": 1})
+        first.once("calibration", dict, lambda: {"levels": 1})
         for restart in (False, True):
             with pytest.raises(ValueError, match=r"a run into the same output is under way \(process \d+ on "):
                 RunFolder.open(tmp_path / "out", lambda: {"budget": 0.75}, restart=restart)
     with RunFolder.open(tmp_path / "out", lambda: {"budget": 0.75}, restart=False) as again:
-        assert again.stage("calibration", dict, lambda: {"levels": 2}) == {"levels": 1}
+        assert again.once("calibration", dict, lambda: {"levels": 2}) == {"levels": 1}
     with pytest.raises(ValueError, match="changed are"):
         RunFolder.open(tmp_path / "out", lambda: {"budget": 0.55}, restart=False)
     # refused, it has let go
     with RunFolder.open(tmp_path / "out", lambda: {"budget": 0.55}, restart=True) as anew:
-        assert anew.stage("calibration", dict, lambda: {"levels": 3}) == {"levels": 3}
+        assert anew.once("calibration", dict, lambda: {"levels": 3}) == {"levels": 3}
         assert json.loads((anew.path / "fingerprint.json").read_text()) == {"budget": 0.55}
 
 

@@ -10,8 +10,9 @@ import sys
 import time
 from pathlib import Path
 
+from made_up_recipe import FINETUNE, RECIPE, write
+
 import vitprune
-from recipes import FINETUNE, RECIPE, write
 from vitprune.models.module import is_pruned
 
 

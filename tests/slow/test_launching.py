@@ -16,11 +16,11 @@ from typing import Any
 import psutil
 import pytest
 import torch
+from made_up_recipe import RECIPE, write
 from safetensors.torch import load_file
 from tiny import Tolerance
 from torch.testing import assert_close
 
-from recipes import RECIPE, write
 from vitprune.runs.resume import place_of
 from vitprune.runtime.signals import TERMINATED, USAGE
 

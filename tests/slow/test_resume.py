@@ -18,12 +18,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from made_up_recipe import RECIPE, write
 from safetensors.torch import load_file
 from tiny import Tolerance
 from torch.testing import assert_close
 
-from recipes import RECIPE, write
-from vitprune.finetuning.finetune import _Loop
+from vitprune.finetuning.loop import Loop
 from vitprune.finetuning.state import States
 from vitprune.finetuning.step import TrainStep
 from vitprune.recipe.schema import Recipe, load_recipe
@@ -93,8 +93,8 @@ def break_off(asked: Recipe, owner: Any, name: str, when: Callable[..., bool] = 
     ("owner", "name", "when"),
     [
         (steps, "calibrate", lambda *_: True),
-        (_Loop, "_next_record", lambda loop: loop.step == 1),
-        (_Loop, "_next_record", lambda loop: loop.step == 7),
+        (Loop, "_next_record", lambda loop: loop.step == 1),
+        (Loop, "_next_record", lambda loop: loop.step == 7),
         (Accelerator, "save_state", lambda accelerator, path: "000000006" in path),
         (steps, "scale_to_budget", lambda *_: True),
         (steps, "compare", lambda *_: True),
@@ -127,7 +127,7 @@ def test_the_best_state_outlasts_a_break(tmp_path: Path) -> None:
     assert whole is not None
     assert 0 < whole.kept_step < 12
     asked = recipe(tmp_path / "broken", *rising)
-    break_off(asked, _Loop, "_next_record", lambda loop: loop.step == 11)
+    break_off(asked, Loop, "_next_record", lambda loop: loop.step == 11)
     assert apply(asked).training == whole
     expected, found = result(tmp_path / "unbroken"), result(tmp_path / "broken")
     assert_close(found[0], expected[0], **EXACT)
@@ -138,7 +138,7 @@ def test_a_stream_goes_on_in_mid_epoch(tmp_path: Path) -> None:
     streamed = ("data.streaming=true", "finetune.steps=7")
     apply(recipe(tmp_path / "unbroken", *streamed))
     asked = recipe(tmp_path / "broken", *streamed)
-    break_off(asked, _Loop, "_next_record", lambda loop: loop.step == 5)
+    break_off(asked, Loop, "_next_record", lambda loop: loop.step == 5)
     apply(asked)
     expected_weights, expected_report = result(tmp_path / "unbroken")
     weights, report = result(tmp_path / "broken")
@@ -156,7 +156,7 @@ def test_finished_stages_are_not_repeated(tmp_path: Path, monkeypatch: pytest.Mo
     break_off(asked, steps, "scale_to_budget")
     for finished in ("calibrate", "measure_throughput"):
         monkeypatch.setattr(f"vitprune.runs.apply.{finished}", lambda *_, **__: pytest.fail("was done already"))
-    monkeypatch.setattr(_Loop, "_next_record", lambda _: pytest.fail("was done already"))
+    monkeypatch.setattr(Loop, "_next_record", lambda _: pytest.fail("was done already"))
     apply(asked)
 
 
@@ -176,7 +176,7 @@ def test_another_recipe_is_refused_with_what_differs_and_restart_begins_anew(tmp
 
 
 def test_other_weights_or_images_are_refused(tmp_path: Path) -> None:
-    break_off(recipe(tmp_path), _Loop, "_next_record", lambda loop: loop.step == 1)
+    break_off(recipe(tmp_path), Loop, "_next_record", lambda loop: loop.step == 1)
     asked = recipe(tmp_path, "data.train.limit=40")
     with pytest.raises(ValueError, match=r"(?s)data\.train\.limit: null then, 40 now.*images \(train\)"):
         apply(asked)
@@ -188,7 +188,7 @@ def test_of_a_run_that_finished_nothing_anything_may_change(tmp_path: Path) -> N
 
 
 def test_how_often_states_are_kept_may_change(tmp_path: Path) -> None:
-    break_off(recipe(tmp_path), _Loop, "_next_record", lambda loop: loop.step == 5)
+    break_off(recipe(tmp_path), Loop, "_next_record", lambda loop: loop.step == 5)
     # written anew the images would be others
     overrides = ("finetune.checkpoint_every=2h", "finetune.checkpoints_kept=1")
     apply(load_recipe(tmp_path / "recipe.yaml", overrides))

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from vitprune.models import context, prune
+from vitprune.models import context, hooks
 from vitprune.models.module import Pruning
 from vitprune.pruning import reference
 from vitprune.pruning.attention import Attention
@@ -139,5 +139,5 @@ def reference_forwards() -> Iterator[None]:
         return ReferenceForward(pruning(), context.current().traces)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prune, "make_forward", make_forward)
+        patch.setattr(hooks, "make_forward", make_forward)
         yield

@@ -66,10 +66,10 @@ def apply(recipe: Recipe, *, restart: bool = False) -> Report:
             elif recipe.finetune is not None and recipe.pruning.select == "threshold":
                 run.begin_at_budget(folder)
             if recipe.finetune is not None:
-                calibrated = folder.stage("calibrated", Comparison, run.compare)
+                calibrated = folder.once("calibrated", Comparison, run.compare)
                 training = run.finetune(output, folder)
-            comparison = folder.stage("comparison", Comparison, run.compare)
-            report = folder.stage("report", Report, lambda: run.report(comparison, calibrated, search, training))
+            comparison = folder.once("comparison", Comparison, run.compare)
+            report = folder.once("report", Report, lambda: run.report(comparison, calibrated, search, training))
             if run.is_main:
                 run.save(report, output)
             folder.remove()
@@ -99,7 +99,7 @@ class _Run(RunInputs):
         size = self.recipe.budget.timed_batch
         timed = self._timed(self.holdout or self.train, size)
         measure = partial(distributed.on_main, lambda: measure_latency(*answers, timed, size))
-        budget_latency(self.pruned, folder.stage("latency-table", CostTable, measure))
+        budget_latency(self.pruned, folder.once("latency-table", CostTable, measure))
 
     def find_schedule(self, folder: RunFolder) -> ScheduleSearch:
         """Finds stages, and levels for the budget, which is one of MACs here even where it will be one of time."""
@@ -114,7 +114,7 @@ class _Run(RunInputs):
             return {"levels": Levels.of(pruning).to_lists(), "search": search.model_dump(mode="json")}
 
         # one step: an interrupted run has both or neither
-        kept = folder.stage("schedule", dict[str, Any], lambda: distributed.on_main(found))
+        kept = folder.once("schedule", dict[str, Any], lambda: distributed.on_main(found))
         Levels.from_lists(kept["levels"]).give(pruning)
         return ScheduleSearch.model_validate(kept["search"])
 
@@ -206,7 +206,7 @@ class _Run(RunInputs):
             settle()
             return Levels.of(pruning).to_lists()
 
-        lists = folder.stage(stage, dict[str, Any], lambda: distributed.on_main(found))
+        lists = folder.once(stage, dict[str, Any], lambda: distributed.on_main(found))
         Levels.from_lists(lists).give(pruning)
 
     def _timed(self, images: Images | None, batch_size: int) -> Tensor:

@@ -90,8 +90,11 @@ class RunFolder:
         if self.lock is not None:
             self.lock.release()
 
-    def stage(self, name: str, kind: type[T] | Any, compute: Callable[[], T]) -> T:
-        """The result of a stage: found here, or computed, by all processes, and kept. `kind`: its type, for JSON."""
+    def once(self, name: str, kind: type[T] | Any, compute: Callable[[], T]) -> T:
+        """A step of a run, done once: its result is found here, or computed by all processes and kept.
+
+        kind: the result's type, for JSON.
+        """
         adapter: TypeAdapter[T] = TypeAdapter(kind)
         place = self.path / f"{name}.json"
 

@@ -1,0 +1,230 @@
+"""The hooks of a pruned model: where a forward begins and ends, what each block is given, where tokens leave.
+
+Objects and functions, not closures, so that a copy of the model has hooks of its own. torch.compile leaves them alone:
+how many tokens an image keeps is decided by their values.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils.generic import ModelOutput
+
+from vitprune.models import context
+from vitprune.models.block import NAME, BlockForward, Removable, pack_rope
+from vitprune.models.module import Pruning
+from vitprune.models.structure import Structure
+from vitprune.models.trace import Trace
+from vitprune.pruning.forward import Forward, PackedForward
+from vitprune.pruning.learning.masked import MaskedForward
+from vitprune.pruning.learning.packed import LearningForward
+
+
+def attach(model: PreTrainedModel, pruning: Pruning, structure: Structure) -> list[Removable]:
+    """Hooks are objects, not closures, so that a copy of the model has hooks of its own."""
+    family, backbone = structure.family, structure.backbone
+    handles: list[Removable] = [
+        backbone.register_forward_pre_hook(Begin(pruning, family.has_interface, structure.inner), with_kwargs=True),
+        backbone.register_forward_hook(_End(pruning, structure.inner), always_call=True),
+        structure.final_norm.register_forward_hook(_Unpack(norms=structure.final_norm not in structure.blocks)),
+    ]
+    if structure.pooling is not None:
+        handles.append(structure.pooling.register_forward_pre_hook(_pool_what_is_there, with_kwargs=True))
+    # transformers and timm have a class of that name for stochastic depth
+    drops = (module for module in backbone.modules() if type(module).__name__.endswith("DropPath"))
+    handles += [module.register_forward_hook(_drop_by_image) for module in drops]
+    if structure.cost.read is not None:
+        handles.append(model.register_forward_pre_hook(_begin_for_head, prepend=True, with_kwargs=True))
+        handles.append(model.register_forward_hook(_end_for_head, always_call=True))
+    for index, block in enumerate(structure.blocks):
+        enter = _EnterBlock(index, family.rope, family.pads)
+        handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
+        # first, so that all who record see the same
+        handles.append(block.register_forward_hook(_LeaveBlock(index), prepend=True))
+        handles.append(BlockForward(block, intercept=not family.has_interface).attach())
+    return handles
+
+
+@torch.compiler.disable()
+def _begin_for_head(module: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
+    wanted = kwargs.get("output_hidden_states")
+    wanted = module.config.output_hidden_states if wanted is None else wanted
+    context.change(for_head=not (wanted or context.current().whole_sequence))
+
+
+@torch.compiler.disable()
+def _end_for_head(module: nn.Module, args: Any, output: Any) -> None:
+    context.change(for_head=False)
+
+
+def make_forward(pruning: Pruning, *, training: bool) -> Forward:
+    """What carries a forward of the model out, by what it is asked for."""
+    asked, policy = context.current(), pruning()
+    observers = tuple(watched for watched in asked.traces if watched.pruning is pruning)
+    if training and pruning.execution == "masked":
+        return MaskedForward(policy, observers)
+    # with `whole_sequence` in eval mode what inference would execute is counted, as in training
+    trains = training or asked.whole_sequence
+    if trains and policy.levels.requires_grad and torch.is_grad_enabled():
+        return LearningForward(policy, observers)
+    return PackedForward(policy, observers, trains=trains, for_head=asked.for_head)
+
+
+@dataclass(frozen=True, eq=False)
+class Begin:
+    """inner: its own gradient checkpointing would run the blocks' hooks twice, so the blocks do it."""
+
+    pruning: Pruning
+    has_interface: bool
+    inner: nn.Module | None
+
+    @torch.compiler.disable()
+    def __call__(self, module: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
+        self._refuse(module, kwargs)
+        if any(isinstance(x, Tensor) and x.ndim and not len(x) for x in (*args, *kwargs.values())):
+            return  # no image: what the dense model makes of it
+        forward = make_forward(self.pruning, training=module.training)
+        if isinstance(forward, PackedForward) and forward.is_dense:
+            return
+        checkpoints = self.inner is not None and self.inner.grad_checkpointing
+        if checkpoints:
+            vars(self.inner)["grad_checkpointing"] = False
+        context.change(forward=forward, checkpoints=checkpoints)
+
+    def _refuse(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+            raise ValueError(
+                "a pruned model can't be exported or traced: what is in an image decides how many tokens go on; "
+                "torch.compile takes it, and after vitprune.restore_(model) the dense model can be exported"
+            )
+        if "_is_replica" in vars(module):
+            raise ValueError(
+                "nn.DataParallel's copies of a pruned model aren't pruned; start a process for each GPU, as accelerate "
+                "launch does, or let one GPU be seen (CUDA_VISIBLE_DEVICES=0)"
+            )
+        if kwargs.get("attention_mask") is not None or kwargs.get("output_attentions"):
+            raise ValueError(
+                "a pruned model takes no attention_mask and gives out no attention maps: its images have different "
+                "tokens in every block; call vitprune.restore_(model) for the dense model"
+            )
+        if self.has_interface and module.config._attn_implementation != NAME:
+            raise ValueError(
+                f"the pruned model's attention implementation was changed to '{module.config._attn_implementation}'; "
+                f"call model.set_attn_implementation('{NAME}')"
+            )
+        if self.inner is not None and kwargs.get("output_hidden_states"):
+            raise ValueError("a pruned timm model gives out no hidden states; call vitprune.restore_(model) first")
+
+
+@dataclass(frozen=True, eq=False)
+class _End:
+    pruning: Pruning
+    inner: nn.Module | None
+
+    @torch.compiler.disable()
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        running = context.current()
+        forward = running.forward
+        context.change(forward=None, checkpoints=False)
+        if running.checkpoints and self.inner is not None:
+            vars(self.inner)["grad_checkpointing"] = True
+        if forward is None or output is None:  # the forward failed
+            return output
+        for watched in forward.observers:
+            assert isinstance(watched, Trace)
+            watched.record(forward)
+        if isinstance(output, ModelOutput) and output.get("hidden_states") is not None:
+            output["hidden_states"] = _unpacked(forward, output["hidden_states"])
+        elif isinstance(output, tuple):  # return_dict=False: hidden states are the only tuple in it
+            output = tuple(_unpacked(forward, item) if isinstance(item, tuple) else item for item in output)
+        return output
+
+
+def _unpacked(forward: Forward, hidden_states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
+    # those that weren't selected are None
+    return tuple(None if x is None else forward.unpack_recorded(block, x) for block, x in enumerate(hidden_states))
+
+
+@dataclass(frozen=True, eq=False)
+class _EnterBlock:
+    block: int
+    rope: bool
+    pads: bool
+
+    @torch.compiler.disable()
+    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+        forward, rest = context.current().forward, args[1:]
+        if forward is None:
+            return None
+        valid_BN = None
+        if self.pads:  # the layers hand it over right behind the hidden states, (B, 1, N, N)
+            mask, *rest = rest
+            valid_BN = None if mask is None else mask[:, 0, 0]
+            rest = (None, *rest)
+        hidden_states, attention = forward.enter_block(self.block, args[0], valid_BN)
+        positions = forward.positions() if self.rope else None
+        if positions is not None:
+            tables, prefix = kwargs["position_embeddings"], forward.policy.num_prefix_tokens
+
+            def turned(positions: Tensor) -> dict[str, Any]:
+                return {"position_embeddings": pack_rope(tables, positions, prefix)}
+
+            kwargs = {**kwargs, **attention.position_arguments(turned, positions)}
+        return (hidden_states, *rest), {**kwargs, "pruning": attention}
+
+
+@dataclass(frozen=True, eq=False)
+class _LeaveBlock:
+    """The stage before block b runs right after block b − 1, so that the caller keeps only what is left."""
+
+    block: int
+
+    @torch.compiler.disable()
+    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
+        forward = context.current().forward
+        if forward is None:
+            return None
+        if isinstance(output, tuple):
+            return forward.leave_block(self.block, output[0]), *output[1:]
+        return forward.leave_block(self.block, output)
+
+
+@torch.compiler.disable()
+def _drop_by_image(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+    """Stochastic depth drops whole images, which packed tokens don't show it."""
+    attention = context.current().attention
+    if not module.training or attention is None:
+        return None
+    drops: Any = module
+    return attention.drop_path(args[0], 1 - drops.drop_prob)
+
+
+@dataclass(frozen=True, eq=False)
+class _Unpack:
+    """norms: behind a norm, not a block."""
+
+    norms: bool
+
+    @torch.compiler.disable()
+    def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
+        forward = context.current().forward
+        if forward is None:
+            return None
+        if self.norms:
+            forward.enter_norm(module.forward)
+        return forward.unpack(output)
+
+
+@torch.compiler.disable()
+def _pool_what_is_there(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """Attention pooling over patches that a token stands for; those merged into another count as often as they are."""
+    forward = context.current().forward
+    absent_BN = None if forward is None else forward.absent_BN()
+    if absent_BN is None:
+        return None
+    bias_BN = torch.zeros(absent_BN.shape, dtype=args[0].dtype, device=absent_BN.device)
+    return args, {**kwargs, "key_padding_mask": bias_BN.masked_fill(absent_BN, -torch.inf)}
