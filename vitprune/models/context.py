@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from vitprune.models.trace import Trace
@@ -14,8 +13,7 @@ if TYPE_CHECKING:
     from vitprune.pruning.forward import Forward
 
 
-@dataclass(frozen=True)
-class Context:
+class Context(NamedTuple):
     """traces: that watch. whole_sequence: what is behind the last block is wanted whole, though the head reads less.
 
     for_head: only the model's own head sees what the backbone gives out.
@@ -40,13 +38,13 @@ def current() -> Context:
 
 def change(**changes: Any) -> None:
     """For hooks, which begin here and end there."""
-    _context.set(replace(_context.get(), **changes))
+    _context.set(_context.get()._replace(**changes))
 
 
 @contextmanager
 def within(**changes: Any) -> Iterator[None]:
     """The context with some changes, for a while."""
-    token = _context.set(replace(_context.get(), **changes))
+    token = _context.set(_context.get()._replace(**changes))
     try:
         yield
     finally:

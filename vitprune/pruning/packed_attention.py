@@ -38,8 +38,9 @@ class PackedAttention(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias_1HNN: Tensor | None, scale: float, dropout: float) -> Tensor:
         inputs = self.packed_inputs(q, k, v, bias_1HNN, scale, dropout)
         contexts_THK = inputs.contexts()
-        known = inputs.q_THK, inputs.k_THK, contexts_THK, scale, inputs.pairs
-        self.stats = compute_stats(self.request, self.batch, *known)
+        if self.request is not NO_STATS:
+            known = inputs.q_THK, inputs.k_THK, contexts_THK, scale, inputs.pairs
+            self.stats = compute_stats(self.request, self.batch, *known)
         return contexts_THK[None]
 
     def packed_inputs(
@@ -96,7 +97,7 @@ class PackedInputs:
     def _in_buckets(self) -> Tensor:
         """A fused call a bucket, on views and with masks that serve all blocks."""
         layout = self.batch.layout
-        masks = [None] * len(layout.buckets) if self.batch.is_bare else self.batch.bucket_masks(self.v_THK.dtype)
+        masks = [None] * len(layout.buckets) if self.batch.is_bare else self.batch.bucket_masks(self._qkv_1HTK[2].dtype)
         contexts = []
         for bucket, mask in zip(zip(*map(layout.split_heads, self._qkv_1HTK), strict=True), masks, strict=True):
             output = F.scaled_dot_product_attention(*bucket, attn_mask=mask, scale=self.scale)
