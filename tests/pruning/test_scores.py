@@ -12,7 +12,6 @@ from torch.testing import assert_close
 
 from vitprune.pruning.scores import (
     TILE,
-    attention_row,
     bipartite,
     density_peaks,
     head_weighted_attention,
@@ -22,6 +21,8 @@ from vitprune.pruning.scores import (
     more_important,
     most_similar,
     nearest,
+    row_logits,
+    row_weights,
     true_indices,
 )
 
@@ -52,7 +53,7 @@ def dot(first: Tensor, second: Tensor) -> float:
 @pytest.mark.parametrize("sized", [False, True])
 def test_class_attention_is_a_softmax_over_the_class_tokens_row(sized: bool, heads: int) -> None:
     q, k, sizes = torch.randn(B, H, K), torch.randn(B, M, H, K), torch.randint(1, 5, (B, M, heads)).float()
-    ours = attention_row(q, k, 0.5, sizes.log() if sized else None)
+    ours = row_weights(row_logits(q, k, 0.5) + (sizes.log() if sized else 0.0))
     for b in range(B):
         for h in range(H):
             # a token of size s counts like s tokens: s·exp(a)
@@ -298,7 +299,6 @@ def test_true_indices_lists_the_true_entries_first_and_in_order() -> None:
 
 
 def test_scores_are_float32_in_bfloat16_models() -> None:
-    assert attention_row(torch.randn(B, H, K).bfloat16(), torch.randn(B, M, H, K).bfloat16(), 0.5).dtype == (
-        torch.float32
-    )
+    logits_BMH = row_logits(torch.randn(B, H, K).bfloat16(), torch.randn(B, M, H, K).bfloat16(), 0.5)
+    assert row_weights(logits_BMH).dtype == torch.float32
     assert_close(true_indices(torch.zeros(2, 3, dtype=torch.bool)), torch.zeros(2, 0, dtype=torch.long), **EXACT)

@@ -153,21 +153,15 @@ def _at_least_float32(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
 
 
-def attention_row(q_BHK: Tensor, k_BMHK: Tensor, scaling: float, bias_BMH: Tensor | None = None) -> Tensor:
-    """One query's row of the attention matrix, (B, M, H), at least float32: the one extra row that a score costs."""
-    logits_BMH = row_logits(q_BHK, k_BMHK, scaling)
-    return row_weights(logits_BMH if bias_BMH is None else logits_BMH + bias_BMH)
-
-
-def row_logits(q_BHK: Tensor, k_BMHK: Tensor, scaling: float) -> Tensor:
-    """What one query has to do with each key before the softmax, (B, M, H), at least float32."""
+def row_logits(q_BHK: Tensor, k_BMHK: Tensor, scale: float) -> Tensor:
+    """One query's row of logits, (B, M, H), at least float32: the one extra row that a score costs."""
     with torch.autocast(q_BHK.device.type, enabled=False):
         # element by element: a matrix product of one row takes three times as long
-        return torch.linalg.vecdot(at_least_float32(k_BMHK), at_least_float32(q_BHK)[:, None]) * scaling
+        return torch.linalg.vecdot(at_least_float32(k_BMHK), at_least_float32(q_BHK)[:, None]) * scale
 
 
 def row_weights(logits_BMH: Tensor, mask_BM: Tensor | None = None) -> Tensor:
-    """The softmax over keys that are seen, (B, M, H). mask_BM: 0/1 with gradient."""
+    """The softmax over kept keys, (B, M, H). mask_BM: 0/1 with gradient."""
     row_BMH = logits_BMH.softmax(1)
     if mask_BM is None:
         return row_BMH
