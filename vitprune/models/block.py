@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -75,10 +75,6 @@ class _Intercept(TorchFunctionMode):
         assert not is_causal
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         return attention.attend(query, key, value, attn_mask, factor, dropout_p).transpose(1, 2)
-
-
-class Removable(Protocol):
-    def remove(self) -> None: ...
 
 
 class BlockForward:

@@ -8,9 +8,9 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
-    from vitprune.models.trace import Trace
     from vitprune.pruning.attention import Attention
     from vitprune.pruning.forward import Forward
+    from vitprune.pruning.selection import Observer
 
 
 class Context(NamedTuple):
@@ -21,7 +21,7 @@ class Context(NamedTuple):
     checkpoints: blocks are run again in the backward pass, by us.
     """
 
-    traces: tuple[Trace, ...] = ()
+    traces: tuple[Observer, ...] = ()
     whole_sequence: bool = False
     for_head: bool = False
     forward: Forward | None = None

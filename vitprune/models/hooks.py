@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from vitprune.models import context
-from vitprune.models.block import NAME, BlockForward, Removable, pack_rope
-from vitprune.models.module import Pruning
+from vitprune.models.block import NAME, BlockForward, pack_rope
+from vitprune.models.module import Pruning, Removable
 from vitprune.models.structure import Structure
 from vitprune.models.trace import Trace
 from vitprune.pruning.forward import Forward, PackedForward
@@ -64,7 +64,7 @@ def _end_for_head(module: nn.Module, args: Any, output: Any) -> None:
 def make_forward(pruning: Pruning, *, training: bool) -> Forward:
     """What carries a forward of the model out, by what it is asked for."""
     asked, policy = context.current(), pruning()
-    observers = tuple(watched for watched in asked.traces if watched.pruning is pruning)
+    observers = tuple(t for t in asked.traces if isinstance(t, Trace) and t.pruning is pruning)
     if training and pruning.execution == "masked":
         return MaskedForward(policy, observers)
     # with `whole_sequence` in eval mode what inference would execute is counted, as in training

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from vitprune.models.block import Removable
 from vitprune.models.structure import Structure
 from vitprune.pruning.costs import Costs
 from vitprune.pruning.selection import Policy
@@ -20,6 +19,12 @@ from vitprune.recipe.schema import Execution, PruningSpec
 PUBLISHED_TEMPERATURE = 1e-4
 # a threshold that keeps everything: what a stage has until it is calibrated
 KEEPS_ALL = -torch.inf
+
+
+class Removable(Protocol):
+    """What `prune_` left on a model, and `restore_` takes back."""
+
+    def remove(self) -> None: ...
 
 
 class Pruning(nn.Module):
