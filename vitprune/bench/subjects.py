@@ -179,7 +179,7 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
 
 
 def compile_(model: PreTrainedModel) -> PreTrainedModel:
-    """Has torch compile each block, for any number of tokens, in place; what is around the blocks stays eager."""
+    """Have torch compile each block, for any number of tokens, in place; what is around the blocks stays eager."""
     for block in examine(model).blocks:
         block.compile(dynamic=True)
     return model

@@ -46,7 +46,7 @@ _NO_LOOPS = "Without numba stages take several times as long on a CPU: pip insta
 
 
 def bench(settings: BenchSettings, *, output: Path | None = None, progress: bool = True) -> Benchmark:
-    """Measures what the settings ask for; what can't be measured comes back as a `Failure`.
+    """Measure what the settings ask for; what can't be measured comes back as a `Failure`.
 
     output: a folder; `bench.json` in it is written anew after each case, so that a broken run keeps what it has.
 
@@ -79,7 +79,7 @@ class _Sweep:
 
     @classmethod
     def start(cls, settings: BenchSettings, output: Path | None, progress: bool) -> _Sweep:
-        """Loads model and images once, to know what there is to do."""
+        """Load model and images once, to know what there is to do."""
         if output is not None and output.exists() and not output.is_dir():
             raise ValueError(f"{output} is no folder; name one for what is measured")
         recipe, device = settings.recipe, _device()

@@ -50,7 +50,7 @@ class Calibration:
 
 
 def calibrate(model: nn.Module, batches: Batches, budget: float, *, progress: bool = True) -> Calibration:
-    """Sets the levels of a pruned model so that it meets a budget, in place.
+    """Set the levels of a pruned model so that it meets a budget, in place.
 
     With `before_blocks: auto` it looks for the stages, too: of the schedules that meet the budget the one whose answers
     to these images are nearest to the dense model's, by KL divergence of its classes or cosine of its embeddings.
@@ -146,7 +146,7 @@ def _distance(dense: Tensor, pruned: Tensor, *, is_classifier: bool) -> float:
 
 
 def scale_to_budget(model: nn.Module, batches: Batches, budget: float, *, progress: bool = True) -> float:
-    """Scales all thresholds by one common factor so that a trained model meets its budget; returns the ratio got.
+    """Scale all thresholds by one common factor so that a trained model meets its budget; return the ratio got.
 
     batches, budget: as for `calibrate`.
     """
@@ -178,7 +178,7 @@ def _check(batches: Sequence[Inputs], budget: float) -> None:
 
 
 def require_budget(budget: float) -> None:
-    """Raises ValueError for a budget that is no part of the dense model's cost."""
+    """Raise ValueError for a budget that is no part of the dense model's cost."""
     if not 0 < budget <= 1:
         raise ValueError(f"budget is {budget}, should be a part of the dense MACs above 0 and at most 1, such as 0.65")
 
@@ -263,7 +263,7 @@ class _LevelSetter(Trace):
         return level
 
     def apply(self) -> None:
-        """Gives the model the average levels, and temperatures that fit the scores unless the spec fixes them."""
+        """Give the model the average levels, and temperatures that fit the scores unless the spec fixes them."""
         with torch.no_grad():
             for stage, levels in self.found.items():
                 self.pruning.levels[stage] = torch.stack(levels).mean()
@@ -280,7 +280,7 @@ def _temperature(scores: Tensor, place: Tensor) -> Tensor:
 
 
 def set_rate(model: nn.Module, batches: Sequence[Inputs], rate: float) -> None:
-    """Gives a pruned model the levels at which the part `rate` of its patches leaves at each stage, in place."""
+    """Give a pruned model the levels at which the part `rate` of its patches leaves at each stage, in place."""
     with tqdm(disable=True) as bar:
         pruning = pruning_of(model)
         _set_rates(pruning, _Passes(model, batches, bar), (rate,) * len(pruning.before_blocks))
@@ -294,7 +294,7 @@ def _set_rates(pruning: Pruning, passes: _Passes, rates: tuple[float, ...]) -> f
 
 
 def _keep_everything(pruning: Pruning, passes: _Passes) -> float:
-    """The highest levels at which nothing leaves that anybody would miss, from where training can go on."""
+    """Set the highest thresholds that drop nothing: a valid start for training."""
     _set_rates(pruning, passes, (0.0,) * len(pruning.before_blocks))  # for the temperatures
     with torch.no_grad():
         pruning.levels.fill_(0.0 if pruning.spec.select == "threshold" else 1.0)
@@ -315,7 +315,7 @@ def _scale(pruning: Pruning, passes: _Passes, budget: float) -> float:
 
 
 def _search(ratio_at: Callable[[float], float], budget: float, *, start: float, top: float) -> float:
-    """Finds x in [0, top] with ratio_at(x) = budget ± TOLERANCE for a falling function; leaves it at the best x seen.
+    """Find x in [0, top] with ratio_at(x) = budget ± TOLERANCE for a falling function; leave it at the best x seen.
 
     False position between the nearest points on either side; the older side's weight is halved (Illinois).
     """

@@ -28,7 +28,7 @@ FEWEST = 3
 
 
 def budget_latency(model: nn.Module, table: CostTable | None) -> None:
-    """From here on a pruned model's budget is a part of the dense model's time; without a table, of its MACs again.
+    """Count a pruned model's budget in the dense model's time from here on; without a table, in its MACs again.
 
     `calibrate`, `finetune`, `scale_to_budget` and `trace(...).costs` count by the table. It isn't saved with the model.
     """
@@ -39,7 +39,7 @@ def budget_latency(model: nn.Module, table: CostTable | None) -> None:
 def check_latency(
     dense: nn.Module, pruned: nn.Module, images: Tensor, asked: float, batch_size: int, repeats: int
 ) -> Latency:
-    """Times both models on the same batches, in turn, and says what the table expects of these very images.
+    """Time both models on the same batches, in turn, and say what the table expects of these very images.
 
     images: pixel values (B, C, H, W) of real images by chance. repeats: measurements of a batch, in all.
     """

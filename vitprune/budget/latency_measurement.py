@@ -36,7 +36,7 @@ LEVEL = 1e-4
 def measure_latency(
     dense: nn.Module, pruned: nn.Module, images: Tensor, batch_size: int, *, repeats: int = REPEATS
 ) -> CostTable:
-    """Measures what a block, a stage and the rest take by the number of tokens, where and as the models are.
+    """Measure what a block, a stage and the rest take by the number of tokens, where and as the models are.
 
     images: pixel values (B, C, H, W) of real images by chance; one batch of them is pruned at several rates, in turn
         with the dense model, so that images of a batch differ in their tokens as they will.

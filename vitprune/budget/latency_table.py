@@ -46,7 +46,7 @@ class CostTable:
         return self.factor * (inside_B + self.outside_blocks)
 
     def dense(self, tokens_B: Tensor) -> Tensor:
-        """Raises ValueError for images of another size than those that were measured."""
+        """Raise ValueError for images of another size than those that were measured."""
         if bool((tokens_B != self.dense_tokens).any()):
             raise ValueError(
                 f"the latency table was measured on images of {self.dense_tokens} tokens, these have "

@@ -76,7 +76,7 @@ class Tried:
 
 
 def search(try_: Callable[[Schedule], Tried | None], num_blocks: int) -> list[Tried]:
-    """Tries schedules, and then changes of the best; all that were tried, the one to take first.
+    """Try schedules, and then changes of the best; all that were tried, the one to take first.
 
     try_: at the budget; None where the schedule can't meet it.
     """

@@ -31,7 +31,7 @@ def load_images(
     labelled: bool = True,
     seed: int = 0,
 ) -> Images:
-    """Opens one split of a data set: a Hub id, an image folder, parquet or arrow files, or what `save_to_disk` wrote.
+    """Open one split of a data set: a Hub id, an image folder, parquet or arrow files, or what `save_to_disk` wrote.
 
     `split.limit` takes that many images by chance, by `seed`: data sets are often sorted. Images are decoded and
     processed when a loader asks for them.
@@ -70,7 +70,7 @@ class Images:
 
     @property
     def fingerprint(self) -> str:
-        """Tells these images from others, also in another process."""
+        """Tell these images from others, also in another process."""
         return self.rows.fingerprint
 
     @property

@@ -40,7 +40,7 @@ class Source:
 
 
 def open_source(data: DataSpec, split: str, id2label: Mapping[int, str] | None, *, labelled: bool = True) -> Source:
-    """Opens a split and finds its columns; labels are checked against `id2label` as far as can be told up front.
+    """Open a split and find its columns; labels are checked against `id2label` as far as can be told up front.
 
     Raises ValueError, which names the place and the way out.
     """
@@ -88,7 +88,7 @@ def _unnoticed(features: Features, image: str, place: str) -> tuple[str, ...]:
 
 
 def require_found(data: DataSpec) -> None:
-    """Raises ValueError, as `open_source` does, for a data set that is neither here nor on the Hub. Fetches no rows."""
+    """Raise ValueError, as `open_source` does, for a data set that is neither here nor on the Hub. Fetches no rows."""
     if is_hub_id(data.path):
         try:
             _find(data)

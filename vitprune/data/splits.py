@@ -51,7 +51,7 @@ class Table(torch_data.Dataset[Sample | None]):
 
     @property
     def fingerprint(self) -> str:
-        """Tells these rows from others: what `datasets` says of the split, and which of it were chosen."""
+        """Tell these rows from others: what `datasets` says of the split, and which of it were chosen."""
         chosen = hashlib.blake2b(self.numbers.numpy().tobytes(), digest_size=8).hexdigest()
         return f"{self.rows._fingerprint} {chosen}"
 
@@ -122,7 +122,7 @@ class Stream(torch_data.IterableDataset[Sample | None]):
 
     @property
     def fingerprint(self) -> str:
-        """Tells these rows from others as far as a stream can: by what is held out."""
+        """Tell these rows from others as far as a stream can: by what is held out."""
         return " ".join(f"{digest:016x}" for digest in sorted(self.held_out)[:3]) or "stream"
 
     @property
@@ -158,7 +158,7 @@ class Stream(torch_data.IterableDataset[Sample | None]):
 
 
 def digest(image: Mapping[str, Any] | None) -> int:
-    """Tells an undecoded image from others, by its bytes or where it has none by its path."""
+    """Tell an undecoded image from others, by its bytes or where it has none by its path."""
     image = image or {}
     content = image.get("bytes") or str(image.get("path")).encode()
     return int.from_bytes(hashlib.blake2b(content, digest_size=8).digest(), "big")

@@ -34,7 +34,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Position:
-    """How many images came so far, to all processes, in this epoch of a stream; a table's row of epochs is endless."""
+    """Images consumed so far by all processes (streams: in this epoch; tables: in total)."""
 
     epoch: int = 0
     images: int = 0

@@ -78,7 +78,7 @@ def finetune(
     states: States | None = None,
     tracker_context: TrackerContext | None = None,
 ) -> History:
-    """Fine-tunes a pruned model at a compute budget, in place.
+    """Fine-tune a pruned model at a compute budget, in place.
 
     While weights learn, a common factor on the thresholds holds the budget; they learn, too, where `spec.thresholds`
     says so.
@@ -174,7 +174,7 @@ def _accelerator(spec: FinetuneSpec, tracker_context: TrackerContext | None) -> 
 
 
 def require_trainable(images: Images, spec: FinetuneSpec, model: PreTrainedModel, *, has_classes: bool) -> None:
-    """Raises ValueError where images, losses and model don't go together; to be asked before anything is run."""
+    """Raise ValueError where images, losses and model don't go together; to be asked before anything is run."""
     if spec.execution == "packed":
         require_no_dropout(max(getattr(find_backbone(model).config, name, 0.0) or 0.0 for name in _ATTENTION_DROPOUTS))
     count_steps(spec, images)

@@ -45,7 +45,7 @@ class HeldOut:
     _taught: list[Tensor | None] = field(default_factory=list, init=False)
 
     def look(self, update: TrainStep, step: int) -> bool:
-        """Compares the student as it is; returns whether it is the best so far."""
+        """Compare the student as it is; return whether it is the best so far."""
         sums: dict[str, float] = {}
         images, batches = 0, list[float]()
         with eval_mode(update.student):

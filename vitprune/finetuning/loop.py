@@ -64,7 +64,7 @@ class Loop:
                 self.held_out.best = State(best, progress.best_factor)
 
     def run(self, steps: int, *, progress: bool) -> None:
-        """Raises Terminated after keeping the state, where SIGTERM came."""
+        """Raise Terminated after keeping the state, where SIGTERM came."""
         with (
             tqdm(total=steps, initial=self.step, desc="fine-tuning", unit="step", disable=not progress) as bar,
             deferred() as notice,
@@ -97,7 +97,7 @@ class Loop:
         return self.step * checks // steps > (self.step - 1) * checks // steps
 
     def _check(self, bar: tqdm) -> Check | None:
-        """Looks at the held-out images, and keeps the state if it is the best."""
+        """Look at the held-out images, and keep the state if it is the best."""
         held = self.held_out
         if held is None:
             return None
@@ -162,7 +162,7 @@ class Loop:
 
     @contextmanager
     def _clear_of_memory(self) -> Iterator[None]:
-        """Says what takes less memory where it runs out."""
+        """Say what takes less memory where it runs out."""
         try:
             yield
         except (RuntimeError, MemoryError) as error:

@@ -17,7 +17,7 @@ EPSILON = 1e-6
 
 @contextmanager
 def learning(model: PreTrainedModel, spec: FinetuneSpec) -> Iterator[None]:
-    """Has those weights alone learn that the spec names; afterwards all are as they were."""
+    """Have those weights alone learn that the spec names; afterwards all are as they were."""
     before = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
     thresholds = {id(parameter) for parameter in pruning_of(model).parameters()}
     norms = {id(p) for module in model.modules() if "Norm" in type(module).__name__ for p in module.parameters(False)}

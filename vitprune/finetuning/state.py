@@ -92,7 +92,7 @@ class States:
         self._saved_at = time.monotonic()
 
     def load(self, accelerator: Accelerator) -> tuple[Progress, dict[str, Tensor] | None] | None:
-        """Goes back to the newest state, in all processes; None where there is none. Also the weights of the best."""
+        """Go back to the newest state, in all processes; None where there is none. Also the weights of the best."""
         complete = self._complete()
         if not complete:
             return None

@@ -43,7 +43,7 @@ def copied(weights: Weights) -> Weights:
 
 
 class Seen(NamedTuple):
-    """What a forward of the student gives out: who distributes a model wants to see all outputs.
+    """What a forward of the student gives out: DDP and FSDP must see every output that needs a gradient.
 
     kept_BS: the part of its patches that an image has after each stage. final_BND, there_BN: tokens behind the last
     block in the dense sequence, and which of them are left; None where no loss asks for them.
@@ -85,7 +85,7 @@ class FinalTokens:
 
     @contextmanager
     def taken(self) -> Iterator[list[Tensor]]:
-        """Gives a list that holds them, (B, N, D), after a forward."""
+        """Give a list that holds them, (B, N, D), after a forward."""
         found: list[Tensor] = []
 
         def take(module: nn.Module, args: Any, output: Any) -> None:

@@ -47,13 +47,13 @@ class ThresholdTraining:
 
     @classmethod
     def of(cls, pruning: Pruning, mode: ThresholdMode, budget: float) -> ThresholdTraining:
-        """Counts by temperatures, which calibration makes as wide as a fixed part of a stage's scores."""
+        """Count by temperatures, which calibration makes as wide as a fixed part of a stage's scores."""
         units = (pruning.temperatures / TEMPERATURE_SHARE).tolist()
         holds = mode != "calibrated" and pruning.spec.select == "threshold"
         return cls(mode, holds, budget, tuple(pruning.levels.tolist()), tuple(units))
 
     def follow(self, ratio: float) -> None:
-        """Takes notice of the ratio of costs that a step has seen."""
+        """Take notice of the ratio of costs that a step has seen."""
         if self.holds:
             moved = self.log_factor + GAIN * (ratio - self.budget)
             self.log_factor = max(-FARTHEST, min(FARTHEST, moved))
@@ -83,7 +83,7 @@ class ThresholdTraining:
 
     @torch.no_grad()
     def settle(self, pruning: Pruning) -> None:
-        """Gives the model the thresholds that its parameters mean; training is over."""
+        """Give the model the thresholds that its parameters mean; training is over."""
         pruning.levels.copy_(self.levels(pruning.levels))
 
 

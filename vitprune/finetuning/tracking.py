@@ -49,7 +49,7 @@ class TrackerContext:
 
 
 def require_installed(trackers: Sequence[str]) -> None:
-    """Raises ValueError naming a tracker whose package isn't there."""
+    """Raise ValueError naming a tracker whose package isn't there."""
     there = {str(name) for name in get_available_trackers()}
     for name in trackers:
         if name not in there:

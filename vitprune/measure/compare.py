@@ -38,7 +38,7 @@ NO_CLASS = -1
 def compare(
     dense: nn.Module, pruned: nn.Module, images: Images, spec: EvaluateSpec, *, progress: bool = True
 ) -> Comparison:
-    """Both models on the same images: metrics (where there are labels), agreement, MACs, kept patches.
+    """Compare both models on the same images: metrics (where there are labels), agreement, MACs, kept patches.
 
     Under a launcher each process takes its share of the images; all get the result. Of models without classes
     embeddings are compared. The models stay on their device, in their dtype and in the mode they are in.

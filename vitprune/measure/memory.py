@@ -58,7 +58,7 @@ def _peak_on_cpu(call: Callable[[], object]) -> int:
 
 
 def require_memory(call: Callable[[Tensor], object], x_BCHW: Tensor, batch_size: int) -> None:
-    """Raises MemoryError if a call on so many images would take more working memory than there is.
+    """Raise MemoryError if a call on so many images would take more working memory than there is.
 
     Told from what it takes on one image and on two, of `x_BCHW`: where memory runs out a process may be killed unasked.
     """

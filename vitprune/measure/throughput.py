@@ -32,7 +32,7 @@ def measure_throughput(
     *,
     progress: bool = True,
 ) -> list[Throughput]:
-    """Times both models on the same images, in turn, warmed up; the median of `repeats` counts.
+    """Time both models on the same images, in turn, warmed up; the median of `repeats` counts.
 
     `images`: pixel values (B, C, H, W) of real images by chance, since how many tokens an image keeps decides how fast
     it is; repeated where a batch size is larger than B.
@@ -64,7 +64,7 @@ def _throughput(dense: nn.Module, pruned: nn.Module, batches: Sequence[Tensor], 
 
 
 def describe_environment(model: nn.Module) -> Environment:
-    """Versions and machine, with the device and dtype that `model` has now."""
+    """Describe versions and machine, with the device and dtype that `model` has now."""
     first = next(model.parameters())
     on_cuda = first.device.type == "cuda"
     return Environment(

@@ -30,7 +30,7 @@ class Runner(NamedTuple):
 def time_in_turn(
     runners: Mapping[str, Runner], repeats: int, *, warm_up: int = WARM_UP, shortest: float | None = None
 ) -> tuple[dict[str, Timing], int]:
-    """Seconds of one call for each name, and on how many of the batches, from the first on, they were measured.
+    """Time calls in turn: seconds of one call for each name, and on how many of the batches, from the first on.
 
     The calls take turns, and so does who goes first and whom one comes behind, so that a machine that slows down or
     speeds up, and what a call leaves behind in memory and caches, treats all alike. Each repeat goes on to the next
@@ -68,7 +68,7 @@ def _timing(seconds: Sequence[float]) -> Timing:
 
 
 def wait_for(device: torch.device) -> None:
-    """Returns when the device has done all that it was given."""
+    """Return when the device has done all that it was given."""
     if device.type != "cpu":
         torch.accelerator.synchronize(device)
 

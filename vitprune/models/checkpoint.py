@@ -104,7 +104,7 @@ def load_tokenizer(checkpoint: str, revision: str | None = None) -> PreTrainedTo
 
 
 def load(checkpoint: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None) -> PreTrainedModel:
-    """A dense or pruned model in eval mode, from a folder or the Hub; safetensors only, nothing is unpickled.
+    """Load a dense or pruned model in eval mode, from a folder or the Hub; safetensors only, nothing is unpickled.
 
     A pruned checkpoint comes back pruned, as it does through `AutoModelForImageClassification.from_pretrained`.
 
@@ -147,14 +147,14 @@ def _read(
 
 
 def require_safetensors(checkpoint: str) -> None:
-    """Raises ValueError for a folder whose weights lie in other files alone."""
+    """Raise ValueError for a folder whose weights lie in other files alone."""
     folder = Path(checkpoint)
     if folder.is_dir() and not any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
         raise ValueError(f"model.checkpoint {checkpoint}: {NO_SAFETENSORS}")
 
 
 def digest_weights(model: PreTrainedModel) -> str:
-    """Tells a model's weights from others, wherever they came from."""
+    """Tell a model's weights from others, wherever they came from."""
     digest = hashlib.sha256()
     for name, weight in sorted(model.state_dict().items()):
         digest.update(name.encode())
@@ -163,7 +163,7 @@ def digest_weights(model: PreTrainedModel) -> str:
 
 
 def load_processor(checkpoint: str, revision: str | None = None) -> BaseImageProcessor:
-    """The image processor of a checkpoint; the PIL one, which needs no torchvision. Raises ValueError if none."""
+    """Load a checkpoint's image processor; the PIL one, which needs no torchvision. Raises ValueError if none."""
     try:
         return AutoImageProcessor.from_pretrained(checkpoint, revision=revision or "main", backend="pil")
     except Exception as error:  # as above
@@ -173,7 +173,7 @@ def load_processor(checkpoint: str, revision: str | None = None) -> BaseImagePro
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:
-    """Raises ValueError for an output path that can't be written, or where something is that may not be overwritten.
+    """Raise ValueError for an output path that can't be written, or where something is that may not be overwritten.
 
     Only a folder that holds nothing but a pruned checkpoint is ever overwritten.
     """
@@ -213,7 +213,7 @@ def save(
     files: Mapping[str, str] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Writes a pruned model, its image processor and tokenizer and further text files to a folder, whole or not at all.
+    """Write a pruned model, its image processor and tokenizer and further text files to a folder, whole or not at all.
 
     Everything is written beside the path and renamed at the end.
 
@@ -247,7 +247,7 @@ def save(
 
 
 def require_room(path: Path, model: PreTrainedModel) -> None:
-    """Raises ValueError for an output path on a disk that has no room for the model."""
+    """Raise ValueError for an output path on a disk that has no room for the model."""
     needed = sum(weight.numel() * weight.element_size() for weight in model.state_dict().values())
     free = shutil.disk_usage(_there(path)).free
     if free < needed:

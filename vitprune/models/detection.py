@@ -102,7 +102,7 @@ class _Look:
 
 
 def _look(backbone: PreTrainedModel, image_size: int) -> _Look | None:
-    """Runs a model of that make on the meta device; None where it isn't run with one image."""
+    """Run a model of that make on the meta device; None where it isn't run with one image."""
     with torch.device("meta"):
         twin = type(backbone)(copy.deepcopy(backbone.config)).eval()
         image = torch.empty(1, getattr(backbone.config, "num_channels", 3), image_size, image_size)

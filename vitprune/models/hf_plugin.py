@@ -37,7 +37,7 @@ class PruningConfig(QuantizationConfigMixin):
 
 
 def _require_readable(pruning: dict[str, Any]) -> None:
-    """Raises ValueError for a checkpoint of format 1 whose thresholds would mean something else now."""
+    """Raise ValueError for a checkpoint of format 1 whose thresholds would mean something else now."""
     by_redundancy = pruning.get("score") == "redundancy" and pruning.get("select") in ("threshold", "top-k")
     if by_redundancy or pruning.get("dropped") == "fuse":
         what = "score 'redundancy' in its first form" if by_redundancy else "dropped: fuse, which is gone"
@@ -52,7 +52,7 @@ class PruningQuantizer(HfQuantizer):
     """Prunes the empty model before its weights come in."""
 
     def validate_environment(self, *args: Any, device_map: Any = None, **kwargs: Any) -> None:
-        """Raises ValueError where the model is to run on several devices: what a forward knows of tokens is on one."""
+        """Raise ValueError where the model is to run on several devices: what a forward knows of tokens is on one."""
         places = device_map.values() if isinstance(device_map, dict) else ()
         devices = sorted({str(place) for place in places} - OFFLOADED)
         if len(devices) > 1:
@@ -71,7 +71,7 @@ class PruningQuantizer(HfQuantizer):
             model._keep_in_fp32_modules_strict.add(SUBMODULE)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
-        """Raises ValueError where thresholds weren't in the checkpoint: transformers leaves memory as it was there."""
+        """Raise ValueError where thresholds weren't in the checkpoint: transformers leaves memory as it was there."""
         from vitprune.models.module import is_pruned, pruning_of
 
         if is_pruned(model):

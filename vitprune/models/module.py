@@ -67,7 +67,7 @@ class Pruning(nn.Module):
         self.register_buffer("temperatures", torch.full((count,), temperature, dtype=torch.float32, device=device))
 
     def settle(self, *, before_blocks: tuple[int, ...] | None = None, patches: int | None = None) -> None:
-        """Takes over what was found out about where to prune and at which image size; it is saved with the model.
+        """Take over what was found out about where to prune and at which image size; it is saved with the model.
 
         before_blocks: other stages than before begin with levels that keep everything. patches: of a dense image.
         """
@@ -159,14 +159,14 @@ class Levels:
 
     @torch.no_grad()
     def give(self, pruning: Pruning) -> None:
-        """Makes them those of `pruning`."""
+        """Make them those of `pruning`."""
         pruning.settle(before_blocks=self.before_blocks, patches=self.patches)
         pruning.levels.copy_(self.levels)
         pruning.temperatures.copy_(self.temperatures)
 
 
 def pruning_of(model: nn.Module) -> Pruning:
-    """The `Pruning` of a model, also of one that is wrapped for distributed training.
+    """Find the `Pruning` of a model, also of one that is wrapped for distributed training.
 
     Raises:
         ValueError: the model isn't pruned.

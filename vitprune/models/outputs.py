@@ -80,14 +80,14 @@ class ImageModel(nn.Module):
 
 
 def require_same_kind(pruned: ImageModel, dense: ImageModel) -> None:
-    """Raises ValueError where one model has classes and the other has none."""
+    """Raise ValueError where one model has classes and the other has none."""
     if pruned.is_classifier != dense.is_classifier:
         ours, theirs = (f"{type(a.model).__name__} {_KINDS[a.is_classifier]}" for a in (pruned, dense))
         raise ValueError(f"the pruned {ours}, but the dense {theirs}; {_WAY_OUT}")
 
 
 def require_same_width(pruned: Tensor, dense: Tensor) -> None:
-    """Raises ValueError where two models' answers to the same images, (B, C) or (B, E), aren't as wide."""
+    """Raise ValueError where two models' answers to the same images, (B, C) or (B, E), aren't as wide."""
     if pruned.shape != dense.shape:
         ours, theirs = pruned.shape[-1], dense.shape[-1]
         raise ValueError(

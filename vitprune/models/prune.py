@@ -27,7 +27,7 @@ _QUANTIZER_MARKS = ("hf_quantizer", "quantization_method", "is_quantized")
 
 
 def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
-    """Makes a ViT drop tokens, in place.
+    """Make a ViT drop tokens, in place.
 
     In eval mode tokens are removed. In train mode all tokens are masked, or, with `model.vitprune.execution =
     "packed"`, tokens are removed that no threshold learns from; frozen thresholds learn from none. Module names stay.
@@ -61,7 +61,7 @@ def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
 
 
 def _require_plain(model: nn.Module) -> None:
-    """Raises ValueError for a model that is more than its weights: quantised, or asked for attention maps for good."""
+    """Raise ValueError for a model that is more than its weights: quantised, or asked for attention maps for good."""
     configs = [module.config for module in model.modules() if isinstance(module, PreTrainedModel)]
     for config in configs:
         method = quantization_method(config)
@@ -78,7 +78,7 @@ def _require_plain(model: nn.Module) -> None:
 
 
 def _own_config(model: nn.Module) -> None:
-    """Gives a model configs of its own, since models that are made from one config object share it."""
+    """Give a model configs of its own, since models that are made from one config object share it."""
     copies: dict[int, Any] = {}
     for module in model.modules():
         if isinstance(vars(module).get("config"), PreTrainedConfig):
@@ -95,7 +95,7 @@ def _set_attention(backbone: PreTrainedModel, name: str) -> None:
 
 
 def restore_(model: PreTrainedModel) -> PreTrainedModel:
-    """Gives back the dense model exactly, in place: `prune_` undone, weights as they are now.
+    """Give back the dense model exactly, in place: `prune_` undone, weights as they are now.
 
     Raises:
         ValueError: the model isn't pruned.

@@ -63,7 +63,7 @@ def _unsupported(model: nn.Module, why: str = "is not a ViT that vitprune can pr
 
 
 def examine(model: nn.Module) -> Structure:
-    """Finds the parts of a model.
+    """Find the parts of a model.
 
     Raises:
         ValueError: the model is no plain ViT that vitprune can prune; lists those that work.
@@ -101,7 +101,7 @@ def first_image(inputs: Inputs) -> Inputs:
 
 
 def run_on_images(model: nn.Module, inputs: Inputs) -> None:
-    """Runs the part of a model that sees images, its head included, for what hooks and traces learn from it."""
+    """Run the part of a model that sees images, its head included, for what hooks and traces learn from it."""
     assert isinstance(model, PreTrainedModel)
     sees: Any = find_backbone(model) if model.main_input_name == "input_ids" else model
     sees(**inputs) if isinstance(inputs, Mapping) else sees(inputs)
@@ -186,7 +186,7 @@ def _linear_macs(block: nn.Module) -> int:
 
 
 def require_images(checkpoint: str, structure: Structure) -> None:
-    """Raises ValueError for a model that a recipe can't feed."""
+    """Raise ValueError for a model that a recipe can't feed."""
     if structure.family.media != "images":
         raise ValueError(
             f"model.checkpoint {checkpoint}: {type(structure.backbone).__name__} takes {structure.family.media}, and "

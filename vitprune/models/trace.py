@@ -79,7 +79,7 @@ class Trace:
         return current
 
     def record(self, forward: Forward) -> None:
-        """Takes over what a forward that ended well did."""
+        """Take over what a forward that ended well did."""
         counter = forward.counter
         assert counter is not None
         patches_B = counter.dense_tokens_B - self.pruning.num_prefix_tokens
@@ -93,7 +93,7 @@ class Trace:
 
 @contextmanager
 def trace(model: nn.Module) -> Iterator[Trace]:
-    """Records what the model's forwards inside the `with` do. Belongs to the thread that enters it."""
+    """Record what the model's forwards inside the `with` do. Belongs to the thread that enters it."""
     pruning = pruning_of(model)
     with watching(Trace(pruning, pruning.before_blocks)) as watched:
         yield watched

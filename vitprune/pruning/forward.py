@@ -72,7 +72,7 @@ class Forward(ABC):
         return None
 
     def _count(self, hidden_states: Tensor, valid_BN: Tensor | None) -> Tensor:
-        """Begins counting; returns tokens of each image, (B,) float64, without padding."""
+        """Begin counting; return tokens of each image, (B,) float64, without padding."""
         images, self.num_tokens = hidden_states.shape[:2]
         if valid_BN is None:
             tokens_B = hidden_states.new_full((images,), self.num_tokens, dtype=torch.float64)
@@ -189,7 +189,7 @@ class PackedForward(Forward):
         return x_TD[None]
 
     def _observe(self, after: TokenBatch, kept_B: Tensor | None) -> None:
-        """Counts a stage, if there are observers. kept_B: tokens that each image keeps, float64."""
+        """Count a stage, if there are observers. kept_B: tokens that each image keeps, float64."""
         if kept_B is None:
             return
         assert self.counter is not None

@@ -58,7 +58,7 @@ class PackedAttention(Attention):
 
 
 def require_no_dropout(dropout: float) -> None:
-    """Raises ValueError where packed tokens' attention would have to drop something."""
+    """Raise ValueError where packed tokens' attention would have to drop something."""
     if dropout:
         raise ValueError(
             f"attention dropout ({dropout:g}) isn't done while tokens are packed; train with "

@@ -23,7 +23,7 @@ from vitprune.pruning.token_batch import NO_TOKEN, Known, Origin, TokenBatch
 
 
 def reduce_tokens(batch: TokenBatch, x_TD: Tensor, decision: Decision) -> tuple[TokenBatch, Tensor]:
-    """Carries out what a stage decided; returns the new batch and its hidden states (T', D).
+    """Carry out what a stage decided; return the new batch and its hidden states (T', D).
 
     Where nothing leaves these are the batch and the states themselves.
     """
@@ -192,7 +192,7 @@ def merge_destinations(decision: Decision, rows: RowMap) -> Tensor:
 
 
 def _merge_(y_TD: Tensor, batch: TokenBatch, x_TD: Tensor, rows: RowMap, dst_Y: Tensor) -> Tensor:
-    """Makes each destination the mean by size of itself and what is merged into it; returns sizes, (T',) float32.
+    """Make each destination the mean by size of itself and what is merged into it; return sizes, (T',) float32.
 
     Written as a change of the destinations, so that only what leaves is touched.
     """

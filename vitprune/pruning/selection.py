@@ -121,7 +121,7 @@ class Decision:
 def decide(
     policy: Policy, stage: int, stats: TokenStats, tokens: StageTokens, observers: tuple[Observer, ...] = ()
 ) -> Decision:
-    """Applies the policy at one stage to what the attention of the block before says about the tokens."""
+    """Apply the policy at one stage to what the attention of the block before says about the tokens."""
     prefix, merges = policy.num_prefix_tokens, policy.spec.dropped == "merge"
     scores_BM, dst_BM = _scores(policy, stage, stats, tokens)
     level = policy.levels[stage]

@@ -167,7 +167,7 @@ class OutputSpec(Spec):
 
 
 def require_thresholds(pruning: PruningSpec, finetune: FinetuneSpec) -> None:
-    """Raises ValueError where thresholds are to learn and there are none."""
+    """Raise ValueError where thresholds are to learn and there are none."""
     if finetune.thresholds == "learned" and pruning.select != "threshold":
         raise ValueError(
             f"thresholds: learned has none to learn, as pruning.select is '{pruning.select}'; leave thresholds out"
@@ -212,7 +212,7 @@ class Recipe(Spec):
 
 
 def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a recipe. Local paths in it become absolute, seen from its own folder or else from where we run.
+    """Read a recipe. Local paths in it become absolute, seen from its own folder or else from where we run.
 
     `overrides` are `key.path=value` strings. Raises RecipeError with everything that is wrong.
     """

@@ -30,7 +30,7 @@ def summary(path: Path) -> str:
 
 
 def copy(name: str, destination: Path) -> list[Path]:
-    """Copies a shipped recipe and the folder of its name, if there is one, into a folder.
+    """Copy a shipped recipe and the folder of its name, if there is one, into a folder.
 
     Returns what is new there. Raises FileExistsError before anything is written where something would be replaced, and
     KeyError for a name that is not shipped.

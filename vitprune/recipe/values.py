@@ -38,7 +38,7 @@ _FILE_SUFFIXES = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".zip", ".tar
 
 
 def _number(value: object) -> object:
-    """Takes a number in quotes for what it is."""
+    """Take a number in quotes for what it is."""
     return float(value) if isinstance(value, str) and re.fullmatch(r"[-+]?\d*\.?\d+([eE][-+]?\d+)?", value) else value
 
 

@@ -27,7 +27,7 @@ class Source:
 
     @classmethod
     def read(cls, path: Path, overrides: Sequence[str] = ()) -> Source:
-        """Reads a file and sets the overrides. Raises RecipeError where there is no map of sections to speak of."""
+        """Read a file and set the overrides. Raises RecipeError where there is no map of sections to speak of."""
         tree, places, problems = _parse(_text(path), lambda line: Place(str(path), line))
         if not isinstance(tree, dict):
             what = "is empty" if tree is None else f"holds {show(tree)}"
@@ -45,7 +45,7 @@ class Source:
         return self.places[key]
 
     def override(self, text: str) -> None:
-        """Sets one `key.path=value`, the value read as YAML. Sections that are missing are made."""
+        """Set one `key.path=value`, the value read as YAML. Sections that are missing are made."""
         place = Place(f"--set {text}")
         dotted, equals, written = text.partition("=")
         key: tuple[str, ...] = tuple(dotted.strip().split("."))

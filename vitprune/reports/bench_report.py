@@ -29,7 +29,7 @@ def print_benchmark(benchmark: Benchmark, console: Console) -> None:
 
 
 def print_files(benchmark: Benchmark, folder: Path, console: Console) -> None:
-    """Draws the pictures and says where everything is, or why there are none."""
+    """Draw the pictures and say where everything is, or why there are none."""
     try:
         pictures = [path.name for path in save_plots(benchmark, folder)]
     except ImportError:

@@ -22,7 +22,7 @@ MISSING = "no pictures: matplotlib isn't installed; pip install 'vitprune[plots]
 
 
 def save_plots(benchmark: Benchmark, folder: Path) -> list[Path]:
-    """Writes speedup.png and efficiency.png; none where nothing was measured. ImportError without matplotlib."""
+    """Write speedup.png and efficiency.png; none where nothing was measured. ImportError without matplotlib."""
     if not benchmark.cases:
         return []
     panels: dict[Setting, list[Case]] = {}

@@ -249,13 +249,13 @@ class Document(Result):
     created: datetime | None = None
 
     def save(self, path: str | Path) -> None:
-        """Writes JSON: beside `path` first, so that there is never half a file."""
+        """Write JSON: beside `path` first, so that there is never half a file."""
         text = self.model_dump_json(indent=2, by_alias=True) + "\n"
         write_whole(Path(path), lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
-        """Raises ValueError for a file that is none of this schema, OSError for one that can't be read."""
+        """Raise ValueError for a file that is none of this schema, OSError for one that can't be read."""
         try:
             return cls.model_validate_json(Path(path).read_bytes())
         except ValidationError as error:

@@ -41,7 +41,7 @@ SHOWN = 8
 
 
 def apply(recipe: Recipe, *, restart: bool = False) -> Report:
-    """Prunes, calibrates, fine-tunes, compares and saves, as the recipe says; returns what was measured.
+    """Prune, calibrate, fine-tune, compare and save, as the recipe says; return what was measured.
 
     An interrupted run is resumed, unless `restart`; what is finished isn't done again.
 
@@ -82,7 +82,7 @@ def _require_free(recipe: Recipe, output: Path) -> None:
 
 
 def evaluate(checkpoint: str, recipe: Recipe) -> Report:
-    """Compares a pruned checkpoint with the recipe's dense one on the recipe's images."""
+    """Compare a pruned checkpoint with the recipe's dense one on the recipe's images."""
     run = _Run.load(recipe, pruned=checkpoint)
     return run.report(run.compare())
 
@@ -102,7 +102,7 @@ class _Run(RunInputs):
         budget_latency(self.pruned, folder.once("latency-table", CostTable, measure))
 
     def find_schedule(self, folder: RunFolder) -> ScheduleSearch:
-        """Finds stages, and levels for the budget, which is one of MACs here even where it will be one of time."""
+        """Find stages, and levels for the budget, which is one of MACs here even where it will be one of time."""
         pruning = pruning_of(self.pruned)
 
         def found() -> dict[str, Any]:
@@ -119,7 +119,7 @@ class _Run(RunInputs):
         return ScheduleSearch.model_validate(kept["search"])
 
     def calibrate(self, folder: RunFolder) -> None:
-        """Finds levels for the budget; those that a search came with are scaled, which keeps how stages share."""
+        """Find levels for the budget; those that a search came with are scaled, which keeps how stages share."""
         recipe, is_scaled = self.recipe, self.recipe.pruning.is_searched and self.recipe.pruning.select == "threshold"
         if recipe.pruning.is_searched and recipe.budget.latency is None:
             return
@@ -130,7 +130,7 @@ class _Run(RunInputs):
         self._settle(folder, "calibration", met)
 
     def begin_at_budget(self, folder: RunFolder) -> None:
-        """Scales given thresholds, so that what training makes of them can be compared with what it began with."""
+        """Scale given thresholds, so that what training makes of them can be compared with what it began with."""
         scale = partial(scale_to_budget, self.pruned, self._calibration_batches, self._part, progress=self.is_main)
         self._settle(folder, "start", scale)
 
@@ -145,7 +145,7 @@ class _Run(RunInputs):
         return self._batches(self.train.sample(spec.images, self.recipe.seed), spec.batch_size)
 
     def finetune(self, output: Path, folder: RunFolder) -> Training | None:
-        """Fine-tunes and scales the thresholds to the budget on images held out; where nothing was gained they stay."""
+        """Fine-tune and scales the thresholds to the budget on images held out; where nothing was gained they stay."""
         recipe = self.recipe
         assert recipe.finetune is not None
         assert self.train is not None
@@ -240,7 +240,7 @@ class _Run(RunInputs):
         search: ScheduleSearch | None = None,
         training: Training | None = None,
     ) -> Report:
-        """Measures throughput on images by chance and puts everything together."""
+        """Measure throughput on images by chance and put everything together."""
         spec = self.recipe.evaluate
         throughput = []
         if spec.batch_sizes:

@@ -58,7 +58,7 @@ class RunInputs:
 
     @classmethod
     def load(cls, recipe: Recipe, pruned: str | None = None) -> Self:
-        """Loads everything; `pruned` names a checkpoint that is pruned already.
+        """Load everything; `pruned` names a checkpoint that is pruned already.
 
         Raises ValueError, naming place and way out, for what isn't there or doesn't go together.
         """
@@ -147,7 +147,7 @@ def _require_same_names(pruned: str, model: PreTrainedModel, checkpoint: str, de
 
 
 def _require_device(recipe: Recipe, device: torch.device) -> None:
-    """Raises ValueError for a run that isn't where its time is to be measured."""
+    """Raise ValueError for a run that isn't where its time is to be measured."""
     asked = recipe.budget.device
     if asked is not None and asked != device.type:
         way_out = "set ACCELERATE_USE_CPU=true to run it there" if asked == "cpu" else "run it there"

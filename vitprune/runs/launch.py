@@ -20,7 +20,7 @@ from vitprune.runtime.signals import INTERRUPTED, TERMINATED
 
 
 def launch(command: Sequence[str], options: Sequence[str]) -> int:
-    """Runs `vitprune *command` under `accelerate launch *options`; returns the exit code of what failed first, or 0.
+    """Run `vitprune *command` under `accelerate launch *options`; return the exit code of what failed first, or 0.
 
     Raises SystemExit (2) for options that the launcher doesn't know.
     """

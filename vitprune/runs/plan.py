@@ -17,7 +17,7 @@ from vitprune.reports.run_report import plan_steps
 
 
 def plan(recipe: Recipe) -> Plan:
-    """What `apply` would do. Loads no weights and no data."""
+    """Say what `apply` would do; no weights and no data are loaded."""
     spec = recipe.model
     config = load_config(spec.checkpoint, spec.revision)
     cls = model_class(spec.checkpoint, config)
@@ -60,7 +60,7 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def _require_reachable(recipe: Recipe, first: Schedule, cost: CostModel, patches: int, prefix: int) -> None:
-    """Raises ValueError for a budget that would take more than all patches but those that always stay."""
+    """Raise ValueError for a budget that would take more than all patches but those that always stay."""
     budget, least = recipe.budget.macs, recipe.pruning.min_tokens
     assert budget is not None
     schedule = Schedule.even((1,)) if recipe.pruning.is_searched else first

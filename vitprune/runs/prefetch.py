@@ -53,7 +53,7 @@ class Piece:
 
 
 def prefetch(recipe: Recipe) -> tuple[Piece, ...]:
-    """Brings everything that `apply` loads into the cache; says of each thing where it is.
+    """Bring everything that `apply` loads into the cache; say of each thing where it is.
 
     Mistakes that `plan` sees, and a data set that isn't there, are told before weights and data are fetched. The
     libraries that fetch show progress.

@@ -119,7 +119,7 @@ class RunFolder:
 
 
 def _acquire(lock: FileLock, path: Path) -> None:
-    """Raises ValueError where another run has it."""
+    """Raise ValueError where another run has it."""
     owner = path / _OWNER
     try:
         lock.acquire()

@@ -53,7 +53,7 @@ def _is_launched() -> bool:
 
 
 def destroy() -> None:
-    """Ends the group, if there is one."""
+    """End the group, if there is one."""
     if distributed.is_available() and distributed.is_initialized():
         distributed.destroy_process_group()
 
@@ -75,7 +75,7 @@ def full_tensor(tensor: Tensor) -> Tensor:
 
 
 def require_same(what: Mapping[str, object], name: str) -> None:
-    """Raises ValueError naming the keys where another process's values aren't the main process's."""
+    """Raise ValueError naming the keys where another process's values aren't the main process's."""
     first, *others = all_gather(dict(what))
     for index, other in enumerate(others, start=1):
         if other != first:

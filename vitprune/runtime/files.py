@@ -36,7 +36,7 @@ def contents(path: Path) -> Iterator[Path]:
 
 
 def require_name_fits(path: Path) -> None:
-    """Raises ValueError where a name that will be needed is longer than the file system takes."""
+    """Raise ValueError where a name that will be needed is longer than the file system takes."""
     above = next(folder for folder in path.parents if folder.exists())
     longest = max((beside(path, kind).name for kind in KINDS), key=lambda name: len(os.fsencode(name)))
     limit = os.pathconf(above, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
@@ -48,7 +48,7 @@ def require_name_fits(path: Path) -> None:
 
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Writes a file beside its place and renames it, so that it is there whole or not at all."""
+    """Write a file beside its place and renames it, so that it is there whole or not at all."""
     unfinished = path.with_name(f"{path.name}.unfinished")
     try:
         write(unfinished)

@@ -19,7 +19,7 @@ PLUG_IN = "vitprune.models.hf_plugin"
 
 
 def register() -> None:
-    """Registers the plug-in now if transformers' registry is there, else when it is imported."""
+    """Register the plug-in now if transformers' registry is there, else when it is imported."""
     if REGISTRY in sys.modules:
         importlib.import_module(PLUG_IN)
     else:

@@ -258,7 +258,7 @@ def reduce(
     sizes_after_T: Any,
     patch_token_after_BN: Any,
 ) -> None:
-    """Moves kept tokens together and merges the others into their destinations, or drops them.
+    """Move kept tokens together and merge the others into their destinations, or drop them.
 
     dst_BM: None for `leave`, and then no token has a size.
     """

@@ -65,7 +65,7 @@ class Places:
         return cls(order_X[in_order_GC].masked_fill(~is_there_GC, 0), is_there_GC)
 
     def of_images(self, images: Sequence[int]) -> Places:
-        """Those of some of the images, as many as the one of them needs that has most."""
+        """Those of some of the images, padded to the one of them that has most."""
         if list(images) == list(range(len(self.index_GC))):
             return self
         is_there_GC = self.is_there_GC[images]

@@ -114,7 +114,7 @@ def reduce_softly(batch: TokenBatch, x_TD: Tensor, decision: Decision, soft: Sof
 def _merge_softly(
     batch: TokenBatch, x_TD: Tensor, y_TD: Tensor, decision: Decision, soft: SoftMask, rows: RowMap
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Merges (1 − m)·size of each token; kept ones give nothing, but with a gradient.
+    """Merge (1 − m)·size of each token; kept ones give nothing, but with a gradient.
 
     Returns states (T', D), sizes (T',), and whose sizes learn, bool (T',).
     """

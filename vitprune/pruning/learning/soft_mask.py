@@ -57,7 +57,7 @@ def near_threshold(scores_BM: Tensor, threshold: Tensor, temperature: Tensor) ->
 
 
 def with_all_destinations(decision: Decision, tokens: StageTokens) -> Decision:
-    """Adds a destination for each token, kept ones too: a mask's gradient asks what would be if they left."""
+    """Add a destination for each token, kept ones too: a mask's gradient asks what would be if they left."""
     if decision.metric_TK is None:
         return decision
     patches_BM = tokens.valid_BM.clone()
