@@ -27,7 +27,7 @@ test: install  ## Run the tests, but for the slow ones
 	$(TESTS) --ignore tests/slow
 
 test-slow: install  ## Run tests that start processes, kill runs, compile; and timm's
-	$(TESTS) tests/slow
+	$(TESTS) --dist loadfile tests/slow  # one at a time of those that want the same port
 	$(TESTS) integrations/timm
 
 test-oldest: install  ## Run the tests with the oldest versions that pyproject.toml allows, in .venv-oldest
