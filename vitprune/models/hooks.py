@@ -25,7 +25,7 @@ from vitprune.pruning.learning.packed import LearningForward
 
 
 def attach(model: PreTrainedModel, pruning: Pruning, structure: Structure) -> list[Removable]:
-    """Hooks are objects, not closures, so that a copy of the model has hooks of its own."""
+    """Hang all hooks on a model; returns what takes each of them off again."""
     family, backbone = structure.family, structure.backbone
     handles: list[Removable] = [
         backbone.register_forward_pre_hook(Begin(pruning, family.has_interface, structure.inner), with_kwargs=True),

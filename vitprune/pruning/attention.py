@@ -45,6 +45,11 @@ class StatsRequest:
     metric: bool = False
     gradient: bool = False
 
+    @property
+    def asks(self) -> bool:
+        """Whether anything is wanted."""
+        return self.row is not None or self.metric
+
 
 NO_STATS = StatsRequest()
 
@@ -111,8 +116,6 @@ def compute_stats(
 
     Here, as in `scores`, `selection` and `reduction`, a device's kernels take over where the batch has some.
     """
-    if request.row is None and not request.metric:
-        return TokenStats()
     if request.row == "mean":
         pairs = None  # the mean query stands nowhere
     with torch.set_grad_enabled(request.gradient and torch.is_grad_enabled()):
@@ -164,7 +167,8 @@ class DenseAttention(Attention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias_1HNN: Tensor | None, scale: float, dropout: float) -> Tensor:
         contexts_BNHK = _fused_attention(q, k, v, bias_1HNN, dropout, scale).transpose(1, 2).contiguous()
-        if self.batch is not None:
+        if self.request.asks:
+            assert self.batch is not None
             q_THK, k_THK = q.transpose(1, 2).flatten(0, 1), k.transpose(1, 2).flatten(0, 1)
             pairs = None if bias_1HNN is None else PairBias(bias_1HNN)
             contexts_THK = contexts_BNHK.flatten(0, 1)

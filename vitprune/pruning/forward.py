@@ -180,19 +180,20 @@ class PackedForward(Forward):
         with torch.no_grad():
             decision = decide(self.policy, stage, self._attention.stats, before, self.observers)
         after, x_TD = reduce_tokens(before, hidden_states.flatten(0, 1), decision)
-        if torch.is_grad_enabled():
-            _ = after.key_bias_T  # now, since checkpointing repeats only what a block computes itself
-        self._observe(after, decision.keep_BM.sum(1).double() if self.observers else None)
+        self._end_stage(after, decision.keep_BM)
         if after is before:
             return hidden_states
         self.batch = after
         return x_TD[None]
 
-    def _observe(self, after: TokenBatch, kept_B: Tensor | None) -> None:
-        """Count a stage, if there are observers. kept_B: tokens that each image keeps, float64."""
-        if kept_B is None:
+    def _end_stage(self, after: TokenBatch, kept_BM: Tensor) -> None:
+        """Make what the blocks behind a stage share; count the stage, if there are observers. kept_BM: 0/1."""
+        if torch.is_grad_enabled():
+            _ = after.key_bias_T  # now, since checkpointing repeats only what a block computes itself
+        if not self.observers:
             return
         assert self.counter is not None
+        kept_B = kept_BM.sum(1).double()
         self.counter.add_stage(self._tokens_B, self.policy.stage_macs(self._tokens_B, kept_B))
         self._tokens_B = kept_B
         self.keep_masks.append(after.kept_patches())

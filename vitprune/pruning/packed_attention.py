@@ -38,7 +38,7 @@ class PackedAttention(Attention):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias_1HNN: Tensor | None, scale: float, dropout: float) -> Tensor:
         inputs = self.packed_inputs(q, k, v, bias_1HNN, scale, dropout)
         contexts_THK = inputs.contexts()
-        if self.request is not NO_STATS:
+        if self.request.asks:
             known = inputs.q_THK, inputs.k_THK, contexts_THK, scale, inputs.pairs
             self.stats = compute_stats(self.request, self.batch, *known)
         return contexts_THK[None]
@@ -47,14 +47,19 @@ class PackedAttention(Attention):
         self, q: Tensor, k: Tensor, v: Tensor, bias_1HNN: Tensor | None, scale: float, dropout: float
     ) -> PackedInputs:
         require_no_dropout(dropout)
-        if q.dtype != v.dtype:  # rotary tables stay in float32 under autocast
-            q, k = q.to(v.dtype), k.to(v.dtype)
-        return PackedInputs(q, k, v, self.batch, scale, bias_1HNN, self.kernel)
+        return PackedInputs(*of_one_dtype(q, k, v), self.batch, scale, bias_1HNN, self.kernel)
 
     def drop_path(self, x: Tensor, keep_probability: float) -> Tensor | None:
-        layout = self.batch.layout
-        drawn_B = x.new_empty(len(layout.lengths)).bernoulli_(keep_probability) / keep_probability
-        return x * drawn_B.index_select(0, layout.images(x.device))[:, None]
+        return x * self.draw(x, keep_probability).index_select(0, self.batch.layout.images(x.device))[:, None]
+
+    def draw(self, x: Tensor, keep_probability: float) -> Tensor:
+        """What each image's states are multiplied with, (B,)."""
+        return x.new_empty(len(self.batch.lengths)).bernoulli_(keep_probability) / keep_probability
+
+
+def of_one_dtype(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and keys in the dtype of the values: rotary tables stay in float32 under autocast."""
+    return (q, k, v) if q.dtype == v.dtype else (q.to(v.dtype), k.to(v.dtype), v)
 
 
 def require_no_dropout(dropout: float) -> None:

@@ -109,11 +109,6 @@ class PruningSpec(Spec):
         return (self.thresholds if self.select == "threshold" else self.keep_ratios) == "calibrated"
 
     @property
-    def is_redundancy(self) -> bool:
-        """Whether tokens are judged by their likeness to more important ones."""
-        return self.score == "redundancy" and self.select in ("threshold", "top-k")
-
-    @property
     def is_searched(self) -> bool:
         """Whether calibration looks for the stages, too. ToMe's are those that were published: every block."""
         return self.before_blocks == "auto" and self.select != "tome"

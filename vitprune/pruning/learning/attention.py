@@ -32,7 +32,7 @@ from vitprune.pruning.learning.mask_gradients import (
     borderline_attention,
     mask_gradient_attention,
 )
-from vitprune.pruning.packed_attention import Kernel, PackedAttention, PackedInputs
+from vitprune.pruning.packed_attention import Kernel, PackedAttention, PackedInputs, of_one_dtype
 from vitprune.pruning.scores import (
     TokenStats,
     context_norms,
@@ -114,25 +114,22 @@ class LearningAttention(PackedAttention):
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, bias_1HNN: Tensor | None, scale: float, dropout: float) -> Tensor:
         if self.borderline is not None and self.borderline.is_on:
-            if q.dtype != v.dtype:
-                q, k = q.to(v.dtype), k.to(v.dtype)
-            return self._attend_borderline(self.borderline, q, k, v)
+            return self._attend_borderline(self.borderline, *of_one_dtype(q, k, v))
         if self.kernel is None:
             self.kernel = "buckets" if q.device.type == "cpu" else "padded"  # the others know no masks
         self._inputs = inputs = self.packed_inputs(q, k, v, bias_1HNN, scale, dropout)
         rectangles = inputs.rectangles
-        contexts = [self._rectangle(inputs, i).transpose(1, 2) for i in range(len(rectangles.images))]
+        masks, learns = rectangles.split(self.batch.mask_T), rectangles.split(self.batch.learns_T, 0)
+        kept = map(KeptKeys, inputs.key_biases, masks, learns)
+        contexts = [self._rectangle(inputs, i, keys).transpose(1, 2) for i, keys in enumerate(kept)]
         self._contexts_THK = contexts_THK = rectangles.join(contexts)
         if self.borderline is None:
             self._finish()
             self._inputs = self._contexts_THK = None
         return contexts_THK[None]
 
-    def _rectangle(self, inputs: PackedInputs, i: int) -> Tensor:
+    def _rectangle(self, inputs: PackedInputs, i: int, kept: KeptKeys) -> Tensor:
         """Context vectors of a rectangle of kept tokens, (G, H, L, K)."""
-        mask_GL = inputs.rectangles.split(self.batch.mask_T)[i]
-        learns_GL = inputs.rectangles.split(self.batch.learns_T, 0)[i]
-        kept = KeptKeys(inputs.key_biases[i], mask_GL, learns_GL)
         positions_GL = inputs.positions[i]
         pairs = inputs.pairs and inputs.pairs.between(positions_GL, positions_GL)
         theirs = None if self.borderline is None else self._borderline_keys(self.borderline, inputs, i)
@@ -221,10 +218,13 @@ class LearningAttention(PackedAttention):
         return make(positions_T)
 
     def drop_path(self, x: Tensor, keep_probability: float) -> Tensor | None:
-        theirs, layout = self.borderline, self.batch.layout
+        theirs = self.borderline
         if theirs is not None and theirs.is_on:
             return x * theirs.draws.popleft().index_select(0, theirs.tokens.images_X)[:, None]
-        drawn_B = x.new_empty(len(layout.lengths)).bernoulli_(keep_probability) / keep_probability
-        if theirs is not None:
-            theirs.draws.append(drawn_B)
-        return x * drawn_B.index_select(0, layout.images(x.device))[:, None]
+        return super().drop_path(x, keep_probability)
+
+    def draw(self, x: Tensor, keep_probability: float) -> Tensor:
+        drawn_B = super().draw(x, keep_probability)
+        if self.borderline is not None:
+            self.borderline.draws.append(drawn_B)
+        return drawn_B

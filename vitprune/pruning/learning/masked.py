@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from vitprune.pruning.attention import NO_STATS, Attention, DenseAttention, StatsRequest
 from vitprune.pruning.forward import Forward
-from vitprune.pruning.learning.soft_mask import straight_through, with_all_destinations
+from vitprune.pruning.learning.soft_mask import SoftMask, with_all_destinations
 from vitprune.pruning.scores import (
     TokenStats,
     context_norms,
@@ -212,9 +212,7 @@ class MaskedForward(Forward):
         decision = with_all_destinations(decision, tokens)
         m_BM = decision.keep_BM.float()
         if policy.levels.requires_grad:
-            assert decision.scores_BM is not None
-            assert decision.level is not None
-            m_BM = straight_through(decision.scores_BM, decision.level, policy.temperatures[stage], decision.keep_BM)
+            m_BM = SoftMask.of(decision, policy.temperatures[stage]).mask_BM
         m_BN = torch.zeros_like(self._mask_BN).scatter(1, index_BM, m_BM * valid_BM)
         # as published, not multiplied with the mask before: gradients reach earlier thresholds through the scores
         self._mask_BN = m_BN

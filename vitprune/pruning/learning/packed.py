@@ -68,8 +68,7 @@ class LearningForward(PackedForward):
         soft = SoftMask.of(decision, self.policy.temperatures[stage])
         self.batch, after_TD = reduce_softly(before, before_TD, with_all_destinations(decision, before), soft)
         self._borderline, self._borderline_XD = split_borderline(before, before_TD, decision.keep_BM, soft)
-        _ = self.batch.key_bias_T  # now, since checkpointing repeats only what a block computes itself
-        self._observe(self.batch, soft.mask_BM.sum(1).double() if self.observers else None)
+        self._end_stage(self.batch, soft.mask_BM)
         return after_TD[None]
 
     def enter_norm(self, norm: Callable[[Tensor], Tensor]) -> None:
