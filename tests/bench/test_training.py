@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import tiny
@@ -53,8 +54,10 @@ def test_steps(family: str, autocast: torch.dtype) -> None:
         assert torch.equal(weight, before[name]), name
 
 
-def test_measure_training() -> None:
+@pytest.mark.parametrize("problem_type", [None, "multi_label_classification", "regression"])
+def test_measure_training(problem_type: Any) -> None:
     subjects, levels = contest_of("vit")
+    subjects.dense.config.problem_type = problem_type
     setting = Setting(image_size=32, dtype="bfloat16")
     rows = measure_training(subjects, levels, setting, tiny.images(6), 4, repeats=2)
     assert [row.execution for row in rows] == ["packed", "masked"]

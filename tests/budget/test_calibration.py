@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 import vitprune
-from vitprune.budget.calibration import TEMPERATURE_SHARE, _distance, calibrate, mean_ratio, scale_to_budget
+from vitprune.budget.calibration import TEMPERATURE_SHARE, calibrate, mean_ratio, scale_to_budget
 from vitprune.budget.schedule import MOST_TRIES, WORTH_A_STAGE, Schedule
 from vitprune.models.module import pruning_of
 from vitprune.models.trace import Trace, watching
@@ -109,17 +108,6 @@ def test_of_schedules_that_meet_the_budget_the_one_whose_answers_are_nearest_is_
     taken = result.tried[0].distance
     assert taken <= min(tried.distance for tried in result.tried) / (1 - WORTH_A_STAGE)
     assert abs(mean_ratio(model, [x]) - 0.7) <= BUDGET
-
-
-def test_distances_are_of_the_pruned_answers_to_the_dense_ones() -> None:
-    dense, pruned_BC = torch.randn(4, 5), torch.randn(4, 5)
-    kl, cosine = [], []
-    for p, q in zip(dense.double(), pruned_BC.double(), strict=True):
-        p_C, q_C = (x.exp() / x.exp().sum() for x in (p, q))
-        kl.append(sum(a * math.log(a / b) for a, b in zip(p_C.tolist(), q_C.tolist(), strict=True)))
-        cosine.append(float(1 - p @ q / (p.norm() * q.norm())))
-    assert_close(_distance(dense, pruned_BC, is_classifier=True), sum(kl) / 4, **FLOAT32)
-    assert_close(_distance(dense, pruned_BC, is_classifier=False), sum(cosine) / 4, **FLOAT32)
 
 
 @pytest.mark.parametrize("spec", [tiny.AS_VIT, {"before_blocks": "every"}, {"select": "tome"}], ids=str)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,9 @@ from datasets import (
     ClassLabel,
     Dataset,
     DatasetDict,
+    Features,
     Image,
+    List,
     Value,
 )
 from made_up_images import ID2LABEL, NAMES, PROCESSOR, TRAIN, png, rows
@@ -43,8 +47,16 @@ def parquet_of(data: Dataset, folder: Path) -> Path:
     return folder / "parquet"
 
 
-def load(path: Path | str, split: SplitSpec = TRAIN, seed: int = 0, id2label: Any = ID2LABEL, **options: Any) -> Images:
-    return load_images(DataSpec(path=str(path), **options), split, PROCESSOR, id2label=id2label, seed=seed)
+def load(
+    path: Path | str,
+    split: SplitSpec = TRAIN,
+    seed: int = 0,
+    id2label: Any = ID2LABEL,
+    task: Any = "single-label",
+    **options: Any,
+) -> Images:
+    data = DataSpec(path=str(path), **options)
+    return load_images(data, split, PROCESSOR, id2label=id2label, task=task, seed=seed)
 
 
 def greys(images: Images) -> list[int]:
@@ -256,11 +268,110 @@ def test_names_in_a_column_of_text_are_matched_alike(parquet: Callable[..., Path
 @pytest.mark.parametrize(("column", "values"), [("target", [0, 1]), ("class", ["a", "b"]), ("label", [True, False])])
 def test_labels_that_were_not_taken_are_said(parquet: Callable[..., Path], column: str, values: list[Any]) -> None:
     data = Dataset.from_dict({"image": [png(0), png(1)], column: values}).cast_column("image", Image())
-    images = load(parquet(data))
+    with pytest.warns(UserWarning, match="no labels were found"):
+        images = load(parquet(data))
     assert not images.labelled
     (note,) = images.notes
-    assert f"no labels were found, so there is no accuracy and no task loss. If they are in {column!r}" in note
+    assert "no labels were found for a model whose task is single-label, so there is no accuracy" in note
+    assert f"If they are in {column!r}" in note
     assert load(parquet(data), labels="ignore").notes == ()
+
+
+@pytest.mark.parametrize("layout", ["a folder between", "a metadata file"])
+def test_folders_that_were_not_taken_for_classes_are_said(tmp_path: Path, layout: str) -> None:
+    for name in "ab":
+        folder = tmp_path / "data" / "train" / name / ("images" if layout == "a folder between" else "")
+        folder.mkdir(parents=True)
+        (folder / f"{name}.png").write_bytes(png(10))
+    if layout == "a metadata file":
+        (tmp_path / "data" / "train" / "metadata.csv").write_text("file_name,text\na/a.png,x\nb/b.png,y\n")
+    with warnings.catch_warnings(record=True) as given:
+        warnings.simplefilter("always")
+        images = load(tmp_path / "data")
+        gc.collect()  # the library leaves the metadata file open; who cleans up next would be blamed for it
+    assert any("The pictures lie in folders (a, b): if those are classes" in str(one.message) for one in given)
+    assert not images.labelled
+    assert len(images) == 2
+
+
+def listed(values: list[Any], feature: Any) -> Dataset:
+    pictures = [png(index) for index in range(len(values))]
+    return Dataset.from_dict(
+        {"image": pictures, "labels": values}, features=Features({"image": Image(), "labels": feature})
+    )
+
+
+OF_THREE = {0: "bird", 1: "cat", 2: "dog"}
+
+
+@pytest.mark.parametrize(
+    ("values", "feature"),
+    [
+        ([[1, 0, 1], [0, 0, 0]], List(Value("int64"))),
+        ([[1.0, 0.0, 1.0], [0.0, 0.0, 0.0]], List(Value("float32"))),
+        ([[True, False, True], [False, False, False]], List(Value("bool"))),
+        ([[2, 0], []], List(Value("int64"))),
+        ([["Dog", "bird"], []], List(Value("string"))),
+        ([[0, 1], []], List(ClassLabel(names=["dog", "bird"]))),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_several_labels_an_image(parquet: Callable[..., Path], values: list[Any], feature: Any) -> None:
+    images = load(parquet(listed(values, feature)), id2label=OF_THREE, task="multi-label")
+    (batch,) = images.loader(2)
+    assert batch["labels"].dtype == torch.float32
+    assert batch["labels"].tolist() == [[1, 0, 1], [0, 0, 0]]
+    assert images.stand_in()["labels"].shape == (1, 3)
+
+
+def test_one_label_an_image_will_do_where_there_may_be_several(parquet: Callable[..., Path]) -> None:
+    images = load(
+        parquet(listed([1, 2], ClassLabel(names=["cat", "bird", "dog"]))), id2label=OF_THREE, task="multi-label"
+    )
+    assert next(iter(images.loader(2)))["labels"].tolist() == [[1, 0, 0], [0, 0, 1]]
+
+
+@pytest.mark.parametrize(
+    ("values", "feature", "outputs", "expected"),
+    [
+        ([0.5, -2.0], Value("float32"), 1, [[0.5], [-2.0]]),
+        ([3, 4], Value("int64"), 1, [[3], [4]]),
+        ([[1.0, 2.0], [3.0, 4.0]], List(Value("float64")), 2, [[1, 2], [3, 4]]),
+    ],
+)
+def test_numbers(parquet: Callable[..., Path], values: Any, feature: Any, outputs: int, expected: list[Any]) -> None:
+    names = {index: f"LABEL_{index}" for index in range(outputs)}
+    (batch,) = load(parquet(listed(values, feature)), id2label=names, task="regression").loader(2)
+    assert batch["labels"].dtype == torch.float32
+    assert batch["labels"].tolist() == expected
+
+
+def test_numbers_are_not_looked_for_among_classes(parquet: Callable[..., Path]) -> None:
+    images = load(parquet(rows(3)), id2label={0: "LABEL_0"}, task="regression", labels="ignore")
+    assert not images.labelled
+    with pytest.warns(UserWarning, match=r"whose task is regression.*'label' \(ClassLabel\)"):
+        assert not load(parquet(rows(3)), id2label={0: "LABEL_0"}, task="regression").labelled
+
+
+@pytest.mark.parametrize(
+    ("values", "feature", "task", "text"),
+    [
+        ([[0, 1], [2]], List(Value("int64")), "single-label", "several labels an image needs model.task: multi-label"),
+        ([[0, 7], [2]], List(Value("int64")), "multi-label", "row 0, column 'labels': 7 is not a class id"),
+        ([[0.5, 1.0], [0.0, 1.0]], List(Value("float32")), "multi-label", "2 numbers for 3 labels of the checkpoint"),
+        ([["cow"], []], List(Value("string")), "multi-label", "'cow' is not among the checkpoint's labels"),
+        ([None, [1]], List(Value("int64")), "multi-label", "write an empty list"),
+        ([[0, 1], [1]], List(ClassLabel(names=["cat", "cow"])), "multi-label", "1 of the data's 2 classes are not"),
+        ([0.5, None], Value("float32"), "regression", "1 numbers for 3 outputs"),
+        ([[0.5, 1.0, float("nan")]] * 2, List(Value("float32")), "regression", "nan is no number"),
+        (["a", "b"], Value("string"), "regression", "holds no labels but string"),
+    ],
+)
+def test_labels_that_do_not_fit_the_task(
+    parquet: Callable[..., Path], values: list[Any], feature: Any, task: Any, text: str
+) -> None:
+    folder = parquet(listed(values, feature))
+    assert text in label_error(folder, OF_THREE, task=task, label_column="labels")
 
 
 def test_default_label_names_only_count(parquet: Callable[..., Path]) -> None:

@@ -23,6 +23,7 @@ from vitprune.finetuning.finetune import NonFiniteLoss, finetune
 from vitprune.finetuning.losses import answer_losses
 from vitprune.finetuning.optimization import build_optimizer
 from vitprune.finetuning.thresholds import GAIN, ThresholdTraining
+from vitprune.measure.answers import KINDS
 from vitprune.models.module import pruning_of
 from vitprune.recipe.schema import DataSpec, FinetuneSpec, LossWeights, PruningSpec, SplitSpec, ThresholdMode
 
@@ -268,7 +269,7 @@ def held_out_loss(pruned: PreTrainedModel, dense: PreTrainedModel, data: Images)
     (batch,) = data.loader(1000)
     with torch.no_grad():
         logits, taught = pruned(batch["pixel_values"]).logits, dense(batch["pixel_values"]).logits
-    losses = answer_losses(logits, taught, batch["labels"], SPEC.losses, is_classifier=True)
+    losses = answer_losses(logits, taught, batch["labels"], SPEC.losses, KINDS["single-label"])
     return sum(loss.item() for loss in losses.values())
 
 

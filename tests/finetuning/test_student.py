@@ -13,8 +13,8 @@ from torch.testing import assert_close
 import vitprune
 from vitprune.finetuning.student import FinalTokens, Student, taken
 from vitprune.finetuning.thresholds import ThresholdTraining
+from vitprune.measure.outputs import ImageModel
 from vitprune.models.module import pruning_of
-from vitprune.models.outputs import ImageModel
 
 
 @pytest.mark.parametrize("family", ["vit", "dinov2", "siglip-tower"])

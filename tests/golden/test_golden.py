@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import ViTConfig, ViTForImageClassification
 
 import vitprune
-from vitprune.finetuning.losses import distillation_loss
+from vitprune.measure.answers import SingleLabel
 from vitprune.models.module import pruning_of
 from vitprune.models.trace import Trace, watching
 from vitprune.pruning.costs import CostModel
@@ -126,7 +126,7 @@ def test_losses_and_all_gradients_are_the_published_ones(golden: Golden) -> None
     assert_close(gmacs.detach() - cost.patch * patches / 1e9, expected["train.gmacs_per_block"].sum(0), **VALUES)
     losses = {
         "ce": torch.nn.functional.cross_entropy(logits, expected["labels"]),
-        "kl": distillation_loss(logits, teacher),
+        "kl": SingleLabel().distance(logits, teacher),
         "budget": (gmacs.mean() - BUDGET * teacher_gmacs).abs(),
     }
     weights = [model.get_parameter(f"vit.layers.0.attention.{name}_proj.weight") for name in "qkv"]
@@ -149,7 +149,7 @@ def test_packed_training_reaches_the_published_gradients(golden: Golden) -> None
     assert_close(logits, expected["train.logits"], **VALUES)
     losses = {
         "ce": torch.nn.functional.cross_entropy(logits, expected["labels"]),
-        "kl": distillation_loss(logits, teacher),
+        "kl": SingleLabel().distance(logits, teacher),
     }
     for name, loss in losses.items():
         (thresholds,) = torch.autograd.grad(loss, pruning_of(model).levels, retain_graph=True)

@@ -127,7 +127,8 @@ def test_pruned_has_to_be_pruned(dense: PreTrainedModel, images: Callable[..., I
 
 def test_pruned_has_to_be_made_of_dense(pruned: PreTrainedModel, images: Callable[..., Images]) -> None:
     with pytest.raises(
-        ValueError, match=r"pruned ViTForImageClassification has classes, but the dense ViTModel has none"
+        ValueError,
+        match=r"pruned ViTForImageClassification answers with logits of classes, but the dense ViTModel answers",
     ):
         compare(ViTModel(ViTConfig(**tiny.SHAPE)), pruned, images(), SPEC, progress=False)
     others: Any = tiny.build("vit")

@@ -33,9 +33,9 @@ from transformers import (
 
 import vitprune
 from vitprune.budget.calibration import calibrate
+from vitprune.measure.outputs import ImageModel
 from vitprune.models.checkpoint import load_tokenizer, require_room
 from vitprune.models.module import is_pruned, pruning_of
-from vitprune.models.outputs import ImageModel
 from vitprune.recipe.schema import PruningSpec
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)

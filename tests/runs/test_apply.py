@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -178,17 +179,56 @@ def test_a_pruned_checkpoint_is_not_pruned_again(tmp_path: Path) -> None:
         apply(load_recipe(tmp_path / "recipe.yaml", [f"model.checkpoint={tmp_path / 'out'}", "output.overwrite=true"]))
 
 
-def test_a_plan_loads_neither_weights_nor_data(tmp_path: Path) -> None:
+def test_a_plan_loads_neither_weights_nor_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = recipe(tmp_path, RECIPE + FINETUNE)
     (tmp_path / "checkpoint" / "model.safetensors").unlink()
-    for file in (tmp_path / "data").iterdir():
-        file.unlink()
+    monkeypatch.setattr("vitprune.data.decoding.Reader.read", None)
     planned = plan(asked)
+    assert planned.obstacle is None
     assert (planned.family, planned.num_blocks, planned.stages) == ("vit", 6, (2, 4))
     assert [row.tokens_dense for row in planned.rows] == [65] * 6
     dense, budget = (sum(getattr(row, name) for row in planned.rows) for name in ("macs_dense", "macs_budget"))
     assert budget / dense == pytest.approx(0.6, abs=0.01)
     assert len(planned.steps) == 6
+
+
+@pytest.mark.parametrize(
+    ("override", "text"),
+    [
+        ("data.eval.split=validation", "Unknown split"),
+        ("data.train.split=train[:20]", "24 images can't be held out of 20"),
+        ("data.label_column=caption", "names 'caption', but the columns are"),
+        ("data.label_names={white: 7}", "gives 'white' the id 7"),
+        ("data.path=nowhere", "nowhere"),
+    ],
+)
+def test_a_plan_knows_what_of_the_data_would_stop_a_run(tmp_path: Path, override: str, text: str) -> None:
+    asked = recipe(tmp_path, RECIPE + FINETUNE, "vit", override)
+    if override == "data.path=nowhere":  # a place on the Hub, which can't be asked here
+        assert plan(asked).obstacle is None
+        return
+    with pytest.raises(ValueError, match=re.escape(text)):
+        plan(asked)
+    with pytest.raises(ValueError, match=re.escape(text)):
+        apply(asked)
+
+
+def test_a_plan_knows_the_splits_of_the_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def names(path: str, name: str | None) -> list[str]:
+        return ["train", "validation"]
+
+    monkeypatch.setattr("datasets.get_dataset_split_names", names)
+    assert plan(recipe(tmp_path, RECIPE, "vit", "data={path: some/pictures, eval: {split: validation}}"))
+    asked = load_recipe(tmp_path / "recipe.yaml", ["data={path: some/pictures, eval: {split: 'train[:9]+test'}}"])
+    with pytest.raises(ValueError, match=r"some/pictures has no split 'test'; it has train, validation"):
+        plan(asked)
+
+
+def test_a_plan_says_that_the_output_exists(tmp_path: Path) -> None:
+    asked = recipe(tmp_path)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "notes.txt").touch()
+    assert "exists; choose another path" in (plan(asked).obstacle or "")
 
 
 @pytest.mark.parametrize(("finetune", "expects"), [("", False), (FINETUNE, True)])

@@ -11,7 +11,7 @@ from PIL import Image as PIL
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, ViTImageProcessorPil
 
-from vitprune.models.outputs import is_two_towers
+from vitprune.measure.outputs import is_two_towers
 
 SHARED = Path(__file__).parents[3] / "shared"
 """Golden values and a real model, where they are."""

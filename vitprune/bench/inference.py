@@ -14,8 +14,8 @@ from transformers import PreTrainedModel
 
 from vitprune.bench.subjects import BenchSubjects, Levels, compile_
 from vitprune.measure.memory import peak_memory, require_memory
+from vitprune.measure.outputs import ImageModel
 from vitprune.measure.timing import WARM_UP, PlacedBatches, Runner, time_in_turn, whole_batches
-from vitprune.models.outputs import ImageModel
 from vitprune.models.trace import eval_mode, trace
 from vitprune.reports.bench_results import Case, Setting
 

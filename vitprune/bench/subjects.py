@@ -1,107 +1,25 @@
-"""The models and images of a benchmark: dense, attached, pruned; real images or random pixels, of any size.
-
-Calibrates on training images and times on evaluation images. Real ones of another size are interpolated from the pixel
-values that the image processor gives (bicubic, antialiased), so nothing is sharper than it was; random pixels are drawn
-at each size.
-
-Tensor suffixes: B images, C channels, H height, W width.
-"""
+"""The models of a benchmark: dense, attached, pruned; for images of any size."""
 
 from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from vitprune.budget.calibration import calibrate
-from vitprune.data.decoding import blank_image
-from vitprune.data.images import load_images
 from vitprune.measure.memory import is_out_of_memory
-from vitprune.models.checkpoint import load, load_processor
+from vitprune.models.checkpoint import load
 from vitprune.models.module import KEEPS_ALL, Levels, is_pruned, pruning_of
 from vitprune.models.prune import prune_, restore_
 from vitprune.models.structure import count_tokens, examine
 from vitprune.recipe.errors import first_line
-from vitprune.recipe.schema import PruningSpec, Recipe, SplitSpec
-
-RANDOM_PIXELS = "random pixels"
-
-
-@dataclass(frozen=True)
-class BenchImages:
-    """Calibration and timed images: functions of the size, (B, C, H, W) float32. described: what they are, in words."""
-
-    described: str
-    size: int
-    calibration: Callable[[int], Tensor]
-    timed: Callable[[int], Tensor]
-
-
-def random_images(recipe: Recipe, model: PreTrainedModel, calibration: int, timed: int) -> BenchImages:
-    """Seeded noise, as an image processor would normalise it; so many of each. size: what the checkpoint processes."""
-    depth = channels(model)
-
-    def noise(count: int, offset: int) -> Callable[[int], Tensor]:
-        def at(size: int) -> Tensor:
-            generator = torch.Generator().manual_seed(recipe.seed + offset)
-            return torch.randn(count, depth, size, size, generator=generator)
-
-        return at
-
-    return BenchImages(RANDOM_PIXELS, _own_size(recipe, model), noise(calibration, 0), noise(timed, 1))
-
-
-def real_images(recipe: Recipe, calibration: int, timed: int) -> BenchImages:
-    """Random samples of the recipe's training and evaluation images, at most so many of each.
-
-    Raises ValueError for data that isn't there or has no image.
-    """
-    train_BCHW = _load(recipe, recipe.data.train, calibration)
-    eval_BCHW = _load(recipe, recipe.data.eval, timed)
-    described = f"{len(eval_BCHW)} images of {recipe.data.path}, split {recipe.data.eval.split}"
-    return BenchImages(described, eval_BCHW.shape[-1], _resized(train_BCHW), _resized(eval_BCHW))
-
-
-def channels(model: PreTrainedModel) -> int:
-    """Of the images that a model takes."""
-    return getattr(examine(model).backbone.config, "num_channels", 3)
-
-
-def _load(recipe: Recipe, split: SplitSpec, count: int) -> Tensor:
-    processor = load_processor(recipe.model.checkpoint, recipe.model.revision)
-    images = load_images(recipe.data, split, processor, id2label=None, labelled=False, seed=recipe.seed)
-    x_BCHW = images.sample(count, recipe.seed).pixels()
-    if not len(x_BCHW):
-        raise ValueError(f"data: split '{split.split}' of {recipe.data.path} has no image")
-    return x_BCHW
-
-
-def _resized(x_BCHW: Tensor) -> Callable[[int], Tensor]:
-    def at(size: int) -> Tensor:
-        if tuple(x_BCHW.shape[-2:]) == (size, size):
-            return x_BCHW
-        return F.interpolate(x_BCHW, (size, size), mode="bicubic", antialias=True)
-
-    return at
-
-
-def _own_size(recipe: Recipe, model: PreTrainedModel) -> int:
-    """What the image processor gives; without one, what the config says."""
-    try:
-        processor = load_processor(recipe.model.checkpoint, recipe.model.revision)
-    except ValueError:
-        size = getattr(examine(model).backbone.config, "image_size", None)
-        if isinstance(size, int):
-            return size
-        raise
-    return blank_image(processor).shape[-1]
+from vitprune.recipe.schema import PruningSpec, Recipe
 
 
 @dataclass(frozen=True)
@@ -176,6 +94,11 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that shares weights and buffers: as many models as a benchmark has take the memory of one."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, dict[int, Any](shared))
+
+
+def channels(model: PreTrainedModel) -> int:
+    """Of the images that a model takes."""
+    return getattr(examine(model).backbone.config, "num_channels", 3)
 
 
 def compile_(model: PreTrainedModel) -> PreTrainedModel:

@@ -15,9 +15,10 @@ import torch
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from vitprune.bench.images import RANDOM_PIXELS, BenchImages, random_images, real_images
 from vitprune.bench.inference import Lineup
 from vitprune.bench.settings import TARGETS, BenchSettings
-from vitprune.bench.subjects import RANDOM_PIXELS, BenchImages, BenchSubjects, Levels, random_images, real_images
+from vitprune.bench.subjects import BenchSubjects, Levels
 from vitprune.bench.training import measure_training
 from vitprune.measure.memory import is_out_of_memory
 from vitprune.measure.throughput import describe_environment

@@ -24,9 +24,9 @@ from vitprune.finetuning.step import TrainStep
 from vitprune.finetuning.student import Seen, Student
 from vitprune.finetuning.thresholds import ThresholdTraining
 from vitprune.measure.memory import peak_memory, require_memory
+from vitprune.measure.outputs import ImageModel
 from vitprune.measure.timing import PlacedBatches, Runner, time_in_turn, whole_batches
 from vitprune.models.module import pruning_of
-from vitprune.models.outputs import ImageModel
 from vitprune.recipe.schema import Execution, FinetuneSpec
 from vitprune.reports.bench_results import Setting, TrainingStep
 
@@ -60,7 +60,7 @@ class Step:
 
     def __call__(self, x_BCHW: Tensor) -> None:
         # whatever the labels, the work is the same
-        batch = {"pixel_values": x_BCHW, "labels": torch.zeros(len(x_BCHW), dtype=torch.long)}
+        batch = {"pixel_values": x_BCHW, "labels": _labels(self.train_step.teacher, len(x_BCHW))}
         record = self.train_step([batch], STEP)
         assert record is not None
         self.ratios.append(record["ratio"])
@@ -160,3 +160,10 @@ def measure_training(
         for target in levels
         for name in (_name(execution, target),)
     ]
+
+
+def _labels(answers: ImageModel, images: int) -> Tensor:
+    """Some that the model's task loss takes."""
+    if answers.kind.name == "single-label":
+        return torch.zeros(images, dtype=torch.long)
+    return torch.zeros(images, answers.model.config.num_labels or 1)

@@ -12,12 +12,11 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from vitprune.budget.schedule import STRONGEST, Schedule, Tried, search, unreachable
+from vitprune.measure.outputs import ImageModel
 from vitprune.models.module import Pruning, pruning_of
-from vitprune.models.outputs import ImageModel
 from vitprune.models.structure import Inputs, first_image, run_on_images
 from vitprune.models.trace import Trace, eval_mode, trace, watching
 
@@ -38,7 +37,7 @@ class Calibration:
     """levels: one a stage. ratio: cost of pruned ÷ dense, averaged over the images. passes: over all images.
 
     tried: where stages were searched, the schedules that were tried, the one that was taken first. measure: what the
-        distance of their answers to the dense model's is: "KL" or "1 - cosine".
+        distance of their answers to the dense model's is, `answers.AnswerKind.unit`.
     """
 
     levels: tuple[float, ...]
@@ -53,7 +52,8 @@ def calibrate(model: nn.Module, batches: Batches, budget: float, *, progress: bo
     """Set the levels of a pruned model so that it meets a budget, in place.
 
     With `before_blocks: auto` it looks for the stages, too: of the schedules that meet the budget the one whose answers
-    to these images are nearest to the dense model's, by KL divergence of its classes or cosine of its embeddings.
+    to these images are nearest to the dense model's, by KL divergence of its classes, squared error of its numbers or
+    cosine of its embeddings (`answers.AnswerKind.distance`).
 
     batches: a random sample of images, a few hundred in all, processed as the model expects them: a tensor
         (B, C, H, W), or a list, a DataLoader or another iterable of such tensors or of dicts with `pixel_values`.
@@ -123,7 +123,7 @@ def find_schedule(passes: _Passes, patches: int, budget: float) -> tuple[list[Tr
         for _ in range(2):
             strength = schedule.strength(pruning.cost, patches, prefix, budget - off)
             setter = _LevelSetter(pruning, schedule.before_blocks, rates=schedule.rates(strength))
-            distance = _distance(dense, passes.answers(setter, answers), is_classifier=answers.is_classifier)
+            distance = answers.kind.distance(passes.answers(setter, answers), dense).item()
             ratio = setter.ratio
             if abs(ratio - budget) <= 2 * TOLERANCE:
                 break
@@ -135,14 +135,7 @@ def find_schedule(passes: _Passes, patches: int, budget: float) -> tuple[list[Tr
 
     tried = search(try_, num_blocks)
     bar.set_description("calibrating")
-    return tried, "KL" if answers.is_classifier else "1 - cosine"
-
-
-def _distance(dense: Tensor, pruned: Tensor, *, is_classifier: bool) -> float:
-    """Mean over images (B, C) of KL(dense, pruned) of classes, or of 1 − cosine of embeddings."""
-    if is_classifier:
-        return F.kl_div(pruned.log_softmax(-1), dense.log_softmax(-1), log_target=True, reduction="batchmean").item()
-    return (1 - F.cosine_similarity(dense, pruned, dim=-1)).mean().item()
+    return tried, answers.kind.unit
 
 
 def scale_to_budget(model: nn.Module, batches: Batches, budget: float, *, progress: bool = True) -> float:

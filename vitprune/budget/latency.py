@@ -13,9 +13,9 @@ import torch
 from torch import Tensor, nn
 
 from vitprune.budget.latency_table import CostTable
+from vitprune.measure.outputs import ImageModel
 from vitprune.measure.timing import PlacedBatches, Runner, placed, time_in_turn, whole_batches
 from vitprune.models.module import pruning_of
-from vitprune.models.outputs import ImageModel
 from vitprune.models.trace import eval_mode, trace
 from vitprune.reports.results import Latency, MeasuredCosts, Timing
 

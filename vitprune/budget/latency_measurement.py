@@ -17,9 +17,9 @@ from torch import Tensor, nn
 
 from vitprune.budget.calibration import set_rate
 from vitprune.budget.latency_table import CostTable, between
+from vitprune.measure.outputs import ImageModel
 from vitprune.measure.timing import PlacedBatches, Runner, placed, time_in_turn, wait_for, whole_batches
 from vitprune.models.module import Levels, Pruning, pruning_of
-from vitprune.models.outputs import ImageModel
 from vitprune.models.structure import examine
 from vitprune.models.trace import eval_mode, trace
 

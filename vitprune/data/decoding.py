@@ -22,8 +22,8 @@ from vitprune.data.source import Source
 
 DECODER = Image()
 
-Sample = tuple[Tensor, int | None]
-"""Pixel values (C, H, W) float32, and the class id."""
+Sample = tuple[Tensor, int | list[float] | None]
+"""Pixel values (C, H, W) float32, and the class id, or a number for each of the checkpoint's outputs."""
 
 
 class BrokenImageError(ValueError):
@@ -64,7 +64,7 @@ class Reader:
         if labels is None:
             return pixels_CHW, None
         try:
-            return pixels_CHW, labels.id_of(row[labels.column])
+            return pixels_CHW, labels.read(row[labels.column])
         except ValueError as error:
             raise ValueError(f"{place}, column {labels.column!r}: {error}") from error
 

@@ -5,6 +5,7 @@ Tensor suffixes: B images, C channels, H height, W width.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from vitprune.data.decoding import Collate, Reader, blank_image
 from vitprune.data.source import open_source
 from vitprune.data.splits import Stream, Table
-from vitprune.recipe.schema import DataSpec, SplitSpec
+from vitprune.recipe.schema import DataSpec, SplitSpec, Task
 
 LOADED = 32  # images decoded at a time where all are wanted
 
@@ -29,6 +30,7 @@ def load_images(
     *,
     id2label: Mapping[int, str] | None,
     labelled: bool = True,
+    task: Task = "single-label",
     seed: int = 0,
 ) -> Images:
     """Open one split of a data set: a Hub id, an image folder, parquet or arrow files, or what `save_to_disk` wrote.
@@ -37,9 +39,13 @@ def load_images(
     processed when a loader asks for them.
 
     Raises ValueError, naming place and way out, for a data set, split or column that isn't there, and for labels that
-    aren't the model's (`id2label`; None skips that check). `labelled`: False leaves labels out.
+    aren't the model's (`id2label`; None skips that check). `labelled`: False leaves labels out. `task`: what labels
+    are: a class id, several (`"multi-label"`), or numbers (`"regression"`). Warns of columns that may hold labels and
+    weren't taken for them.
     """
-    source = open_source(data, split.split, id2label, labelled=labelled)
+    source = open_source(data, split.split, id2label, labelled=labelled, task=task)
+    for note in source.doubts:
+        warnings.warn(note, stacklevel=2)
     reader = Reader(source, processor, skip_broken=data.on_error == "skip")
     rows = source.rows
     table = Stream.of(rows, reader) if isinstance(rows, IterableDataset) else Table.of(rows, reader)
@@ -86,7 +92,8 @@ class Images:
     @property
     def notes(self) -> tuple[str, ...]:
         """What a user should know of the labels."""
-        return self.rows.reader.source.notes
+        source = self.rows.reader.source
+        return (*source.notes, *source.doubts)
 
     @property
     def skipped(self) -> int:
@@ -125,10 +132,13 @@ class Images:
     def stand_in(self) -> dict[str, Tensor]:
         """A batch of one empty image, as `loader` gives them."""
         batch = {"pixel_values": blank_image(self.rows.reader.processor).float()}
-        return {**batch, "labels": torch.zeros(1, dtype=torch.long)} if self.labelled else batch
+        labels = self.rows.reader.source.labels
+        return batch if labels is None else {**batch, "labels": labels.blank}
 
     def loader(self, batch_size: int) -> torch_data.DataLoader[Any]:
         """Batches `{"pixel_values": (B, C, H, W) float32, "labels": (B,) int64}`, without labels where not `labelled`.
+
+        Of several labels an image, or of numbers, labels are (B, outputs of the model) float32.
 
         A batch is smaller by the broken images skipped in it.
 

@@ -1,14 +1,19 @@
-"""The data's labels as the checkpoint's classes: by name, whatever order they come in, or by number."""
+"""The data's labels as the checkpoint's classes: by name, whatever order they come in, or by number; and as numbers."""
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from vitprune.recipe.errors import did_you_mean
+from vitprune.recipe.schema import Task
 
 SHOWN = 20  # names that an error shows
 _WORDNET = re.compile(r"n\d{8}")
@@ -76,10 +81,11 @@ class Classes:
 
 @dataclass(frozen=True)
 class Labels:
-    """What a label column holds: class ids of the data, or names.
+    """What a label column holds: class ids of the data, or names; several of them for an image, or numbers.
 
     ids: of the checkpoint, one for each id of the data; None: they are the same. classes: where the column holds names.
-    count: of the checkpoint's classes, if it has any. names: the data's, by its id. notes: what a user should know.
+    count: of the checkpoint's classes or outputs, if it has any. names: the data's, by its id. notes: what a user
+    should know.
     """
 
     column: str
@@ -88,9 +94,26 @@ class Labels:
     classes: Classes | None = None
     names: tuple[str, ...] | None = None
     notes: tuple[str, ...] = ()
+    task: Task = "single-label"
+
+    def read(self, value: Any) -> int | list[float]:
+        """What a row's value is for training: a class id, or a number for each of the checkpoint's outputs.
+
+        Raises ValueError for what the checkpoint has no such class or output for.
+        """
+        if self.task == "single-label":
+            return self.id_of(value)
+        return self._numbers(value) if self.task == "regression" else self._several(value)
+
+    @property
+    def blank(self) -> Tensor:
+        """Labels of one image that mean nothing, as a batch has them."""
+        if self.task == "single-label":
+            return torch.zeros(1, dtype=torch.long)
+        return torch.zeros(1, self.count or 1)
 
     def id_of(self, value: Any) -> int:
-        """The class id of a row's value. Raises ValueError where the checkpoint has no such class."""
+        """The class id of one value. Raises ValueError where the checkpoint has no such class."""
         if self.classes is not None:
             return self.classes.id_of(str(value))
         count = self.count if self.ids is None else len(self.ids)
@@ -98,6 +121,34 @@ class Labels:
             bound = "" if count is None else f", the checkpoint has labels 0 to {count - 1}"
             raise ValueError(f"{value!r} is not a class id{bound}")
         return value if self.ids is None else self.ids[value]
+
+    def _several(self, value: Any) -> list[float]:
+        """1 for each label that an image has: of a list of them, or of a 0 or 1 for each of the checkpoint's."""
+        assert self.count is not None
+        if value is None:
+            raise ValueError("the row has no labels (None); where an image has none, write an empty list")
+        values = value if isinstance(value, list) else [value]
+        if self.classes is None and len(values) == self.count and all(_is_part(one) for one in values):
+            places = range(self.count) if self.ids is None else self.ids
+            found = dict(zip(places, map(float, values), strict=True))
+        elif any(isinstance(one, float) for one in values):
+            raise ValueError(f"{len(values)} numbers for {self.count} labels of the checkpoint; give 0 or 1 for each")
+        else:
+            found = {self.id_of(one): 1.0 for one in values}
+        return [found.get(place, 0.0) for place in range(self.count)]
+
+    def _numbers(self, value: Any) -> list[float]:
+        values = value if isinstance(value, list) else [value]
+        if self.count is not None and len(values) != self.count:
+            raise ValueError(f"{len(values)} numbers for {self.count} outputs of the checkpoint")
+        for one in values:
+            if not isinstance(one, float | int) or not math.isfinite(one):
+                raise ValueError(f"{one!r} is no number")
+        return [float(one) for one in values]
+
+
+def _is_part(value: Any) -> bool:
+    return isinstance(value, float | int) and 0 <= value <= 1
 
 
 def match(names: Sequence[str], classes: Classes, column: str, place: str) -> Labels:

@@ -5,24 +5,30 @@ Knows `datasets` and the checkpoint's label names.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import datasets
 import yaml
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, LargeList, List, Value
 from datasets.exceptions import DatasetsError
 
-from vitprune.data.labels import Classes, Labels, match
+from vitprune.data.labels import Classes, Labels, match, some
 from vitprune.recipe.errors import first_line
-from vitprune.recipe.schema import DataSpec
+from vitprune.recipe.schema import DataSpec, Task
 from vitprune.runtime.hub_cache import PREFETCH, Cache, Disconnected, causes, is_hub_id
 
 FILE_KINDS: Mapping[str, str] = {".parquet": "parquet", ".arrow": "arrow"}
 LABEL_NAMES = ("label", "labels")
+_EXPECTED: Mapping[Task, str] = {
+    "single-label": "class ids or names",
+    "multi-label": "lists of class ids or names, or a 0 or 1 for each class",
+    "regression": "a number, or a list of one for each output",
+}
 _SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
 _MAY_BE_LABELS = (*LABEL_NAMES, "class", "classes", "target", "targets", "category", "class_id", "label_id", "y")
 _CANT_BE_OPENED = (OSError, ValueError, RuntimeError, DatasetsError, Disconnected)
@@ -30,16 +36,27 @@ _CANT_BE_OPENED = (OSError, ValueError, RuntimeError, DatasetsError, Disconnecte
 
 @dataclass(frozen=True)
 class Source:
-    """The rows of one split, with two columns at most: images, undecoded as `{"bytes", "path"}`, and labels."""
+    """The rows of one split, with two columns at most: images, undecoded as `{"bytes", "path"}`, and labels.
+
+    notes: how labels were understood. doubts: where there may be labels that weren't taken.
+    """
 
     rows: Dataset | IterableDataset
     place: str
     image_column: str
     labels: Labels | None
     notes: tuple[str, ...] = ()
+    doubts: tuple[str, ...] = ()
 
 
-def open_source(data: DataSpec, split: str, id2label: Mapping[int, str] | None, *, labelled: bool = True) -> Source:
+def open_source(
+    data: DataSpec,
+    split: str,
+    id2label: Mapping[int, str] | None,
+    *,
+    labelled: bool = True,
+    task: Task = "single-label",
+) -> Source:
     """Open a split and find its columns; labels are checked against `id2label` as far as can be told up front.
 
     Raises ValueError, which names the place and the way out.
@@ -53,21 +70,22 @@ def open_source(data: DataSpec, split: str, id2label: Mapping[int, str] | None, 
         raise ValueError(f"{place}: what the columns hold can't be told while streaming; set `data.streaming: false`")
     image = _image_column(rows.features, data.image_column, place)
     labelled = labelled and data.labels != "ignore"
-    column = _label_column(rows.features, data.label_column, place) if labelled else None
+    column = _label_column(rows.features, data.label_column, place, task) if labelled else None
     if data.label_column is None and column is not None and _are_splits(rows.features[column]):
         column = None
     values = [] if column is None else _label_values(rows, column)
-    if set(values) in ({-1}, {None}):  # as test splits hide them, and folders that are splits have none
+    hidden = ({None},) if task == "regression" else ({-1}, {None})
+    if set(values) in hidden:  # as test splits hide them, and folders that are splits have none
         column = None
-    labels = None if column is None else _labels(rows.features, column, data, id2label, place)
+    labels = None if column is None else _labels(rows.features, column, data, id2label, place, task)
     if labels is not None:
-        _require_ids(labels, values, place)
-    if labels is not None:
-        notes = labels.notes
-    else:
-        notes = _unnoticed(rows.features, image, place) if labelled and not values else ()
+        _require_readable(labels, values, place)
+    doubts = ()
+    if labels is None and labelled and not values:
+        doubts = (*_unnoticed(rows.features, image, place, task), *_folders(data, rows, image, place))
     rows = rows.select_columns([image] if labels is None else [image, labels.column])
-    return Source(rows.cast_column(image, Image(decode=False)), place, image, labels, notes)
+    notes = () if labels is None else labels.notes
+    return Source(rows.cast_column(image, Image(decode=False)), place, image, labels, notes, doubts)
 
 
 def _are_splits(feature: Any) -> bool:
@@ -75,16 +93,45 @@ def _are_splits(feature: Any) -> bool:
     return isinstance(feature, ClassLabel) and {name.casefold() for name in feature.names} <= _SPLITS
 
 
-def _unnoticed(features: Features, image: str, place: str) -> tuple[str, ...]:
+def _unnoticed(features: Features, image: str, place: str, task: Task) -> tuple[str, ...]:
     """A note on columns that may be labels and weren't taken for them."""
-    others = [name for name in features if name != image and name.casefold() in _MAY_BE_LABELS]
+    others = [
+        name
+        for name in features
+        if name != image and name.casefold() in _MAY_BE_LABELS and not _are_splits(features[name])
+    ]
     if not others:
         return ()
     shown = ", ".join(f"{name!r} ({_kind(features[name])})" for name in others)
+    several = any(_element(features[name]) is not None for name in others)
+    hint = " A model that gives several labels an image needs model.task: multi-label." if several else ""
     return (
-        f"{place}: no labels were found, so there is no accuracy and no task loss. If they are in {shown}, name the "
-        "column in data.label_column (class ids or names); data.labels: ignore says that there are none.",
+        f"{place}: no labels were found for a model whose task is {task}, so there is no accuracy and no task loss. If "
+        f"they are in {shown}, name the column in data.label_column ({_EXPECTED[task]}); data.labels: ignore says that "
+        f"there are none.{hint if task == 'single-label' else ''}",
     )
+
+
+def _folders(data: DataSpec, rows: Dataset | IterableDataset, image: str, place: str) -> tuple[str, ...]:
+    """A note on pictures that lie in folders which may be classes and weren't taken for them."""
+    root = Path(data.path).expanduser()
+    if not root.is_dir() or not isinstance(rows, Dataset) or not isinstance(rows.features[image], Image):
+        return ()
+    paths = [
+        Path(row["path"])
+        for row in rows.select_columns([image]).cast_column(image, Image(decode=False))[image]
+        if row["path"] and Path(row["path"]).is_relative_to(root.absolute())
+    ]
+    for depth in range(1, 4):
+        names = sorted({path.parents[depth - 1].name for path in paths if len(path.parents) > depth})
+        if len(names) > 1:
+            return (
+                f"{place}: no labels were found, so there is no accuracy and no task loss. The pictures lie in folders "
+                f"({some(names)}): if those are classes, put the pictures right into them, without a folder between "
+                "and without a metadata file, which takes their place; or name its column in data.label_column. "
+                "data.labels: ignore says that there are none.",
+            )
+    return ()
 
 
 def require_found(data: DataSpec) -> None:
@@ -94,6 +141,21 @@ def require_found(data: DataSpec) -> None:
             _find(data)
         except _CANT_BE_OPENED as error:
             raise ValueError(f"data.path {data.path}: {_reason(data, error)}") from error
+
+
+def require_splits(data: DataSpec, splits: Sequence[str]) -> None:
+    """Raise ValueError for a split that a Hub data set hasn't, as far as the Hub or the cache can be asked now."""
+    try:
+        known = datasets.get_dataset_split_names(data.path, data.name)
+    except _CANT_BE_OPENED:
+        return
+    for split in splits:
+        names = [re.split(r"\[", part)[0].strip() for part in split.split("+")]
+        if unknown := [name for name in names if name not in {*known, "all"}]:
+            raise ValueError(
+                f"data.path {data.path} has no split {unknown[0]!r}; it has {', '.join(map(str, known))}: name one in "
+                "`data.train.split` or `data.eval.split`"
+            )
 
 
 def _find(data: DataSpec) -> None:
@@ -194,12 +256,16 @@ def _could_be_image(feature: Any) -> bool:
     return isinstance(feature, Value) and feature.dtype in ("string", "large_string", "binary", "large_binary")
 
 
-def _label_column(features: Features, named: str | None, place: str) -> str | None:
+def _label_column(features: Features, named: str | None, place: str, task: Task) -> str | None:
     if named is not None:
         _require(features, named, "data.label_column", place)
         return named
-    found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    found = found or [name for name in LABEL_NAMES if _is_label_value(features.get(name))]
+    found: list[str] = []
+    if task == "multi-label":
+        found = [name for name, feature in features.items() if isinstance(_element(feature), ClassLabel)]
+    if not found and task != "regression":
+        found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
+    found = found or [name for name in LABEL_NAMES if name in features and _may_hold(features[name], task)]
     if len(found) > 1:
         raise ValueError(
             f"{place}: several columns hold labels; name one in `data.label_column`. Columns: {_columns(features)}"
@@ -207,27 +273,54 @@ def _label_column(features: Features, named: str | None, place: str) -> str | No
     return found[0] if found else None
 
 
+def _element(feature: Any) -> Any | None:
+    """What a list holds; None for what is no list."""
+    if isinstance(feature, list | tuple):
+        return feature[0] if len(feature) == 1 else None
+    return feature.feature if isinstance(feature, List | LargeList) else None
+
+
+def _may_hold(feature: Any, task: Task) -> bool:
+    """Whether a column's values can be labels for a model of this task."""
+    element = _element(feature)
+    if task == "regression":
+        return _is_number(feature if element is None else element)
+    if task == "multi-label" and element is not None:
+        return isinstance(element, ClassLabel) or _is_label_value(element) or _is_number(element)
+    return isinstance(feature, ClassLabel) or _is_label_value(feature)
+
+
 def _label_values(rows: Dataset | IterableDataset, column: str) -> list[Any]:
-    """The different values of a column that may hold labels; none of a stream's, which would have to be read."""
+    """The different values of a column that may hold labels; none of lists, nor of a stream, which would be read."""
     feature = None if rows.features is None else rows.features[column]
-    may_hold = isinstance(feature, ClassLabel) or _is_label_value(feature)
-    return rows.unique(column) if may_hold and isinstance(rows, Dataset) else []
+    is_single = isinstance(feature, ClassLabel | Value)
+    return rows.unique(column) if is_single and isinstance(rows, Dataset) else []
 
 
-def _labels(features: Features, column: str, data: DataSpec, id2label: Mapping[int, str] | None, place: str) -> Labels:
+def _labels(
+    features: Features, column: str, data: DataSpec, id2label: Mapping[int, str] | None, place: str, task: Task
+) -> Labels:
     feature, count = features[column], None if id2label is None else len(id2label)
+    if not _may_hold(feature, task):
+        several = _element(feature) is not None and task == "single-label"
+        hint = "; a model that gives several labels an image needs model.task: multi-label" if several else ""
+        raise ValueError(
+            f"{place}: data.label_column {column!r} holds no labels but {_kind(feature)}; a model whose task is {task} "
+            f"learns from {_EXPECTED[task]}{hint}"
+        )
+    if task == "regression":
+        return Labels(column, count, task=task)
     classes = None if id2label is None else Classes(id2label, _given(data.label_names))
-    if isinstance(feature, ClassLabel):
+    element = _element(feature) or feature
+    if isinstance(element, ClassLabel):
         if classes is not None:
-            return match(feature.names, classes, column, place)
-        return Labels(column, len(feature.names), names=tuple(feature.names))
-    if not _is_label_value(feature):
-        raise ValueError(f"{place}: data.label_column {column!r} holds no labels but {_kind(feature)}")
-    if "string" not in feature.dtype:
-        return Labels(column, count)
+            return replace(match(element.names, classes, column, place), task=task)
+        return Labels(column, len(element.names), names=tuple(element.names), task=task)
+    if "string" not in element.dtype:
+        return Labels(column, count, task=task)
     if classes is None:
         raise ValueError(f"{place}: column {column!r} holds names, and the model has no `id2label` to look them up in")
-    return Labels(column, count, classes=classes)
+    return Labels(column, count, classes=classes, task=task)
 
 
 def _given(label_names: Mapping[str, str | int] | str | None) -> Mapping[str, str | int]:
@@ -247,11 +340,15 @@ def _is_label_value(feature: Any) -> bool:
     return isinstance(feature, Value) and ("int" in feature.dtype or "string" in feature.dtype)
 
 
-def _require_ids(labels: Labels, values: Sequence[Any], place: str) -> None:
-    """Every value seen to be in range."""
+def _is_number(feature: Any) -> bool:
+    return isinstance(feature, Value) and feature.dtype.startswith(("int", "uint", "float", "bool"))
+
+
+def _require_readable(labels: Labels, values: Sequence[Any], place: str) -> None:
+    """Every value seen to be a label."""
     for value in values:
         try:
-            labels.id_of(value)
+            labels.read(value)
         except ValueError as error:
             raise ValueError(f"{place}, column {labels.column!r}: {error}") from error
 
@@ -266,4 +363,6 @@ def _columns(features: Features) -> str:
 
 
 def _kind(feature: Any) -> str:
+    if (element := _element(feature)) is not None:
+        return f"lists of {_kind(element)}"
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__

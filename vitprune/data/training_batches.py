@@ -47,9 +47,8 @@ WHOLE, START = Share(), Position()
 class TrainingBatches:
     """This process's share of one batch after the other, without an end.
 
-    Each is `{"pixel_values": (B, C, H, W) float32, "labels": (B,) int64}`, without labels where there are none, or None
-    where the share is empty: all its images are broken, or the epoch of a stream has ended for this process. When all
-    processes get None, call `begin_epoch`.
+    Each is a batch as `Images.loader` gives them, or None where the share is empty: all its images are broken, or the
+    epoch of a stream has ended for this process. When all processes get None, call `begin_epoch`.
 
     Of a table, batch k has the images k·`batch_size` to (k + 1)·`batch_size` of an endless row of epochs, each in an
     order of its own: batches are always full, also where one epoch ends and the next begins.

@@ -29,9 +29,9 @@ from vitprune.finetuning.step import TrainStep
 from vitprune.finetuning.student import trained
 from vitprune.finetuning.thresholds import ThresholdTraining
 from vitprune.finetuning.tracking import TrackerContext, Tracking, require_installed
+from vitprune.measure.outputs import ImageModel, require_same_kind
 from vitprune.models.detection import find_backbone
 from vitprune.models.module import pruning_of
-from vitprune.models.outputs import ImageModel, require_same_kind
 from vitprune.pruning.packed_attention import require_no_dropout
 from vitprune.recipe.schema import FinetuneSpec, require_thresholds
 from vitprune.reports.results import Training
@@ -86,8 +86,8 @@ def finetune(
     Under a launcher each process takes its share of every batch; all end with the same weights, those of one process
     but for rounding.
 
-    teacher: the dense model; frozen, for the distillation loss: of logits, or of embeddings (cosine) where the model
-        has no classes. images: labelled or not (then the task loss is left out). budget: MACs of the pruned pass ÷
+    teacher: the dense model; frozen, for the distillation loss, `answers.AnswerKind.distance`.
+    images: labelled or not (then the task loss is left out). budget: MACs of the pruned pass ÷
         dense, in (0, 1]; seconds where the model has a latency table (`latency.budget_latency`). holdout: images by
         which the best state is chosen, the one before training included; without them it is the last. states: where the
         full state is kept every so often, and taken up again if there is one.
@@ -108,7 +108,7 @@ def finetune(
         raise ValueError("the teacher is the model itself; pass the dense model, or a copy of it from before prune_")
     require_same_kind(answers, taught_by)
     require_thresholds(pruning_of(model).spec, spec)
-    require_trainable(images, spec, model, has_classes=answers.is_classifier)
+    require_trainable(images, spec, model, takes_labels=answers.kind.name != "embedding")
     if not pruning_of(model).levels.isfinite().all():
         raise ValueError("thresholds have no start to learn from; call calibrate first, or give them in the spec")
     state = distributed.init()
@@ -173,14 +173,14 @@ def _accelerator(spec: FinetuneSpec, tracker_context: TrackerContext | None) -> 
     )
 
 
-def require_trainable(images: Images, spec: FinetuneSpec, model: PreTrainedModel, *, has_classes: bool) -> None:
+def require_trainable(images: Images, spec: FinetuneSpec, model: PreTrainedModel, *, takes_labels: bool) -> None:
     """Raise ValueError where images, losses and model don't go together; to be asked before anything is run."""
     if spec.execution == "packed":
         require_no_dropout(max(getattr(find_backbone(model).config, name, 0.0) or 0.0 for name in _ATTENTION_DROPOUTS))
     count_steps(spec, images)
     require_installed(spec.trackers)
-    if not spec.losses.distillation and not (images.labelled and has_classes):
-        lacking = "images without labels need" if has_classes else "a model without classes needs"
+    if not spec.losses.distillation and not (images.labelled and takes_labels):
+        lacking = "images without labels need" if takes_labels else "a model without classes needs"
         raise ValueError(f"finetune.losses: {lacking} losses.distillation > 0")
 
 

@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 from vitprune.finetuning.losses import LOSSES, NonFiniteLoss, answer_losses, token_loss
 from vitprune.finetuning.student import FinalTokens, Seen, taken
 from vitprune.finetuning.thresholds import ThresholdTraining
-from vitprune.models.outputs import ImageModel, require_same_width
+from vitprune.measure.outputs import ImageModel, require_same_width
 from vitprune.recipe.schema import FinetuneSpec
 from vitprune.runtime import distributed
 
@@ -109,8 +109,7 @@ class TrainStep:
                     taught = self.teacher(x_BCHW)
             if taught is not None:
                 require_same_width(seen.answers, taught)
-            labels_B = batch.get("labels")
-            losses = answer_losses(seen.answers, taught, labels_B, weights, is_classifier=self.teacher.is_classifier)
+            losses = answer_losses(seen.answers, taught, batch.get("labels"), weights, self.teacher.kind)
             if tokens:
                 assert seen.final_BND is not None
                 assert seen.there_BN is not None

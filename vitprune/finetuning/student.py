@@ -21,9 +21,9 @@ from torch.nn import functional as F
 from vitprune.finetuning.losses import NonFiniteLoss
 from vitprune.finetuning.optimization import learning
 from vitprune.finetuning.thresholds import ThresholdTraining
+from vitprune.measure.outputs import ImageModel
 from vitprune.models import context
 from vitprune.models.module import pruning_of
-from vitprune.models.outputs import ImageModel
 from vitprune.models.structure import examine
 from vitprune.recipe.schema import FinetuneSpec
 

@@ -1,1 +1,4 @@
-"""Quality, speed and memory of a pruned model beside the dense one. One stopwatch, which times models in turn."""
+"""Answers of a model, of whichever kind; quality, speed and memory of a pruned one beside the dense one.
+
+One stopwatch, which times models in turn.
+"""

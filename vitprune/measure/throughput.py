@@ -13,8 +13,8 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from vitprune.measure.outputs import ImageModel
 from vitprune.measure.timing import PlacedBatches, Runner, time_in_turn, whole_batches
-from vitprune.models.outputs import ImageModel
 from vitprune.models.trace import eval_mode, trace
 from vitprune.pruning.kernels import cpu
 from vitprune.reports.results import (

@@ -29,6 +29,18 @@ from vitprune.recipe.pruning_spec import PruningSpec as PruningSpec
 from vitprune.recipe.values import LISTS_TOO, Fraction, HubOrLocal, LocalFile, LocalPath, Spec, Text
 from vitprune.recipe.yaml_source import Source, dump
 
+Task = Literal["single-label", "multi-label", "regression"]
+Metric = Literal[
+    "accuracy",
+    "top-5-accuracy",
+    "f1",
+    "mean-average-precision",
+    "label-accuracy",
+    "mean-squared-error",
+    "mean-absolute-error",
+    "correlation",
+]
+
 
 class ModelSpec(Spec):
     """The dense model to start from."""
@@ -39,6 +51,9 @@ class ModelSpec(Spec):
     """Branch, tag or commit on the Hub."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     """What the model computes in while it is calibrated and evaluated."""
+    task: Task | None = None
+    """What its head is for, where config.json (`problem_type`) doesn't say it rightly: one label an image, several, or
+    numbers. Without either one label, or a number where the head has a single output."""
     prompt: Text | None = None
     """Text with {} for a class's name: compares a model of two towers by zero-shot classification."""
 
@@ -147,8 +162,9 @@ class CalibrationSpec(Spec):
 class EvaluateSpec(Spec):
     """Comparing pruned with dense."""
 
-    metrics: Annotated[tuple[Literal["accuracy", "top-5-accuracy", "f1"], ...], LISTS_TOO] = ("accuracy",)
-    """What to report of both."""
+    metrics: Annotated[tuple[Metric, ...], LISTS_TOO] | None = None
+    """What to report of both. If left out, accuracy; mean-average-precision of a model that gives several labels,
+    mean-squared-error of one that gives numbers."""
     batch_size: PositiveInt = 32
     """Images at a time for the metrics."""
     batch_sizes: Annotated[tuple[PositiveInt, ...], LISTS_TOO] = (1, 16, 64)

@@ -13,6 +13,7 @@ from typing import Any, Literal
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, computed_field
 from typing_extensions import Self
 
+from vitprune.recipe.schema import Task
 from vitprune.runtime.files import write_whole
 
 LATENCY_TOLERANCE = 0.05  # of the latency that was asked for
@@ -37,15 +38,16 @@ class Distribution(Result):
 
 
 class MetricPair(Result):
-    """One metric of both models on the same images, fractions from 0 to 1."""
+    """One metric of both models on the same images. `is_fraction`: whether it goes from 0 to 1, more being better."""
 
     dense: float
     pruned: float
+    is_fraction: bool = True
 
     @computed_field
     @property
     def difference(self) -> float:
-        """Pruned less dense: negative where pruning costs quality."""
+        """Pruned less dense."""
         return self.pruned - self.dense
 
 
@@ -78,17 +80,22 @@ class NotFinite(Result):
 
 
 class Comparison(Result):
-    """Dense and pruned model on the same `images`; `skipped` broken ones were left out.
+    """Dense and pruned model on the same `images`; `skipped` broken ones were left out. `answers`: of which kind.
 
-    `agreement`: part of the images with the same top-1 answer; `similarity`: mean cosine of the two embeddings of an
-    image, of models without classes. `metrics` is empty for images without labels.
+    `agreement`: part of the images with the same top-1 answer, or of labels with the same yes or no. `similarity`: mean
+    cosine of the two embeddings of an image, of models without classes. Of numbers: `correlation` of pruned with dense
+    over the images, and `deviation`, the root of the mean squared difference. `metrics` is empty for images without
+    labels.
     """
 
     images: int
     skipped: int
+    answers: Task | Literal["embedding"] = "single-label"
     metrics: dict[str, MetricPair]
     agreement: float | None
     similarity: float | None = None
+    correlation: float | None = None
+    deviation: float | None = None
     not_finite: NotFinite = NotFinite()
     macs: Macs
     kept: tuple[KeptPatches, ...]
@@ -109,7 +116,8 @@ class TriedSchedule(Result):
 class ScheduleSearch(Result):
     """The schedules that were tried on so many calibration images; the first was taken.
 
-    `measure`: "KL" of the classes, dense to pruned, or "1 - cosine" of the embeddings.
+    `measure`: "KL" of the classes, dense to pruned, or "1 - cosine" of the embeddings; "binary KL" of labels, "squared
+    error" of numbers.
     """
 
     images: int
@@ -299,7 +307,10 @@ class PlanRow:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `apply` would do. `steps` says it in plain words; `counts`: what the budget is a part of."""
+    """What `apply` would do. `steps` says it in plain words; `counts`: what the budget is a part of.
+
+    `obstacle`: why it would not begin as things are, such as an output that exists.
+    """
 
     checkpoint: str
     family: str
@@ -311,3 +322,4 @@ class Plan:
     rows: tuple[PlanRow, ...]
     steps: tuple[str, ...]
     counts: Literal["MACs", "time"] = "MACs"
+    obstacle: str | None = None

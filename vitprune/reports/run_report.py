@@ -13,13 +13,14 @@ from vitprune.reports.results import (
     LATENCY_TOLERANCE,
     Comparison,
     Latency,
+    MetricPair,
     Plan,
     Report,
     ScheduleSearch,
     Throughput,
     Training,
 )
-from vitprune.reports.text import Cells, count, percent, rich_table
+from vitprune.reports.text import Cells, count, number, percent, rich_table
 
 PAYS = 1.05  # a speed-up worth having: less is lost in the noise
 BUDGET_TOLERANCE = 0.01
@@ -52,22 +53,8 @@ def findings(report: Report) -> list[str]:
         sentences.append(_schedule(report.schedule))
     if report.training is not None:
         sentences.append(_training(report.training))
-    sentences += [_quality(name, pair.dense, pair.pruned) for name, pair in result.metrics.items()]
-    if result.agreement is not None:
-        sentences.append(
-            f"It gives the dense model's answer for {percent(result.agreement)} of {result.images} images."
-        )
-    if result.similarity is not None:
-        cosine = f"{result.similarity:.4f}"
-        sentences.append(
-            f"Its embeddings of {result.images} images have a cosine of {cosine} with the dense ones on average."
-        )
-    if result.not_finite.dense or result.not_finite.pruned:
-        sentences.append(
-            f"Of {result.images} images {result.not_finite.dense} have no finite answer from the dense model and "
-            f"{result.not_finite.pruned} none from the pruned one; they count as wrong and as different. In float16 "
-            "numbers may overflow: try model.dtype: bfloat16 or float32."
-        )
+    sentences += [_quality(name, pair) for name, pair in result.metrics.items()]
+    sentences += _likeness(result)
     sentences += _where_it_pays(report.throughput)
     if result.skipped:
         sentences.append(f"{result.skipped} broken images were left out.")
@@ -110,7 +97,37 @@ def _training(training: Training) -> str:
     )
 
 
-def _quality(name: str, dense: float, pruned: float) -> str:
+def _likeness(result: Comparison) -> list[str]:
+    """How like the dense model's answers are."""
+    sentences, images, bad = [], f"{result.images} images", result.not_finite
+    if result.agreement is not None and result.answers == "multi-label":
+        sentences.append(
+            f"It gives and withholds labels as the dense model does for {percent(result.agreement)} of the labels of "
+            f"{images}, at a probability of 0.5."
+        )
+    elif result.agreement is not None:
+        sentences.append(f"It gives the dense model's answer for {percent(result.agreement)} of {images}.")
+    if result.similarity is not None:
+        cosine = f"{result.similarity:.4f}"
+        sentences.append(f"Its embeddings of {images} have a cosine of {cosine} with the dense ones on average.")
+    if result.correlation is not None and result.deviation is not None:
+        sentences.append(
+            f"Its numbers for {images} have a correlation of {result.correlation:.4f} with the dense ones and differ "
+            f"from them by {number(result.deviation)} (root mean square)."
+        )
+    if bad.dense or bad.pruned:
+        treated = "are left out" if result.answers == "regression" else "count as wrong and as different"
+        sentences.append(
+            f"Of {images} {bad.dense} have no finite answer from the dense model and {bad.pruned} none from the pruned "
+            f"one; they {treated}. In float16 numbers may overflow: try model.dtype: bfloat16 or float32."
+        )
+    return sentences
+
+
+def _quality(name: str, pair: MetricPair) -> str:
+    dense, pruned = pair.dense, pair.pruned
+    if not pair.is_fraction:
+        return f"Its {name} is {number(pruned)} against {number(dense)} of the dense model."
     points = 100 * (pruned - dense)
     values = f"{percent(pruned, 2)} against {percent(dense, 2)}"
     if abs(points) < 0.005:
@@ -170,12 +187,20 @@ def _quality_cells(report: Report) -> Cells:
     result = report.comparison
     cells: Cells = [("", "dense", *(name for name, _ in shown), "difference")]
     for metric, pair in result.metrics.items():
-        values = (percent(comparison.metrics[metric].pruned, 2) for _, comparison in shown)
-        cells.append((metric, percent(pair.dense, 2), *values, f"{100 * pair.difference:+.2f} points"))
+        values = [comparison.metrics[metric].pruned for _, comparison in shown]
+        if pair.is_fraction:
+            percents = (percent(value, 2) for value in values)
+            cells.append((metric, percent(pair.dense, 2), *percents, f"{100 * pair.difference:+.2f} points"))
+        else:
+            cells.append((metric, number(pair.dense), *map(number, values), f"{pair.difference:+.3g}"))
     if result.agreement is not None:
-        cells.append(("same answer as dense", "", *(percent(c.agreement or 0.0) for _, c in shown), ""))
+        what = "labels as dense" if result.answers == "multi-label" else "same answer as dense"
+        cells.append((what, "", *(percent(c.agreement or 0.0) for _, c in shown), ""))
     if result.similarity is not None:
         cells.append(("cosine to dense", "", *(f"{c.similarity or 0.0:.4f}" for _, c in shown), ""))
+    if result.correlation is not None:
+        cells.append(("correlation with dense", "", *(f"{c.correlation or 0.0:.4f}" for _, c in shown), ""))
+        cells.append(("difference from dense", "", *(number(c.deviation or 0.0) for _, c in shown), ""))
     macs = (f"{count(comparison.macs.pruned.mean)} ({percent(comparison.macs.ratio)})" for _, comparison in shown)
     cells.append(("MACs an image", count(result.macs.dense), *macs, f"{100 * (result.macs.ratio - 1):+.1f} %"))
     spread = (f"{count(c.macs.pruned.q05)} to {count(c.macs.pruned.q95)}" for _, c in shown)
@@ -242,8 +267,10 @@ def print_plan(plan: Plan, console: Console) -> None:
     budget = f"Budget {percent(plan.budget)} of the {plan.counts}"
     console.print(f"{budget}, stages before blocks {stages}", highlight=False)
     console.print(rich_table("Blocks, one image", _plan_cells(plan)))
-    for number, step in enumerate(plan.steps, start=1):
-        console.print(f"{number}. {escape(step)}", highlight=False)
+    for place, step in enumerate(plan.steps, start=1):
+        console.print(f"{place}. {escape(step)}", highlight=False)
+    if plan.obstacle is not None:
+        console.print(f"As it is, apply will stop at once: {escape(plan.obstacle)}", highlight=False)
 
 
 def _plan_cells(plan: Plan) -> Cells:

@@ -36,3 +36,8 @@ def count(macs: float) -> str:
         if macs >= size:
             return f"{macs / size:.3g} {unit}"
     return f"{macs:.0f}"
+
+
+def number(value: float) -> str:
+    """Any number, to four figures."""
+    return f"{value:.4g}"

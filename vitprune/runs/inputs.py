@@ -18,9 +18,11 @@ from typing_extensions import Self
 
 from vitprune.data.images import Images, load_images
 from vitprune.finetuning.finetune import require_trainable
+from vitprune.measure.answers import KINDS, task_of
+from vitprune.measure.metrics import metrics_of
+from vitprune.measure.outputs import ImageModel, declare_task, embed_classes, has_head, is_two_towers
 from vitprune.models.checkpoint import digest_weights, load, load_processor, load_tokenizer
 from vitprune.models.module import is_pruned
-from vitprune.models.outputs import ImageModel, embed_classes, is_two_towers
 from vitprune.models.prune import prune_
 from vitprune.models.structure import examine, require_images
 from vitprune.recipe.errors import Problem, RecipeError
@@ -68,13 +70,12 @@ class RunInputs:
         spec = recipe.model
         processor = load_processor(spec.checkpoint, spec.revision)
         tokenizer = load_tokenizer(spec.checkpoint, spec.revision) if is_two_towers(dense) else None
-        read = partial(_load_images, recipe, processor, dense)
+        read = partial(read_images, recipe, processor, dense)
         train = holdout = None
         if pruned is None and (recipe.finetune is not None or recipe.pruning.is_calibrated):
             train = read(recipe.data.train)
             if recipe.finetune is not None:
-                require_trainable(train, recipe.finetune, dense, has_classes=_has_classes(recipe, dense))
-                train, holdout = train.holdout(recipe.finetune.holdout, recipe.seed)
+                train, holdout = require_training_images(recipe, dense, train)
         compared = read(recipe.data.eval)
         classes_CE = _embed_classes(recipe, dense, tokenizer, compared)
         return cls(
@@ -119,8 +120,7 @@ def _load_models(
     spec = recipe.model
     dense = moved(load(spec.checkpoint, dtype=dtype, revision=spec.revision), device)
     require_images(spec.checkpoint, examine(dense))
-    if spec.prompt is not None and not is_two_towers(dense):
-        raise RecipeError([Problem(("model", "prompt"), f"{type(dense).__name__} reads no text; leave the prompt out")])
+    prepare(recipe, dense)
     _require_device(recipe, dense.device)
     if is_pruned(dense):
         raise ValueError(f"model.checkpoint {spec.checkpoint} is pruned already; name the dense model")
@@ -134,16 +134,35 @@ def _load_models(
 
 
 def _require_same_names(pruned: str, model: PreTrainedModel, checkpoint: str, dense: PreTrainedModel) -> None:
-    """ImageModel are compared by class id."""
-    if (
-        ImageModel(model).is_classifier
-        and ImageModel(dense).is_classifier
-        and model.config.id2label != dense.config.id2label
-    ):
+    """Answers are compared by class id."""
+    if has_head(model) and has_head(dense) and model.config.id2label != dense.config.id2label:
         raise ValueError(
             f"{pruned} and model.checkpoint {checkpoint} have different classes (`id2label` in config.json); name the "
             "dense model that the pruned one was made of"
         )
+
+
+def prepare(recipe: Recipe, dense: PreTrainedModel) -> None:
+    """Give a model the task that the recipe names. Raises RecipeError where prompt, task or metrics don't fit it."""
+    spec, metrics = recipe.model, recipe.evaluate.metrics
+    if spec.prompt is not None and not is_two_towers(dense):
+        raise RecipeError([Problem(("model", "prompt"), f"{type(dense).__name__} reads no text; leave the prompt out")])
+    if spec.task is not None:
+        try:
+            declare_task(dense, spec.task)
+        except ValueError as error:
+            raise RecipeError([Problem(("model", "task"), str(error))]) from error
+    try:
+        metrics_of(ImageModel(dense).kind if spec.prompt is None else KINDS["single-label"], metrics)
+    except ValueError as error:
+        raise RecipeError([Problem(("evaluate", "metrics"), str(error))]) from error
+
+
+def require_training_images(recipe: Recipe, dense: PreTrainedModel, train: Images) -> tuple[Images, Images]:
+    """Those to train on, and those held out. Raises ValueError where images, losses and model don't go together."""
+    assert recipe.finetune is not None
+    require_trainable(train, recipe.finetune, dense, takes_labels=_takes_labels(recipe, dense))
+    return train.holdout(recipe.finetune.holdout, recipe.seed)
 
 
 def _require_device(recipe: Recipe, device: torch.device) -> None:
@@ -155,8 +174,8 @@ def _require_device(recipe: Recipe, device: torch.device) -> None:
         raise RecipeError([Problem(("budget", "device"), text)])
 
 
-def _has_classes(recipe: Recipe, dense: PreTrainedModel) -> bool:
-    return recipe.model.prompt is not None or ImageModel(dense).is_classifier
+def _takes_labels(recipe: Recipe, dense: PreTrainedModel) -> bool:
+    return recipe.model.prompt is not None or has_head(dense)
 
 
 def _embed_classes(
@@ -172,13 +191,14 @@ def _embed_classes(
     return embed_classes(dense, tokenizer, images.class_names, recipe.model.prompt)
 
 
-def _load_images(recipe: Recipe, processor: BaseImageProcessor, dense: PreTrainedModel, split: SplitSpec) -> Images:
+def read_images(recipe: Recipe, processor: BaseImageProcessor, dense: PreTrainedModel, split: SplitSpec) -> Images:
     """Labels are the model's classes; without a head they are those of the data; of no use without a prompt."""
-    labels = None
-    if ImageModel(dense).is_classifier:
+    labels, task = None, "single-label"
+    if has_head(dense):
         labels = {int(index): name for index, name in (dense.config.id2label or {}).items()}
-    labelled = _has_classes(recipe, dense)
-    return load_images(recipe.data, split, processor, id2label=labels, labelled=labelled, seed=recipe.seed)
+        task = task_of(dense.config)
+    labelled = _takes_labels(recipe, dense)
+    return load_images(recipe.data, split, processor, id2label=labels, labelled=labelled, task=task, seed=recipe.seed)
 
 
 def moved(model: PreTrainedModel, to: torch.device | torch.dtype | None) -> PreTrainedModel:

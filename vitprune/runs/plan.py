@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
 from vitprune.budget.calibration import TOLERANCE
 from vitprune.budget.schedule import MOST_TRIES, Schedule, unreachable
 from vitprune.data.decoding import blank_image
-from vitprune.models.checkpoint import load_config, load_processor, model_class, outline
+from vitprune.data.source import require_splits
+from vitprune.models.checkpoint import load_config, load_processor, model_class, outline, require_free
 from vitprune.models.module import quantization_method
 from vitprune.models.structure import count_tokens, require_images
 from vitprune.pruning.costs import CostModel
@@ -14,19 +20,27 @@ from vitprune.recipe.pruning_spec import ANCHORS, METHOD
 from vitprune.recipe.schema import Recipe
 from vitprune.reports.results import Plan, PlanRow
 from vitprune.reports.run_report import plan_steps
+from vitprune.runs.inputs import prepare, read_images, require_training_images
+from vitprune.runs.resume import was_saved
 
 
 def plan(recipe: Recipe) -> Plan:
-    """Say what `apply` would do; no weights and no data are loaded."""
+    """Say what `apply` would do; no weights are loaded, and of data that is here what labels and splits it has.
+
+    Raises ValueError, as `apply` would, for all that can be known of it: a budget that can't be reached, a split that
+    isn't there, labels that don't fit the model, a checkpoint that is pruned already.
+    """
     spec = recipe.model
     config = load_config(spec.checkpoint, spec.revision)
     cls = model_class(spec.checkpoint, config)
-    _, structure = outline(cls, config)
+    model, structure = outline(cls, config)
     require_images(spec.checkpoint, structure)
     if quantization_method(config) == METHOD:
         raise ValueError(f"model.checkpoint {spec.checkpoint} is pruned already; name the dense model")
     stages = structure.stages(recipe.pruning)
-    pixels = blank_image(load_processor(spec.checkpoint, spec.revision))
+    processor = load_processor(spec.checkpoint, spec.revision)
+    prepare(recipe, model)
+    pixels = blank_image(processor)
     prefix, cost = structure.num_prefix_tokens, structure.cost
     patches = count_tokens(structure, pixels.to("meta")) - prefix
     expected: list[float | None] = [None] * len(cost.linear)
@@ -35,6 +49,7 @@ def plan(recipe: Recipe) -> Plan:
         _require_reachable(recipe, schedule, cost, patches, prefix)
         strength = schedule.strength(cost, patches, prefix, recipe.budget.macs)
         expected = [*schedule.tokens(strength, len(cost.linear), patches, prefix)]
+    _require_data(recipe, model, processor)
     rows = tuple(
         PlanRow(
             block=block,
@@ -56,7 +71,29 @@ def plan(recipe: Recipe) -> Plan:
         counts="time" if recipe.budget.macs is None else "MACs",
         rows=rows,
         steps=plan_steps(recipe, MOST_TRIES),
+        obstacle=_obstacle(Path(recipe.output.path).resolve(), recipe.output.overwrite),
     )
+
+
+def _require_data(recipe: Recipe, model: PreTrainedModel, processor: BaseImageProcessor) -> None:
+    """Raise ValueError where splits or labels aren't what the run needs; of a Hub data set only splits are asked."""
+    data, trains = recipe.data, recipe.finetune is not None or recipe.pruning.is_calibrated
+    if not Path(data.path).expanduser().exists():
+        require_splits(data, [data.train.split, data.eval.split] if trains else [data.eval.split])
+        return
+    if trains:
+        train = read_images(recipe, processor, model, data.train)
+        if recipe.finetune is not None:
+            require_training_images(recipe, model, train)
+    read_images(recipe, processor, model, data.eval)
+
+
+def _obstacle(output: Path, overwrite: bool) -> str | None:
+    try:
+        require_free(output, overwrite=overwrite or was_saved(output))
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def _require_reachable(recipe: Recipe, first: Schedule, cost: CostModel, patches: int, prefix: int) -> None:

@@ -15,8 +15,8 @@ from datasets import Dataset
 from transformers import PreTrainedModel
 
 from vitprune.data.source import open_source, require_found
+from vitprune.measure.outputs import is_two_towers
 from vitprune.models.checkpoint import load_config, load_tokenizer, model_class, outline, require_safetensors
-from vitprune.models.outputs import is_two_towers
 from vitprune.recipe.errors import first_line
 from vitprune.recipe.schema import DataSpec, ModelSpec, Recipe
 from vitprune.runs.plan import plan

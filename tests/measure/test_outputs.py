@@ -11,7 +11,7 @@ from tiny import Tolerance
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from vitprune.models.outputs import ImageModel, is_two_towers
+from vitprune.measure.outputs import ImageModel, is_two_towers
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 FLOAT32 = Tolerance(rtol=1e-5, atol=1e-6)
@@ -33,7 +33,7 @@ def test_the_answer_is_the_models_own(family: str, name: str) -> None:
     model, x = tiny.build(family), tiny.images(2)
     answers = ImageModel(model)
     assert_close(answers(x), model(x)[name], **EXACT)
-    assert answers.is_classifier == (name == "logits")
+    assert (answers.kind.name == "single-label") == (name == "logits")
 
 
 @torch.no_grad()
@@ -53,9 +53,9 @@ def test_zero_shot_logits_are_those_of_the_two_towers(family: str) -> None:
     expected = model(pixel_values=x, input_ids=tokens).logits_per_image
     classes_CE = F.normalize(model.get_text_features(input_ids=tokens).pooler_output, dim=-1)
     answers = ImageModel(model, classes_CE)
-    assert answers.is_classifier
+    assert answers.kind.name == "single-label"
     assert_close(answers(x), expected, **FLOAT32)
-    assert not ImageModel(model).is_classifier
+    assert ImageModel(model).kind.name == "embedding"
 
 
 def test_the_classes_are_no_part_of_a_checkpoint() -> None:

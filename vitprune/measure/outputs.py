@@ -1,6 +1,6 @@
-"""A model as a function of images alone: logits where it has classes, an embedding where it has none.
+"""A model as a function of images alone: logits or numbers of a head, an embedding where it has none.
 
-Knows where each kind of model keeps its answer.
+Knows where each model keeps its answer, and of which kind it is.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vitprune.measure.answers import KINDS, PROBLEM_TYPES, AnswerKind, Embedding, task_of
 from vitprune.models.structure import Inputs, examine
+from vitprune.recipe.schema import Task
 
-_KINDS = {True: "has classes", False: "has none"}
 _WAY_OUT = "name the dense model that the pruned one was made of"
 
 
 class ImageModel(nn.Module):
-    """`pixel_values` in; logits (B, C) or embeddings (B, E) out.
+    """`pixel_values` in; logits or numbers (B, C), or embeddings (B, E), out.
 
     Logits come from a classification head, or by zero-shot from `classes_CE`, embeddings of the classes' names of
     length one. Otherwise the embedding is what the model pools: projected, if it projects; for a bare sequence its
@@ -51,8 +52,11 @@ class ImageModel(nn.Module):
         return ImageModel(model)
 
     @property
-    def is_classifier(self) -> bool:
-        return self.classes_CE is not None or "Classification" in type(self.model).__name__
+    def kind(self) -> AnswerKind:
+        """How its answers are judged: as its config says where it has a head, by classes in zero-shot."""
+        if self.classes_CE is not None:
+            return KINDS["single-label"]
+        return KINDS[task_of(self.model.config)] if has_head(self.model) else Embedding()
 
     def forward(self, pixel_values: Inputs) -> Tensor:
         """pixel_values: (B, C, H, W), or by name all that the model takes of images, videos or sounds."""
@@ -79,10 +83,27 @@ class ImageModel(nn.Module):
         return cosines_BC * model.logit_scale.exp() + getattr(model, "logit_bias", 0.0)
 
 
+def has_head(model: PreTrainedModel) -> bool:
+    """Whether a model has a head that transformers trains with labels."""
+    return "Classification" in type(model).__name__
+
+
+def declare_task(model: PreTrainedModel, task: Task) -> None:
+    """Write into a model's config, in place, what its head is for. Raises ValueError for a model without one."""
+    if not has_head(model):
+        raise ValueError(f"is {task!r}, but {type(model).__name__} has no classification head; leave it out")
+    if task == "single-label" and model.config.num_labels == 1:
+        raise ValueError(
+            f"is {task!r}, but the checkpoint has a single output, so there is nothing to choose among; write "
+            "regression, or multi-label for a yes or no"
+        )
+    model.config.problem_type = PROBLEM_TYPES[task]
+
+
 def require_same_kind(pruned: ImageModel, dense: ImageModel) -> None:
-    """Raise ValueError where one model has classes and the other has none."""
-    if pruned.is_classifier != dense.is_classifier:
-        ours, theirs = (f"{type(a.model).__name__} {_KINDS[a.is_classifier]}" for a in (pruned, dense))
+    """Raise ValueError where two models' answers are of different kinds."""
+    if pruned.kind.name != dense.kind.name:
+        ours, theirs = (f"{type(a.model).__name__} answers with {a.kind.described}" for a in (pruned, dense))
         raise ValueError(f"the pruned {ours}, but the dense {theirs}; {_WAY_OUT}")
 
 

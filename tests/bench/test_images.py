@@ -1,0 +1,59 @@
+"""The images of a benchmark."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import samples
+import tiny
+import torch
+
+from vitprune.bench.images import random_images, real_images
+from vitprune.bench.settings import read_target
+
+
+@pytest.fixture
+def checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    return samples.write_checkpoint(tmp_path / "model")
+
+
+def test_random_pixels(checkpoint: Path) -> None:
+    recipe, _ = read_target(str(checkpoint), None)
+    images = random_images(recipe, tiny.build("vit"), 3, 5)
+    assert images.described == "random pixels"
+    assert images.size == 32
+    x = images.timed(48)
+    assert x.shape == (5, 3, 48, 48)
+    assert images.calibration(48).shape == (3, 3, 48, 48)
+    assert torch.equal(x, images.timed(48))
+    assert not torch.equal(x[:3], images.calibration(48))
+    other, _ = read_target(str(checkpoint), None, ["seed=1"])
+    assert not torch.equal(x, random_images(other, tiny.build("vit"), 3, 5).timed(48))
+
+
+def test_without_an_image_processor_the_config_says_the_size(checkpoint: Path) -> None:
+    (checkpoint / "preprocessor_config.json").unlink()
+    recipe, _ = read_target(str(checkpoint), None)
+    assert random_images(recipe, tiny.build("vit"), 1, 1).size == 32
+
+
+def test_real_images(checkpoint: Path, tmp_path: Path) -> None:
+    recipe, _ = read_target(str(checkpoint), str(samples.write_data(tmp_path / "data")))
+    images = real_images(recipe, 6, 100)
+    assert images.size == 32
+    assert images.described == f"24 images of {tmp_path / 'data'}, split test"
+    x = images.timed(32)
+    assert x.shape == (24, 3, 32, 32)
+    assert images.calibration(32).shape == (6, 3, 32, 32)
+    larger = images.timed(64)
+    assert larger.shape == (24, 3, 64, 64)
+    # the same pictures: their brightness stays
+    torch.testing.assert_close(larger.mean((1, 2, 3)), x.mean((1, 2, 3)), atol=0.02, rtol=0)
+
+
+def test_no_image(checkpoint: Path, tmp_path: Path) -> None:
+    recipe, _ = read_target(str(checkpoint), str(samples.write_data(tmp_path / "data")))
+    with pytest.raises(ValueError, match=r"split 'test' of .* has no image"):
+        real_images(recipe, 6, 0)
