@@ -97,7 +97,7 @@ class ReferenceForward(Forward):
             keep = reference.keep_best(self.score(metric_NK, stage), count, prefix)
         assert self.counter is not None
         before, after = self._number(len(x_ND)), self._number(len(keep))
-        self.counter.add_stage(before, policy.stage_macs(before, after))
+        self.counter.add_stage(before, after)
         place = {i: place for place, i in enumerate(keep)}
         if spec.dropped == "merge":
             dst = reference.nearest_kept(metric_NK, keep, prefix) if dst is None else dst

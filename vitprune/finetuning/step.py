@@ -22,6 +22,7 @@ from vitprune.finetuning.losses import LOSSES, NonFiniteLoss, answer_losses, tok
 from vitprune.finetuning.student import FinalTokens, Seen, taken
 from vitprune.finetuning.thresholds import ThresholdTraining
 from vitprune.measure.outputs import ImageModel, require_same_width
+from vitprune.pruning.costs import widened
 from vitprune.recipe.schema import FinetuneSpec
 from vitprune.runtime import distributed
 
@@ -76,7 +77,7 @@ class TrainStep:
                     loss = loss + self.thresholds.price(self.spec.losses.budget) * ratio.float()
                 self.accelerator.backward(share * loss)
             found = self._figures(losses, seen).items()
-            sums = {name: sums.get(name, 0.0) + count * value.detach().double() for name, value in found}
+            sums = {name: sums.get(name, 0.0) + count * widened(value.detach()) for name, value in found}
         record = self._record(sums, images)
         self._step(record, step)
         self.thresholds.follow(record["ratio"])
@@ -149,6 +150,8 @@ class TrainStep:
 
     def _sum(self, value: Tensor) -> Tensor:
         """Over all processes."""
+        if self.accelerator.num_processes == 1:
+            return widened(value.detach())
         total: Any = self.accelerator.reduce(value.detach().to(self.accelerator.device, torch.float64), "sum")
         return total
 

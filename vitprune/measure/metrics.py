@@ -201,6 +201,6 @@ def recorded(kind: AnswerKind, answers_BC: Tensor, finite_B: Tensor) -> Tensor:
     `NO_CLASS` stands for the answers that are no numbers: those where not `finite_B`.
     """
     if kind.name != "single-label":
-        return answers_BC.double().cpu()
+        return answers_BC.cpu().double()
     ids_BR = answers_BC.topk(min(RANKED, answers_BC.shape[-1]), dim=-1).indices.cpu()
     return ids_BR.masked_fill(~finite_B[:, None], NO_CLASS)

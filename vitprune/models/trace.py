@@ -2,16 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
 from vitprune.models import context
 from vitprune.models.module import Pruning, pruning_of
+from vitprune.pruning.costs import CostCounter, widened
 from vitprune.pruning.forward import Forward
+from vitprune.pruning.selection import Policy
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """What one forward cost, worked out when it is asked for: a device without float64 is spared it."""
+
+    policy: Policy
+    counter: CostCounter
+
+    @cached_property
+    def macs_B(self) -> Tensor:
+        return self.counter.macs_B() + self.policy.cost.outside(self._patches_B)
+
+    @cached_property
+    def dense_macs_B(self) -> Tensor:
+        return self.policy.cost.dense(self._patches_B, self.policy.num_prefix_tokens)
+
+    @property
+    def costs_B(self) -> Tensor:
+        latency = self.policy.latency
+        return self.macs_B if latency is None else latency.pruned(self.counter.seconds_B(latency))
+
+    @property
+    def dense_costs_B(self) -> Tensor:
+        latency = self.policy.latency
+        return self.dense_macs_B if latency is None else latency.dense(widened(self.counter.dense_tokens_B))
+
+    @cached_property
+    def _patches_B(self) -> Tensor:
+        return widened(self.counter.dense_tokens_B) - self.policy.num_prefix_tokens
 
 
 @dataclass(eq=False)
@@ -29,10 +62,7 @@ class Trace:
     pruning: Pruning
     before_blocks: tuple[int, ...]
     _keep_masks: list[list[Tensor]] = field(default_factory=list)
-    _macs: list[Tensor] = field(default_factory=list)
-    _dense_macs: list[Tensor] = field(default_factory=list)
-    _costs: list[Tensor] = field(default_factory=list)
-    _dense_costs: list[Tensor] = field(default_factory=list)
+    _passes: list[_Pass] = field(default_factory=list)
 
     @property
     def keep_masks(self) -> list[Tensor]:
@@ -47,26 +77,26 @@ class Trace:
 
     @property
     def macs(self) -> Tensor:
-        return self._joined(self._macs)
+        return self._joined(lambda one: one.macs_B)
 
     @property
     def dense_macs(self) -> Tensor:
-        return self._joined(self._dense_macs)
+        return self._joined(lambda one: one.dense_macs_B)
 
     @property
     def costs(self) -> Tensor:
-        return self._joined(self._costs)
+        return self._joined(lambda one: one.costs_B)
 
     @property
     def dense_costs(self) -> Tensor:
-        return self._joined(self._dense_costs)
+        return self._joined(lambda one: one.dense_costs_B)
 
-    def _joined(self, parts: list[Tensor]) -> Tensor:
+    def _joined(self, of: Callable[[_Pass], Tensor]) -> Tensor:
         self._require_forwards()
-        return torch.cat(parts)
+        return torch.cat([of(one) for one in self._passes])
 
     def _require_forwards(self) -> None:
-        if not self._macs:
+        if not self._passes:
             raise ValueError("the trace saw no forward; run the model inside `with vitprune.trace(model)`")
 
     @property
@@ -80,15 +110,9 @@ class Trace:
 
     def record(self, forward: Forward) -> None:
         """Take over what a forward that ended well did."""
-        counter = forward.counter
-        assert counter is not None
-        patches_B = counter.dense_tokens_B - self.pruning.num_prefix_tokens
+        assert forward.counter is not None
         self._keep_masks.append(forward.keep_masks)
-        self._macs.append(counter.macs_B + self.pruning.cost.outside(patches_B))
-        self._dense_macs.append(self.pruning.cost.dense(patches_B, self.pruning.num_prefix_tokens))
-        latency = forward.policy.latency
-        self._costs.append(self._macs[-1] if latency is None else latency.pruned(counter.seconds_B))
-        self._dense_costs.append(self._dense_macs[-1] if latency is None else latency.dense(counter.dense_tokens_B))
+        self._passes.append(_Pass(forward.policy, forward.counter))
 
 
 @contextmanager

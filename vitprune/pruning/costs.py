@@ -9,6 +9,7 @@ All token counts may be numbers or tensors, so that the same formulas serve repo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 Count = TypeVar("Count", float, Tensor)
+_FLOAT64 = ("cpu", "cuda")
 
 
 @dataclass(frozen=True)
@@ -103,26 +105,51 @@ class Costs(Protocol):
 
 
 class CostCounter:
-    """What one forward has cost so far, for each image.
+    """What one forward has worked on so far, for each image; what that costs is worked out when it is asked for.
 
-    macs_B: multiply-accumulates of blocks and stages, float64. seconds_B: what they take by the table `latency`,
-    float64; zeros without one. dense_tokens_B: tokens that the dense model has, padding not counted, float64.
+    stage_macs: of a stage that finds so many tokens and keeps so many. dense_tokens_B: tokens that the dense model has,
+    padding not counted, float32, as all counts are on the device.
     """
 
-    def __init__(self, cost: CostModel, latency: Costs | None, dense_tokens_B: Tensor) -> None:
-        self.cost, self.latency = cost, latency
+    def __init__(
+        self,
+        cost: CostModel,
+        stage_macs: Callable[[Tensor, Tensor], Tensor],
+        dense_tokens_B: Tensor,
+    ) -> None:
+        self.cost, self.stage_macs = cost, stage_macs
         self.dense_tokens_B = dense_tokens_B
-        self.macs_B = torch.zeros_like(dense_tokens_B)
-        self.seconds_B = torch.zeros_like(dense_tokens_B)
+        self._blocks: list[tuple[int, Tensor, bool]] = []
+        self._stages: list[tuple[Tensor, Tensor]] = []
 
     def add_block(self, block: int, tokens_B: Tensor, *, in_full: bool = False) -> None:
         """A block on so many tokens. in_full: the last one, too, though the head reads few tokens of it."""
-        self.macs_B = self.macs_B + (self.cost.block if in_full else self.cost.pruned_block)(block, tokens_B)
-        if self.latency is not None:
-            self.seconds_B = self.seconds_B + self.latency.block(block, tokens_B)
+        self._blocks.append((block, tokens_B, in_full))
 
-    def add_stage(self, tokens_B: Tensor, macs_B: Tensor) -> None:
-        """A stage that finds so many tokens and takes so many MACs to decide."""
-        self.macs_B = self.macs_B + macs_B
-        if self.latency is not None:
-            self.seconds_B = self.seconds_B + self.latency.stage(tokens_B)
+    def add_stage(self, tokens_B: Tensor, kept_B: Tensor) -> None:
+        """A stage that finds so many tokens and keeps so many."""
+        self._stages.append((tokens_B, kept_B))
+
+    def macs_B(self) -> Tensor:
+        """Count the multiply-accumulates of blocks and stages, (B,) float64."""
+        macs_B = torch.zeros_like(widened(self.dense_tokens_B))
+        for block, tokens_B, in_full in self._blocks:
+            count = self.cost.block if in_full else self.cost.pruned_block
+            macs_B = macs_B + count(block, widened(tokens_B))
+        for tokens_B, kept_B in self._stages:
+            macs_B = macs_B + self.stage_macs(widened(tokens_B), widened(kept_B))
+        return macs_B
+
+    def seconds_B(self, latency: Costs) -> Tensor:
+        """Add up what blocks and stages take by a table, (B,) float64."""
+        seconds_B = torch.zeros_like(widened(self.dense_tokens_B))
+        for block, tokens_B, _ in self._blocks:
+            seconds_B = seconds_B + latency.block(block, widened(tokens_B))
+        for tokens_B, _ in self._stages:
+            seconds_B = seconds_B + latency.stage(widened(tokens_B))
+        return seconds_B
+
+
+def widened(numbers: Tensor) -> Tensor:
+    """The numbers as float64, on the CPU where their device has none of that, as MPS."""
+    return (numbers if numbers.device.type in _FLOAT64 else numbers.cpu()).double()

@@ -72,13 +72,13 @@ class Forward(ABC):
         return None
 
     def _count(self, hidden_states: Tensor, valid_BN: Tensor | None) -> Tensor:
-        """Begin counting; return tokens of each image, (B,) float64, without padding."""
+        """Begin counting; return tokens of each image, (B,) float32, without padding."""
         images, self.num_tokens = hidden_states.shape[:2]
         if valid_BN is None:
-            tokens_B = hidden_states.new_full((images,), self.num_tokens, dtype=torch.float64)
+            tokens_B = hidden_states.new_full((images,), self.num_tokens, dtype=torch.float32)
         else:
-            tokens_B = valid_BN.sum(1).double()
-        self.counter = CostCounter(self.policy.cost, self.policy.latency, tokens_B)
+            tokens_B = valid_BN.sum(1).float()
+        self.counter = CostCounter(self.policy.cost, self.policy.stage_macs, tokens_B)
         return tokens_B
 
 
@@ -193,8 +193,8 @@ class PackedForward(Forward):
         if not self.observers:
             return
         assert self.counter is not None
-        kept_B = kept_BM.sum(1).double()
-        self.counter.add_stage(self._tokens_B, self.policy.stage_macs(self._tokens_B, kept_B))
+        kept_B = kept_BM.sum(1).float()
+        self.counter.add_stage(self._tokens_B, kept_B)
         self._tokens_B = kept_B
         self.keep_masks.append(after.kept_patches())
 

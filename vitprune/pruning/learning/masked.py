@@ -187,7 +187,7 @@ class MaskedForward(Forward):
         assert self.counter is not None
         if self._mask_BN is None:
             return self.counter.dense_tokens_B
-        return self._mask_BN.sum(1).double()
+        return self._mask_BN.sum(1)
 
     def _num_patches(self) -> int | Tensor:
         """Patches of the dense image, (B, 1) where images are padded."""
@@ -224,7 +224,7 @@ class MaskedForward(Forward):
             x_BND = self._merge_tokens(decision, amounts_BN, index_BM, x_BND)
         if self.observers:
             assert self.counter is not None
-            self.counter.add_stage(before_B, policy.stage_macs(before_B, kept_B))
+            self.counter.add_stage(before_B, kept_B)
             self.keep_masks.append(self._kept_BN[:, policy.num_prefix_tokens :])
         return x_BND
 
