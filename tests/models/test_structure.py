@@ -249,10 +249,15 @@ REFUSED: dict[str, Callable[[], nn.Module]] = {
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_is_no_plain_vit_is_refused_with_a_list_of_what_works(name: str) -> None:
     model = REFUSED[name]()
-    with pytest.raises(ValueError, match=f"^{type(model).__name__} .*; supported are: ") as refusal:
+    with pytest.raises(ValueError, match=f"^{type(model).__name__} ") as refusal:
         vitprune.prune_(model, PruningSpec())  # type: ignore[arg-type]
-    listed = str(refusal.value).partition("supported are: ")[2].split(", ")
-    assert listed == [cls for family in FAMILIES.values() for cls in family.classes]
+    text = str(refusal.value)
+    assert len(text) < 400
+    family = FAMILIES.get(model.config.model_type) if isinstance(model, PreTrainedModel) else None
+    if family is None:
+        assert text.endswith(f"; supported are ViTs of the model types {', '.join(FAMILIES)}")
+    else:
+        assert text.endswith(f"; of this type {' and '.join(family.classes)} can be")
     assert not is_pruned(model)
 
 
@@ -261,7 +266,7 @@ def test_a_refused_model_is_as_it_was(name: str) -> None:
     model = REFUSED[name]()
     assert isinstance(model, PreTrainedModel)
     before = model.config.to_dict(), model.config._attn_implementation
-    with pytest.raises(ValueError, match="supported are"):
+    with pytest.raises(ValueError, match=r"supported are|can be"):
         examine(model)
     assert (model.config.to_dict(), model.config._attn_implementation) == before
 
@@ -301,7 +306,7 @@ class NovelRegressionForDepth(NovelViTForImageClassification):
 )
 def test_a_novel_model_that_is_no_plain_vit_is_refused(build: Callable[[], PreTrainedModel]) -> None:
     model = build()
-    with pytest.raises(ValueError, match=f"^{type(model).__name__} .model type 'novel_.* supported are: "):
+    with pytest.raises(ValueError, match=f"^{type(model).__name__} .model type 'novel_.* supported are "):
         examine(model)
 
 

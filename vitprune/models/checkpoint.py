@@ -67,7 +67,7 @@ def model_class(checkpoint: str, config: PreTrainedConfig) -> type[PreTrainedMod
     if not names:
         raise ValueError(
             f"{place}: {', '.join(map(str, architectures))} (`architectures` in config.json, model type "
-            f"'{config.model_type}') is none of transformers' models; supported are: {supported()}"
+            f"'{config.model_type}') is none of transformers' models; supported are {supported()}"
         )
     cls = getattr(transformers, names[0])
     try:

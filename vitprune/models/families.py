@@ -159,8 +159,8 @@ FAMILIES = {
 
 
 def supported() -> str:
-    """The model classes that work, for messages and docs."""
-    return ", ".join(name for family in FAMILIES.values() for name in family.classes)
+    """What works, for messages."""
+    return f"ViTs of the model types {', '.join(FAMILIES)}"
 
 
 def register_family(model_type: str, family: Family) -> None:

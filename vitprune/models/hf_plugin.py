@@ -21,9 +21,14 @@ OFFLOADED = {"cpu", "disk"}
 
 @register_quantization_config(METHOD)
 class PruningConfig(QuantizationConfigMixin):
-    """The entry `quantization_config` of a pruned checkpoint's config.json: a `PruningSpec` and a format number."""
+    """The entry `quantization_config` of a pruned checkpoint's config.json: a `PruningSpec` and a format number.
 
-    def __init__(self, pruning: dict[str, Any], format: int = FORMAT, quant_method: str = METHOD) -> None:
+    part: path of the module that is pruned, where that is a part of a larger model.
+    """
+
+    def __init__(
+        self, pruning: dict[str, Any], format: int = FORMAT, quant_method: str = METHOD, part: str = ""
+    ) -> None:
         if format not in (1, FORMAT):
             raise ValueError(
                 f"config.json: quantization_config.format is {format}, this vitprune reads up to {FORMAT}; "
@@ -34,6 +39,7 @@ class PruningConfig(QuantizationConfigMixin):
         self.quant_method = quant_method  # pyright: ignore[reportAttributeAccessIssue] — an enum of their own methods
         self.format = format
         self.pruning = pruning
+        self.part = part
 
 
 def _require_readable(pruning: dict[str, Any]) -> None:
@@ -65,8 +71,8 @@ class PruningQuantizer(HfQuantizer):
         from vitprune.models.prune import SUBMODULE, prune_
 
         if self.pre_quantized:
-            entry = vars(self.quantization_config)["pruning"]
-            prune_(model, PruningSpec.model_validate(entry, strict=False))
+            entry = vars(self.quantization_config)
+            prune_(model.get_submodule(entry["part"]), PruningSpec.model_validate(entry["pruning"], strict=False))
             # thresholds live near 1/N: half precision would move them
             model._keep_in_fp32_modules_strict.add(SUBMODULE)
 

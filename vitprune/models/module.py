@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from vitprune.models.structure import Structure
 from vitprune.pruning.costs import Costs
@@ -118,9 +118,27 @@ class Pruning(nn.Module):
         return f"{self.spec.score}, {self.spec.select}, {self.spec.dropped}, before blocks {self.before_blocks}"
 
 
-def as_config(spec: PruningSpec) -> dict[str, object]:
-    """The entry of a config.json that `hf_plugin` reads when the model comes back through `from_pretrained`."""
-    return {"quant_method": METHOD, "format": FORMAT, "pruning": spec.model_dump(mode="json")}
+def as_config(spec: PruningSpec, part: str = "") -> dict[str, object]:
+    """The entry of a config.json that `hf_plugin` reads when the model comes back through `from_pretrained`.
+
+    part: path of the module that is pruned, where that is a part of a larger model.
+    """
+    entry = {"quant_method": METHOD, "format": FORMAT, "pruning": spec.model_dump(mode="json")}
+    return {**entry, "part": part} if part else entry
+
+
+def tell_whole(model: PreTrainedModel) -> None:
+    """Write into the config of a larger model that a part of it is pruned, or no longer; others know it already."""
+    pruning = next((module for module in model.modules() if isinstance(module, Pruning)), None)
+    if pruning is None:
+        if quantization_method(model.config) == METHOD:
+            vars(model.config).pop("quantization_config")
+        return
+    for path, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and any(part.config is config for config in pruning.configs):
+            if path:
+                model.config.quantization_config = as_config(pruning.spec, path)
+            return
 
 
 def quantization_method(config: PreTrainedConfig) -> str | None:

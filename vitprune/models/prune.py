@@ -11,6 +11,7 @@ values.
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 from torch import nn
@@ -18,11 +19,12 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from vitprune.models.block import NAME
 from vitprune.models.hooks import Begin, attach
-from vitprune.models.module import Pruning, is_pruned, pruning_of, quantization_method
+from vitprune.models.module import Pruning, is_pruned, pruning_of, quantization_method, tell_whole
 from vitprune.models.structure import examine, find_backbone
 from vitprune.recipe.pruning_spec import METHOD, PruningSpec
 
 SUBMODULE = METHOD
+_TELLS = "tells_which_part_is_pruned"
 _QUANTIZER_MARKS = ("hf_quantizer", "quantization_method", "is_quantized")
 
 
@@ -48,6 +50,7 @@ def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
             f"{type(model).__name__} is part of a model that is pruned already; call vitprune.restore_ on it"
         )
     _own_config(model)
+    _tell_when_saved()
     pruning = Pruning(spec, structure)
     device = next(model.parameters()).device
     owner = model if structure.inner is None else structure.inner
@@ -75,6 +78,21 @@ def _require_plain(model: nn.Module) -> None:
                 f"{type(model).__name__} is set to give out attention maps (output_attentions in its config), which a "
                 "pruned model hasn't; set it to false"
             )
+
+
+def _tell_when_saved() -> None:
+    """Have every model say in its config, when it is saved, which part of it is pruned: no part knows its whole."""
+    saves: Any = PreTrainedModel.save_pretrained
+    if hasattr(saves, _TELLS):
+        return
+
+    @functools.wraps(saves)
+    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        tell_whole(self)
+        return saves(self, *args, **kwargs)
+
+    setattr(save_pretrained, _TELLS, True)
+    PreTrainedModel.save_pretrained = save_pretrained
 
 
 def _own_config(model: nn.Module) -> None:

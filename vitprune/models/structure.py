@@ -59,7 +59,31 @@ class Structure:
 
 def _unsupported(model: nn.Module, why: str = "is not a ViT that vitprune can prune") -> ValueError:
     kind = f" (model type '{model.config.model_type}')" if isinstance(model, PreTrainedModel) else ""
-    return ValueError(f"{type(model).__name__}{kind} {why}; supported are: {supported()}")
+    return ValueError(f"{type(model).__name__}{kind} {why}; {_nearest(model) or f'supported are {supported()}'}")
+
+
+def _nearest(model: nn.Module) -> str | None:
+    """What near a model can be pruned."""
+    if not isinstance(model, PreTrainedModel):
+        if hasattr(model, "get_base_model"):
+            return "pass the model that it wraps, peft_model.get_base_model()"
+        inside = next((name for name, part in model.named_children() if isinstance(part, PreTrainedModel)), None)
+        if inside is not None:
+            return f"pass the model that it wraps, model.{inside}"
+        if type(model).__module__.startswith("timm."):
+            return "load it as TimmWrapperForImageClassification.from_pretrained('timm/...'), of transformers"
+        return None
+    family = FAMILIES.get(model.config.model_type)
+    if family is not None:
+        return f"of this type {' and '.join(family.classes)} can be"
+    for path, part in model.named_modules():
+        if isinstance(part, PreTrainedModel) and part.config.model_type in FAMILIES and part is not model:
+            try:
+                examine(part)
+            except ValueError:
+                continue
+            return f"its {type(part).__name__} can be: vitprune.prune_(model.{path}, spec)"
+    return None
 
 
 def examine(model: nn.Module) -> Structure:
