@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -115,11 +116,12 @@ def test_what_is_no_news_changes_nothing() -> None:
         assert pruning.spec == before
 
 
-def test_what_was_found_out_is_in_the_config() -> None:
+def test_what_was_found_out_is_in_the_config_that_is_saved(tmp_path: Path) -> None:
     model = unsettled(**{**tiny.AS_VIT, "before_blocks": "auto"})
     pruning = pruning_of(model)
     pruning.settle(before_blocks=(2, 5))
     pruning.settle(patches=64)
+    model.save_pretrained(tmp_path)
     assert model.config.quantization_config == as_config(pruning.spec)
     entry = as_config(pruning.spec)
     assert (entry["quant_method"], entry["format"]) == ("vitprune", 2)

@@ -6,8 +6,8 @@ how many tokens an image keeps is decided by their values.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +16,32 @@ from transformers.utils.generic import ModelOutput
 
 from vitprune.models import context
 from vitprune.models.block import NAME, BlockForward, pack_rope
-from vitprune.models.module import Pruning, Removable
+from vitprune.models.module import Pruning, in_force
 from vitprune.models.structure import Structure
 from vitprune.models.trace import Trace
 from vitprune.pruning.forward import Forward, PackedForward
 from vitprune.pruning.learning.masked import MaskedForward
 from vitprune.pruning.learning.packed import LearningForward
+from vitprune.recipe.pruning_spec import METHOD
+
+SUBMODULE = METHOD
+"""Name of the submodule that `prune_` adds."""
 
 
-def attach(model: PreTrainedModel, pruning: Pruning, structure: Structure) -> list[Removable]:
-    """Hang all hooks on a model; returns what takes each of them off again."""
+class Removable(Protocol):
+    """What was hung on a model, and can be taken off."""
+
+    def remove(self) -> None: ...
+
+
+def attach(model: PreTrainedModel, owner: nn.Module, structure: Structure) -> None:
+    """Hang all hooks on a model; `Begin.of(model).remove()` takes them off again. owner: has the submodule."""
     family, backbone = structure.family, structure.backbone
-    handles: list[Removable] = [
-        backbone.register_forward_pre_hook(Begin(pruning, family.has_interface, structure.inner), with_kwargs=True),
-        backbone.register_forward_hook(_End(pruning, structure.inner), always_call=True),
+    begin = Begin(model, owner, family.has_interface, structure.inner)
+    handles = begin.handles
+    handles += [
+        backbone.register_forward_pre_hook(begin, with_kwargs=True),
+        backbone.register_forward_hook(_End(structure.inner), always_call=True),
         structure.final_norm.register_forward_hook(_Unpack(norms=structure.final_norm not in structure.blocks)),
     ]
     if structure.pooling is not None:
@@ -46,7 +58,6 @@ def attach(model: PreTrainedModel, pruning: Pruning, structure: Structure) -> li
         # first, so that all who record see the same
         handles.append(block.register_forward_hook(_LeaveBlock(index), prepend=True))
         handles.append(BlockForward(block, intercept=not family.has_interface).attach())
-    return handles
 
 
 @torch.compiler.disable()
@@ -76,11 +87,33 @@ def make_forward(pruning: Pruning, *, training: bool) -> Forward:
 
 @dataclass(frozen=True, eq=False)
 class Begin:
-    """inner: its own gradient checkpointing would run the blocks' hooks twice, so the blocks do it."""
+    """What the backbone begins with; it also remembers what `prune_` did.
 
-    pruning: Pruning
+    model: what was pruned. owner: has the submodule, in which another may stand by now, such as PEFT's. inner: its own
+    gradient checkpointing would run the blocks' hooks twice, so the blocks do it.
+    """
+
+    model: PreTrainedModel
+    owner: nn.Module
     has_interface: bool
     inner: nn.Module | None
+    handles: list[Removable] = field(default_factory=list)
+
+    @staticmethod
+    def of(model: nn.Module) -> Begin | None:
+        """That of a model, or of the pruned part of a larger one."""
+        hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
+        return next((hook for hook in hooks if isinstance(hook, Begin)), None)
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+
+    @property
+    def pruning(self) -> Pruning:
+        found = in_force(self.owner.get_submodule(SUBMODULE))
+        assert found is not None
+        return found
 
     @torch.compiler.disable()
     def __call__(self, module: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
@@ -122,7 +155,6 @@ class Begin:
 
 @dataclass(frozen=True, eq=False)
 class _End:
-    pruning: Pruning
     inner: nn.Module | None
 
     @torch.compiler.disable()

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedConfig
 
 from vitprune.models.structure import Structure
 from vitprune.pruning.costs import Costs
@@ -21,18 +21,11 @@ PUBLISHED_TEMPERATURE = 1e-4
 KEEPS_ALL = -torch.inf
 
 
-class Removable(Protocol):
-    """What `prune_` left on a model, and `restore_` takes back."""
-
-    def remove(self) -> None: ...
-
-
 class Pruning(nn.Module):
     """What a pruned model knows beyond the dense one: `model.vitprune`, with timm `model.timm_model.vitprune`.
 
     levels: parameter `thresholds` (stages,) for `select: threshold`, else buffer `keep_ratios` (stages,).
     temperatures: (stages,), τ of the straight-through gradient.
-    configs: the model's, which says how it is pruned, and its tower's, by which that comes back pruned alone.
     execution: how it trains: `masked` as published, or `packed`, where tokens leave that no threshold learns from.
     latency: a measured table that the budget counts by, instead of MACs; isn't saved with the model.
     All tensors stay float32 whatever the model's dtype: thresholds live near 1/N.
@@ -43,7 +36,6 @@ class Pruning(nn.Module):
     def __init__(self, spec: PruningSpec, structure: Structure) -> None:
         super().__init__()
         self.spec = spec
-        self.configs: tuple[PreTrainedConfig, ...] = ()
         self.before_blocks = structure.stages(spec)
         self.num_prefix_tokens = structure.num_prefix_tokens
         self.has_class_token = structure.has_class_token
@@ -51,7 +43,6 @@ class Pruning(nn.Module):
         self.dense_attention = structure.backbone.config._attn_implementation or "sdpa"
         self.execution: Execution = "masked"
         self.latency: Costs | None = None
-        self.handles: list[Removable] = []
         self._make_levels(torch.device("cpu"))
 
     def _make_levels(self, device: torch.device) -> None:
@@ -83,12 +74,6 @@ class Pruning(nn.Module):
         if before_blocks != self.before_blocks:
             self.before_blocks = before_blocks
             self._make_levels(self.levels.device)
-        self.tell_configs()
-
-    def tell_configs(self) -> None:
-        """How the model is pruned is in its config, by which it comes back pruned."""
-        for config in self.configs:
-            config.quantization_config = as_config(self.spec)
 
     @property
     def levels(self) -> Tensor:
@@ -125,20 +110,6 @@ def as_config(spec: PruningSpec, part: str = "") -> dict[str, object]:
     """
     entry = {"quant_method": METHOD, "format": FORMAT, "pruning": spec.model_dump(mode="json")}
     return {**entry, "part": part} if part else entry
-
-
-def tell_whole(model: PreTrainedModel) -> None:
-    """Write into the config of a larger model that a part of it is pruned, or no longer; others know it already."""
-    pruning = next((module for module in model.modules() if isinstance(module, Pruning)), None)
-    if pruning is None:
-        if quantization_method(model.config) == METHOD:
-            vars(model.config).pop("quantization_config")
-        return
-    for path, part in model.named_modules():
-        if isinstance(part, PreTrainedModel) and any(part.config is config for config in pruning.configs):
-            if path:
-                model.config.quantization_config = as_config(pruning.spec, path)
-            return
 
 
 def quantization_method(config: PreTrainedConfig) -> str | None:
@@ -184,15 +155,27 @@ class Levels:
 
 
 def pruning_of(model: nn.Module) -> Pruning:
-    """Find the `Pruning` of a model, also of one that is wrapped for distributed training.
+    """Find the `Pruning` of a model, also of one that is wrapped for distributed training, or by PEFT.
 
     Raises:
         ValueError: the model isn't pruned.
     """
-    found = next((module for module in model.modules() if isinstance(module, Pruning)), None)
+    found = next((in_force(module) for module in model.modules() if in_force(module) is not None), None)
     if found is None:
         raise ValueError(f"{type(model).__name__} isn't pruned; call vitprune.prune_(model, spec) first")
     return found
+
+
+def in_force(module: nn.Module) -> Pruning | None:
+    """The `Pruning` that a module is, or that PEFT has put into its place to train it; None for any other module."""
+    if isinstance(module, Pruning):
+        return module
+    original = module._modules.get("original_module")
+    if not isinstance(original, Pruning):
+        return None
+    wrapper: Any = module  # peft.utils.ModulesToSaveWrapper: a copy for each adapter
+    active = [] if wrapper.disable_adapters else wrapper.active_adapters
+    return wrapper.modules_to_save[active[0]] if active else original
 
 
 def is_pruned(model: nn.Module) -> bool:

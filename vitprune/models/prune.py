@@ -18,12 +18,11 @@ from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from vitprune.models.block import NAME
-from vitprune.models.hooks import Begin, attach
-from vitprune.models.module import Pruning, is_pruned, pruning_of, quantization_method, tell_whole
+from vitprune.models.hooks import SUBMODULE, Begin, attach
+from vitprune.models.module import Pruning, as_config, is_pruned, pruning_of, quantization_method
 from vitprune.models.structure import examine, find_backbone
 from vitprune.recipe.pruning_spec import METHOD, PruningSpec
 
-SUBMODULE = METHOD
 _TELLS = "tells_which_part_is_pruned"
 _QUANTIZER_MARKS = ("hf_quantizer", "quantization_method", "is_quantized")
 
@@ -45,7 +44,7 @@ def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
         raise ValueError(f"{type(model).__name__} is pruned already; call vitprune.restore_(model) first")
     _require_plain(model)
     structure = examine(model)
-    if any(isinstance(hook, Begin) for hook in structure.backbone._forward_pre_hooks.values()):
+    if Begin.of(structure.backbone) is not None:
         raise ValueError(
             f"{type(model).__name__} is part of a model that is pruned already; call vitprune.restore_ on it"
         )
@@ -55,11 +54,10 @@ def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
     device = next(model.parameters()).device
     owner = model if structure.inner is None else structure.inner
     owner.add_module(SUBMODULE, pruning if device.type == "meta" else pruning.to(device))
-    pruning.handles = attach(model, pruning, structure)
+    attach(model, owner, structure)
     if structure.family.has_interface:
         _set_attention(structure.backbone, NAME)
-    pruning.configs = tuple({id(config): config for config in (model.config, structure.backbone.config)}.values())
-    pruning.tell_configs()
+    tell_configs(model)
     return model
 
 
@@ -88,11 +86,28 @@ def _tell_when_saved() -> None:
 
     @functools.wraps(saves)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
-        tell_whole(self)
+        tell_configs(self)
         return saves(self, *args, **kwargs)
 
     setattr(save_pretrained, _TELLS, True)
     PreTrainedModel.save_pretrained = save_pretrained
+
+
+def tell_configs(model: PreTrainedModel) -> None:
+    """Write into a model's config how it is pruned, by which it comes back pruned; and into that of its tower.
+
+    Of a larger model: which part of it is pruned, or that none is any more.
+    """
+    begin = Begin.of(model)
+    if begin is None:
+        if quantization_method(model.config) == METHOD:
+            vars(model.config).pop("quantization_config")
+        return
+    path = next((path for path, module in model.named_modules() if module is begin.model), "")
+    for config in (begin.model.config, find_backbone(begin.model).config):
+        config.quantization_config = as_config(begin.pruning.spec)
+    if path:
+        model.config.quantization_config = as_config(begin.pruning.spec, path)
 
 
 def _own_config(model: nn.Module) -> None:
@@ -118,15 +133,15 @@ def restore_(model: PreTrainedModel) -> PreTrainedModel:
     Raises:
         ValueError: the model isn't pruned.
     """
-    pruning = pruning_of(model)
-    for handle in pruning.handles:
-        handle.remove()
-    backbone = find_backbone(model)
+    pruning, begin = pruning_of(model), Begin.of(model)
+    assert begin is not None
+    begin.remove()
+    backbone = find_backbone(begin.model)
     if backbone.config._attn_implementation == NAME:
         _set_attention(backbone, pruning.dense_attention)
-    delattr(next(module for module in model.modules() if SUBMODULE in module._modules), SUBMODULE)
+    delattr(begin.owner, SUBMODULE)
     # also what from_pretrained left on a model that it brought back
-    for config in (*pruning.configs, model.config):
+    for config in (model.config, begin.model.config, backbone.config):
         vars(config).pop("quantization_config", None)
     for name in _QUANTIZER_MARKS:
         vars(model).pop(name, None)
