@@ -5,6 +5,7 @@ from .budget.latency_measurement import measure_latency as measure_latency
 from .data.images import Images as Images
 from .data.images import load_images as load_images
 from .finetuning.finetune import finetune as finetune
+from .finetuning.trainer import TrainerCallback as TrainerCallback
 from .measure.compare import compare as compare
 from .measure.throughput import describe_environment as describe_environment
 from .measure.timing import Runner as Runner

@@ -13,9 +13,11 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel
 
 from vitprune.budget.schedule import STRONGEST, Schedule, Tried, search, unreachable
 from vitprune.measure.outputs import ImageModel
+from vitprune.models.hooks import pruned_part
 from vitprune.models.module import Pruning, pruning_of
 from vitprune.models.structure import Inputs, first_image, run_on_images
 from vitprune.models.trace import Trace, eval_mode, trace, watching
@@ -55,6 +57,7 @@ def calibrate(model: nn.Module, batches: Batches, budget: float, *, progress: bo
     to these images are nearest to the dense model's, by KL divergence of its classes, squared error of its numbers or
     cosine of its embeddings (`answers.AnswerKind.distance`).
 
+    model: pruned; or what it is a part of, or is wrapped in.
     batches: a random sample of images, a few hundred in all, processed as the model expects them: a tensor
         (B, C, H, W), or a list, a DataLoader or another iterable of such tensors or of dicts with `pixel_values`.
     budget: MACs of the pruned pass ÷ MACs of the dense pass, in (0, 1]; seconds where the model has a latency table
@@ -63,9 +66,9 @@ def calibrate(model: nn.Module, batches: Batches, budget: float, *, progress: bo
     Raises:
         ValueError: the model isn't pruned, there are no images, or no levels reach the budget.
     """
-    pruning = pruning_of(model)
+    pruning, model = pruning_of(model), pruned_part(model)
     spec, first = pruning.spec, pruning.before_blocks
-    batches = _listed(batches)
+    batches = _listed(batches, model)
     _check(batches, budget)
     if pruning.spec.select != "threshold" and not pruning.spec.is_searched:
         batches = [first_image(batches[0])]  # the counts of one image are those of all
@@ -143,14 +146,20 @@ def scale_to_budget(model: nn.Module, batches: Batches, budget: float, *, progre
 
     batches, budget: as for `calibrate`.
     """
-    pruning, batches = pruning_of(model), _listed(batches)
+    pruning, model = pruning_of(model), pruned_part(model)
+    batches = _listed(batches, model)
     _check(batches, budget)
     with tqdm(desc="meeting the budget", unit="pass", disable=not progress, leave=False) as bar:
         return _scale(pruning, _Passes(model, batches, bar), budget)
 
 
-def _listed(batches: Batches) -> list[Inputs]:
-    """The batches one by one, without labels. Raises TypeError for what holds no images."""
+def _listed(batches: Batches, model: PreTrainedModel) -> list[Inputs]:
+    """The batches one by one, where the model is, without labels. Raises TypeError for what holds no images."""
+    dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+
+    def placed(values: Tensor) -> Tensor:
+        return values.to(model.device, dtype if values.is_floating_point() else None)
+
     found: list[Inputs] = []
     for batch in [batches] if isinstance(batches, Tensor) else batches:
         if isinstance(batch, Mapping):
@@ -160,7 +169,10 @@ def _listed(batches: Batches) -> list[Inputs]:
                 f"batches hold {type(batch).__name__}; pass tensors of pixel values (B, C, H, W), or dicts with them "
                 "as 'pixel_values'"
             )
-        found.append(batch)
+        if isinstance(batch, Tensor):
+            found.append(placed(batch))
+        else:
+            found.append({name: placed(x) if isinstance(x, Tensor) else x for name, x in batch.items()})
     return found
 
 
@@ -180,8 +192,8 @@ def require_budget(budget: float) -> None:
 def mean_ratio(model: nn.Module, batches: Batches) -> float:
     """Cost of the pruned pass ÷ that of the dense pass, averaged over the images of `batches`, as for `calibrate`."""
     with trace(model) as watched:
-        for inputs in _listed(batches):
-            run_on_images(model, inputs)
+        for inputs in _listed(batches, pruned_part(model)):
+            run_on_images(pruned_part(model), inputs)
     return watched.ratio
 
 

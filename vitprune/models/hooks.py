@@ -60,6 +60,18 @@ def attach(model: PreTrainedModel, owner: nn.Module, structure: Structure) -> No
         handles.append(BlockForward(block, intercept=not family.has_interface).attach())
 
 
+def pruned_part(model: nn.Module) -> PreTrainedModel:
+    """What `prune_` was called on, inside whatever wraps it: PEFT, distributed training, a larger model.
+
+    Raises:
+        ValueError: the model isn't pruned.
+    """
+    begin = Begin.of(model)
+    if begin is None:
+        raise ValueError(f"{type(model).__name__} isn't pruned; call vitprune.prune_(model, spec) first")
+    return begin.model
+
+
 @torch.compiler.disable()
 def _begin_for_head(module: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
     wanted = kwargs.get("output_hidden_states")

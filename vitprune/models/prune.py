@@ -87,10 +87,22 @@ def _tell_when_saved() -> None:
     @functools.wraps(saves)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
         tell_configs(self)
+        if is_pruned(self):
+            _require_savable(self)
         return saves(self, *args, **kwargs)
 
     setattr(save_pretrained, _TELLS, True)
     PreTrainedModel.save_pretrained = save_pretrained
+
+
+def _require_savable(model: PreTrainedModel) -> None:
+    """Raise ValueError for weights that a pruned checkpoint can't hold."""
+    for name, weight in model.named_parameters():
+        if type(weight.data).__module__.startswith("torchao"):
+            raise ValueError(
+                f"{name} is quantised (torchao's {type(weight.data).__name__}), which a pruned checkpoint can't hold; "
+                "save before quantize_, and call quantize_ again after loading; the quantised weights come out the same"
+            )
 
 
 def tell_configs(model: PreTrainedModel) -> None:

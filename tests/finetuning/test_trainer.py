@@ -1,0 +1,168 @@
+"""A pruned model in transformers' Trainer: the budget is held, met at the end, and PEFT's wrappers don't matter."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch.testing import assert_close
+from torch.utils.data import Dataset
+from transformers import PreTrainedModel, Trainer, TrainingArguments
+
+import vitprune
+from vitprune.budget.calibration import mean_ratio
+from vitprune.models.module import pruning_of
+
+CLOSE = 0.01  # of the dense MACs
+BUDGET = 0.7
+SPECS: dict[str, dict[str, Any]] = {
+    "as-vit": {**tiny.AS_VIT, "dropped": "merge"},
+    "redundancy": {"before_blocks": [1, 3, 4]},
+}
+
+
+class Pictures(Dataset[dict[str, torch.Tensor]]):
+    def __init__(self) -> None:
+        self.x, self.labels = tiny.images(32), torch.arange(32) % 5
+
+    def __len__(self) -> int:
+        return 32
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        return {"pixel_values": self.x[index], "labels": self.labels[index]}
+
+
+def calibrated(name: str) -> PreTrainedModel:
+    model = vitprune.prune_(tiny.build("vit"), vitprune.PruningSpec(**SPECS[name]))
+    vitprune.calibrate(model, [tiny.images(16)], BUDGET, progress=False)
+    return model
+
+
+def train(model: Any, folder: Path, *callbacks: Any, steps: int = 12) -> None:
+    arguments = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=steps,
+        per_device_train_batch_size=8,
+        learning_rate=1e-2,
+        use_cpu=True,
+        report_to=[],
+        save_strategy="no",
+        disable_tqdm=True,
+        dataloader_pin_memory=False,
+    )
+    Trainer(model=model, args=arguments, train_dataset=Pictures(), callbacks=list(callbacks)).train()
+
+
+@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("thresholds", ["scaled", "learned", "calibrated"])
+@pytest.mark.parametrize("execution", ["packed", "masked"])
+def test_the_budget_is_held_and_met(tmp_path: Path, name: str, thresholds: Any, execution: Any) -> None:
+    model = calibrated(name)
+    before = copy.deepcopy(model.state_dict())
+    held = [tiny.images(40)[24:]]
+    callback = vitprune.TrainerCallback(BUDGET, held, thresholds=thresholds, execution=execution)
+    train(model, tmp_path, callback)
+    assert len(callback.ratios) == 12
+    assert abs(mean_ratio(model, held) - BUDGET) < CLOSE
+    after = model.state_dict()
+    assert any(not torch.equal(after[key], before[key]) for key in before if "query" in key or "q_proj" in key)
+    # as it was, but for what was learned
+    assert pruning_of(model).execution == "masked"
+    assert pruning_of(model).levels.requires_grad
+    assert len(model._forward_pre_hooks) == len(calibrated(name)._forward_pre_hooks)
+
+
+def test_learned_thresholds_move_apart(tmp_path: Path) -> None:
+    """By the task's gradient, not by one factor alone."""
+    model = calibrated("as-vit")
+    before = pruning_of(model).levels.detach().clone()
+    train(model, tmp_path, vitprune.TrainerCallback(BUDGET, [tiny.images(16)], thresholds="learned"))
+    factors = pruning_of(model).levels.detach() / before
+    assert (factors.max() / factors.min()).item() > 1.0001
+    scaled = calibrated("as-vit")
+    train(scaled, tmp_path, vitprune.TrainerCallback(BUDGET, [tiny.images(16)]))
+    factors = pruning_of(scaled).levels.detach() / before
+    assert_close(factors.max(), factors.min(), rtol=1e-5, atol=0.0)
+
+
+def test_the_price_of_macs_is_in_the_models_loss(tmp_path: Path) -> None:
+    model = calibrated("as-vit").train()
+    callback = vitprune.TrainerCallback(BUDGET, [tiny.images(4)], thresholds="learned")
+    arguments: Any = TrainingArguments(output_dir=str(tmp_path), use_cpu=True, report_to=[])
+    callback.on_train_begin(arguments, None, None, model=model)  # type: ignore[arg-type]
+    assert callback._training is not None
+    x, labels = tiny.images(4), torch.arange(4)
+    losses = []
+    for log_factor in (0.0, 0.3):
+        callback._training.log_factor = log_factor
+        losses.append(model(x, labels=labels))
+    plain = torch.nn.functional.cross_entropy(losses[1].logits, labels)
+    ratio = callback._since[1].mean()
+    assert_close(losses[1].loss, plain + callback._training.price(2.0) * ratio.float(), rtol=1e-5, atol=1e-6)
+
+
+def test_what_would_go_wrong_is_said_before_training(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="budget is 65"):
+        vitprune.TrainerCallback(65, [])
+    with pytest.raises(ValueError, match="isn't pruned"):
+        train(tiny.build("vit"), tmp_path, vitprune.TrainerCallback(0.5, [tiny.images(4)]))
+    raw = vitprune.prune_(tiny.build("vit"), vitprune.PruningSpec())
+    with pytest.raises(ValueError, match=r"call vitprune\.calibrate"):
+        train(raw, tmp_path, vitprune.TrainerCallback(0.5, [tiny.images(4)]))
+
+
+LORA: dict[str, Any] = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+
+
+@torch.no_grad()
+def logits(model: Any) -> torch.Tensor:
+    return model.eval()(pixel_values=tiny.images(6)).logits
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+@pytest.mark.parametrize("saved", [None, ["vitprune"], ["vitprune", "classifier"]], ids=str)
+def test_lora_trains_is_saved_loaded_and_merged(tmp_path: Path, saved: list[str] | None) -> None:
+    base = calibrated("as-vit")
+    vitprune.save(base, tmp_path / "base")
+    model = get_peft_model(base, LoraConfig(**LORA, modules_to_save=saved))
+    held = [tiny.images(40)[24:]]
+    train(model, tmp_path, vitprune.TrainerCallback(BUDGET, held))
+    assert abs(mean_ratio(model, held) - BUDGET) < CLOSE
+    expected = logits(model)
+    model.save_pretrained(str(tmp_path / "adapter"))
+    loaded: Any = vitprune.load(tmp_path / "base")
+    again = PeftModel.from_pretrained(loaded, str(tmp_path / "adapter"))
+    if saved is None:  # the adapter has no thresholds: those that the budget was met with are the base model's
+        vitprune.scale_to_budget(again, held, BUDGET, progress=False)
+        assert abs(mean_ratio(again, held) - BUDGET) < CLOSE
+    else:
+        assert_close(logits(again), expected, rtol=1e-5, atol=1e-5)
+    before = logits(again)
+    merged: Any = again.merge_and_unload()
+    assert_close(logits(merged), before, rtol=1e-4, atol=1e-4)
+    vitprune.save(merged, tmp_path / "merged")
+    assert_close(logits(vitprune.load(tmp_path / "merged")), logits(merged), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
+def test_the_copy_that_peft_trains_is_in_force() -> None:
+    model: Any = get_peft_model(calibrated("as-vit"), LoraConfig(**LORA, modules_to_save=["vitprune"]))
+    model.train()(pixel_values=tiny.images(4)).logits.sum().backward()
+    copies = {name: weight for name, weight in model.named_parameters() if "modules_to_save" in name}
+    (thresholds,) = copies.values()
+    assert thresholds is pruning_of(model).levels
+    assert thresholds.grad is not None
+    with torch.no_grad():
+        thresholds.fill_(1.0)
+    model.eval()
+    with vitprune.trace(model) as seen, torch.no_grad():
+        model(pixel_values=tiny.images(4))
+    assert seen.keep_masks[-1].sum(1).max() <= pruning_of(model).spec.min_tokens
+    with model.disable_adapter(), vitprune.trace(model) as seen, torch.no_grad():
+        model(pixel_values=tiny.images(4))
+    assert seen.keep_masks[-1].sum(1).max() > pruning_of(model).spec.min_tokens

@@ -1,0 +1,131 @@
+"""The budget for models that transformers' `Trainer` trains."""
+
+from __future__ import annotations
+
+import copy
+from contextlib import ExitStack
+from dataclasses import replace
+from typing import Any
+
+import transformers
+from torch import Tensor, nn
+from transformers import TrainerControl, TrainerState, TrainingArguments
+
+from vitprune.budget.calibration import Batches, require_budget, scale_to_budget
+from vitprune.finetuning.thresholds import ThresholdTraining
+from vitprune.models.module import pruning_of
+from vitprune.models.trace import Trace
+from vitprune.recipe.schema import Execution, FinetuneSpec, ThresholdMode
+from vitprune.runtime import distributed
+
+_DEFAULTS = FinetuneSpec()
+
+
+class TrainerCallback(transformers.TrainerCallback):
+    """Hold a pruned model at its budget while transformers' `Trainer` trains it.
+
+    `Trainer(model=pruned, callbacks=[vitprune.TrainerCallback(0.65, batches)], ...)`, also around PEFT. Tokens leave in
+    training, too (`execution`), a common factor on the thresholds follows the ratio of MACs that is seen, and at the
+    end they are scaled so that the budget is met on `batches`. What `Trainer` saves on the way has the thresholds from
+    before training; what it leaves in memory is at the budget.
+
+    Args:
+        budget: MACs of the pruned pass ÷ dense, in (0, 1]; seconds where the model has a latency table.
+        batches: images to meet the budget on at the end, as for `calibrate`; none of the evaluation's.
+        thresholds: `scaled` by the factor alone; `learned` by gradients, too, for which the model's own loss gets the
+            price of its MACs (AS-ViT's budget loss, held by the factor); `calibrated`: as they are until the end.
+        execution: `packed`, or `masked` as published.
+        threshold_learning_rate: of thresholds that learn, in parts of a stage's patches.
+        price: weight of the budget in the loss, where thresholds learn.
+
+    Raises:
+        ValueError: when training begins, for a model that isn't pruned or calibrated, or a budget out of range.
+    """
+
+    def __init__(
+        self,
+        budget: float,
+        batches: Batches,
+        *,
+        thresholds: ThresholdMode = "scaled",
+        execution: Execution = "packed",
+        threshold_learning_rate: float = _DEFAULTS.threshold_learning_rate,
+        price: float = _DEFAULTS.losses.budget,
+    ) -> None:
+        require_budget(budget)
+        self.budget, self.batches = budget, batches
+        self.mode: ThresholdMode = thresholds
+        self.execution: Execution = execution
+        self.threshold_learning_rate, self.weight = threshold_learning_rate, price
+        self.ratios: list[float] = []
+        self._training: ThresholdTraining | None = None
+        self._since: list[Tensor] = []
+        self._handles: list[Any] = []
+        self._running: list[tuple[ExitStack, Trace]] = []
+        self._before: tuple[Execution, bool] | None = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take hold of the thresholds."""
+        model: nn.Module = kwargs["model"]
+        pruning = pruning_of(model)
+        if not pruning.levels.isfinite().all():
+            raise ValueError("thresholds have no start; call vitprune.calibrate on the model before it is trained")
+        training = ThresholdTraining.of(pruning, self.mode, self.budget)
+        # Trainer has one learning rate; Adam's steps are as long whatever a gradient's scale, so the unit makes it ours
+        faster = self.threshold_learning_rate / max(args.learning_rate, 1e-12)
+        self._training = replace(training, units=tuple(faster * unit for unit in training.units))
+        self._before = (pruning.execution, pruning.levels.requires_grad)
+        pruning.execution = self.execution
+        pruning.requires_grad_(self.mode == "learned" and pruning.spec.select == "threshold")
+        self._handles = [
+            model.register_forward_pre_hook(self._enter, prepend=True),
+            model.register_forward_hook(self._leave, always_call=True),
+        ]
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Follow the ratio that all processes have seen in this step."""
+        assert self._training is not None
+        own = [float(ratio) for ratios in self._since for ratio in ratios]
+        self._since.clear()
+        seen = [ratio for ratios in distributed.all_gather(own) for ratio in ratios]
+        if seen:
+            self.ratios.append(sum(seen) / len(seen))
+            self._training.follow(self.ratios[-1])
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Give the model its thresholds, and meet the budget."""
+        model: nn.Module = kwargs["model"]
+        assert self._training is not None
+        assert self._before is not None
+        for handle in self._handles:
+            handle.remove()
+        pruning = pruning_of(model)
+        self._training.settle(pruning)
+        pruning.execution, requires_grad = self._before
+        pruning.requires_grad_(requires_grad)
+        if pruning.spec.select == "threshold":
+            scale_to_budget(model, self.batches, self.budget, progress=state.is_world_process_zero)
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        assert self._training is not None
+        stack = ExitStack()
+        self._running.append((stack, stack.enter_context(self._training.watched(pruning_of(module)))))
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+        stack, seen = self._running.pop()
+        stack.close()
+        if output is None or not module.training:  # None: the forward failed
+            return output
+        ratios_B = seen.costs / seen.dense_costs
+        self._since.append(ratios_B.detach())
+        assert self._training is not None
+        loss = output.get("loss") if hasattr(output, "get") else None
+        if loss is None or not ratios_B.requires_grad:
+            return output
+        priced = copy.copy(output)
+        priced["loss"] = loss + self._training.price(self.weight) * ratios_B.mean().to(loss.dtype)
+        return priced
