@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,20 @@ def test_the_budget_is_held_and_met(tmp_path: Path, name: str, thresholds: Any, 
     assert pruning_of(model).execution == "masked"
     assert pruning_of(model).levels.requires_grad
     assert len(model._forward_pre_hooks) == len(calibrated(name)._forward_pre_hooks)
+
+
+def test_training_without_a_budget_is_said_once(tmp_path: Path) -> None:
+    with pytest.warns(
+        UserWarning, match=r"thresholds learn here from the loss alone.*vitprune\.TrainerCallback"
+    ) as said:
+        train(calibrated("as-vit"), tmp_path)
+    assert len([one for one in said if "thresholds learn here" in str(one.message)]) == 1
+    frozen = calibrated("as-vit")
+    pruning_of(frozen).requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        train(frozen, tmp_path)
+        train(calibrated("as-vit"), tmp_path, vitprune.TrainerCallback(BUDGET, [tiny.images(16)]))
 
 
 def test_learned_thresholds_move_apart(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ how many tokens an image keeps is decided by their values.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -88,6 +89,8 @@ def make_forward(pruning: Pruning, *, training: bool) -> Forward:
     """What carries a forward of the model out, by what it is asked for."""
     asked, policy = context.current(), pruning()
     observers = tuple(t for t in asked.traces if isinstance(t, Trace) and t.pruning is pruning)
+    if training and not observers and policy.levels.requires_grad and torch.is_grad_enabled():
+        _warn_of_no_budget(pruning)
     if training and pruning.execution == "masked":
         return MaskedForward(policy, observers)
     # with `whole_sequence` in eval mode what inference would execute is counted, as in training
@@ -95,6 +98,16 @@ def make_forward(pruning: Pruning, *, training: bool) -> Forward:
     if trains and policy.levels.requires_grad and torch.is_grad_enabled():
         return LearningForward(policy, observers)
     return PackedForward(policy, observers, trains=trains, for_head=asked.for_head)
+
+
+def _warn_of_no_budget(pruning: Pruning) -> None:
+    if not pruning.was_warned:
+        pruning.was_warned = True
+        warnings.warn(
+            "thresholds learn here from the loss alone, without a budget: add the costs of vitprune.trace to it, give "
+            "Trainer a vitprune.TrainerCallback, or freeze them (vitprune.pruning_of(model).requires_grad_(False))",
+            stacklevel=2,
+        )
 
 
 @dataclass(frozen=True, eq=False)

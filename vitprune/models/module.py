@@ -43,6 +43,7 @@ class Pruning(nn.Module):
         self.dense_attention = structure.backbone.config._attn_implementation or "sdpa"
         self.execution: Execution = "masked"
         self.latency: Costs | None = None
+        self.was_warned = False  # that its thresholds learn without a budget
         self._make_levels(torch.device("cpu"))
 
     def _make_levels(self, device: torch.device) -> None:
