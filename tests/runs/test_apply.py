@@ -17,7 +17,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Au
 
 import vitprune
 from vitprune.finetuning.finetune import NonFiniteLoss
-from vitprune.models.module import is_pruned
+from vitprune.models.module import is_pruned, pruning_of
 from vitprune.recipe.schema import RecipeError, load_recipe
 from vitprune.reports.results import Report
 from vitprune.runs.apply import apply, evaluate
@@ -172,11 +172,53 @@ def test_the_output_may_be_at_home(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert is_pruned(vitprune.load(tmp_path / "home" / "out"))
 
 
-def test_a_pruned_checkpoint_is_not_pruned_again(tmp_path: Path) -> None:
-    asked = recipe(tmp_path)
+GOES_ON = """\
+version: 1
+model: {checkpoint: out}
+data: {path: data}
+budget: {macs: 75%}
+calibration: {images: 24, batch_size: 8}
+evaluate: {batch_sizes: []}
+output: {path: again}
+"""
+
+
+@pytest.mark.parametrize("finetune", ["", FINETUNE])
+@pytest.mark.parametrize("select", ["threshold", "top-k"])
+def test_a_pruned_checkpoint_goes_on_to_another_budget(
+    tmp_path: Path, finetune: str, select: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = apply(recipe(tmp_path, RECIPE, "vit", f"pruning.select={select}", "pruning.before_blocks=[1, 3]"))
+    assert first.comparison.macs.ratio == pytest.approx(0.6, abs=0.05)
+    (tmp_path / "more.yaml").write_text(GOES_ON + finetune)
+    monkeypatch.chdir(tmp_path)
+    asked = load_recipe(tmp_path / "more.yaml")
+    assert plan(asked).stages == (1, 3)
+    assert "is pruned already" in plan(asked).steps[0]
+    report = apply(asked)
+    assert report.comparison.macs.ratio == pytest.approx(0.75, abs=0.05)
+    assert report.recipe["pruning"]["select"] == select
+    back = vitprune.load(tmp_path / "again")
+    assert pruning_of(back).before_blocks == (1, 3)
+    # against its own weights, without pruning
+    again = evaluate(str(tmp_path / "again"), load_recipe(tmp_path / "again" / "recipe.yaml"))
+    assert again.comparison.macs == report.comparison.macs
+    if select == "threshold" and not finetune:  # the stages share the work as before
+        factors = pruning_of(back).levels / pruning_of(vitprune.load(tmp_path / "out")).levels
+        assert_close(factors.max(), factors.min(), rtol=1e-5, atol=0.0)
+
+
+def test_a_pruned_checkpoint_is_pruned_anew_where_the_recipe_says_how(tmp_path: Path) -> None:
+    apply(recipe(tmp_path))
+    overrides = [
+        f"model.checkpoint={tmp_path / 'out'}",
+        "pruning.before_blocks=[3]",
+        f"output.path={tmp_path / 'again'}",
+    ]
+    asked = load_recipe(tmp_path / "recipe.yaml", overrides)
+    assert plan(asked).stages == (3,)
     apply(asked)
-    with pytest.raises(ValueError, match="is pruned already; name the dense model"):
-        apply(load_recipe(tmp_path / "recipe.yaml", [f"model.checkpoint={tmp_path / 'out'}", "output.overwrite=true"]))
+    assert pruning_of(vitprune.load(tmp_path / "again")).before_blocks == (3,)
 
 
 def test_a_plan_loads_neither_weights_nor_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -266,14 +308,6 @@ def test_given_thresholds_are_trained_at_the_budget(tmp_path: Path) -> None:
     assert report.training.checks[0].ratio == pytest.approx(0.6, abs=0.05)
     assert report.calibrated is not None
     assert report.calibrated.macs.ratio == pytest.approx(0.6, abs=0.05)
-
-
-def test_a_plan_knows_a_checkpoint_that_is_pruned(tmp_path: Path) -> None:
-    asked = recipe(tmp_path, RECIPE)
-    apply(asked)
-    again = asked.model_copy(update={"model": asked.model.model_copy(update={"checkpoint": str(tmp_path / "out")})})
-    with pytest.raises(ValueError, match="out is pruned already; name the dense model"):
-        plan(again)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

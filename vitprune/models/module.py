@@ -113,6 +113,14 @@ def as_config(spec: PruningSpec, part: str = "") -> dict[str, object]:
     return {**entry, "part": part} if part else entry
 
 
+def spec_of(config: PreTrainedConfig) -> PruningSpec | None:
+    """How the model of a config is pruned; None for a dense one."""
+    if quantization_method(config) != METHOD:
+        return None
+    entry: Any = config.quantization_config
+    return PruningSpec.model_validate(entry["pruning"] if isinstance(entry, dict) else entry.pruning, strict=False)
+
+
 def quantization_method(config: PreTrainedConfig) -> str | None:
     """By what name a config says that its model is more than plain weights: `METHOD` of a pruned one."""
     entry: Any = getattr(config, "quantization_config", None)

@@ -303,9 +303,11 @@ def shortfall(found: Latency) -> str | None:
 _WHAT: dict[Trained, str] = {"all": "all weights", "norms": "norms", "thresholds": "thresholds"}
 
 
-def plan_steps(recipe: Recipe, most_tries: int) -> tuple[str, ...]:
-    """What a run does, step by step, for `Plan.steps`."""
-    steps = []
+def plan_steps(recipe: Recipe, most_tries: int, *, is_pruned: bool = False) -> tuple[str, ...]:
+    """What a run does, step by step, for `Plan.steps`. is_pruned: whether the checkpoint is already."""
+    steps = (
+        [f"take {recipe.model.checkpoint}, which is pruned already, for dense and pruned model"] if is_pruned else []
+    )
     counts = "MACs" if recipe.budget.latency is None else "dense model's time"
     if recipe.budget.latency is not None and (recipe.pruning.is_calibrated or recipe.finetune is not None):
         steps.append(f"measure what blocks and stages take by tokens, in batches of {recipe.budget.timed_batch}")

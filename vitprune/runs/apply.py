@@ -55,6 +55,7 @@ def apply(recipe: Recipe, *, restart: bool = False) -> Report:
     with signals.watch():
         _require_free(recipe, output)
         run = _Run.load(recipe)
+        recipe = run.recipe
         require_room(output, run.pruned)
         with RunFolder.open(output, run.fingerprint, restart=restart) as folder:
             calibrated = training = None
@@ -119,8 +120,9 @@ class _Run(RunInputs):
         return ScheduleSearch.model_validate(kept["search"])
 
     def calibrate(self, folder: RunFolder) -> None:
-        """Find levels for the budget; those that a search came with are scaled, which keeps how stages share."""
-        recipe, is_scaled = self.recipe, self.recipe.pruning.is_searched and self.recipe.pruning.select == "threshold"
+        """Find levels for the budget; those that are there already are scaled, which keeps how stages share."""
+        recipe, levels = self.recipe, pruning_of(self.pruned).levels
+        is_scaled = recipe.pruning.select == "threshold" and bool(levels.isfinite().all())
         if recipe.pruning.is_searched and recipe.budget.latency is None:
             return
         adjust = scale_to_budget if is_scaled else calibrate

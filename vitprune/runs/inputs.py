@@ -12,7 +12,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 from typing_extensions import Self
 
@@ -22,8 +22,8 @@ from vitprune.measure.answers import KINDS, task_of
 from vitprune.measure.metrics import metrics_of
 from vitprune.measure.outputs import ImageModel, declare_task, embed_classes, has_head, is_two_towers
 from vitprune.models.checkpoint import digest_weights, load, load_processor, load_tokenizer
-from vitprune.models.module import is_pruned
-from vitprune.models.prune import prune_
+from vitprune.models.module import is_pruned, spec_of
+from vitprune.models.prune import prune_, restore_
 from vitprune.models.structure import examine, require_images
 from vitprune.recipe.errors import Problem, RecipeError
 from vitprune.recipe.schema import Recipe, SplitSpec
@@ -66,7 +66,7 @@ class RunInputs:
         """
         state = distributed.init()
         distributed.require_same(flat(recipe.model_dump(mode="json")), "recipes")
-        dense, model = _load_models(recipe, pruned, state.device)
+        recipe, dense, model = _load_models(recipe, pruned, state.device)
         spec = recipe.model
         processor = load_processor(spec.checkpoint, spec.revision)
         tokenizer = load_tokenizer(spec.checkpoint, spec.revision) if is_two_towers(dense) else None
@@ -113,24 +113,37 @@ class RunInputs:
 
 def _load_models(
     recipe: Recipe, pruned: str | None, device: torch.device | None
-) -> tuple[PreTrainedModel, PreTrainedModel]:
-    """The dense model, and the pruned one: a copy of it, or what `pruned` names."""
+) -> tuple[Recipe, PreTrainedModel, PreTrainedModel]:
+    """The dense model, and the pruned one: a copy of it, or what `pruned` names.
+
+    A checkpoint that is pruned already goes on as it is pruned, and the recipe says so, unless that says how; the dense
+    model is its weights without pruning.
+    """
     # weights are trained in float32, whatever the model computes in afterwards
     dtype = torch.float32 if recipe.finetune is not None and pruned is None else _dtype(recipe)
     spec = recipe.model
-    dense = moved(load(spec.checkpoint, dtype=dtype, revision=spec.revision), device)
-    require_images(spec.checkpoint, examine(dense))
-    prepare(recipe, dense)
-    _require_device(recipe, dense.device)
-    if is_pruned(dense):
-        raise ValueError(f"model.checkpoint {spec.checkpoint} is pruned already; name the dense model")
+    found = moved(load(spec.checkpoint, dtype=dtype, revision=spec.revision), device)
+    require_images(spec.checkpoint, examine(found))
+    prepare(recipe, found)
+    _require_device(recipe, found.device)
+    dense = restore_(copy.deepcopy(found)) if is_pruned(found) else found
     if pruned is None:
-        return dense, prune_(copy.deepcopy(dense), recipe.pruning)
+        going_on = with_policy_of(recipe, found.config)
+        return going_on, dense, prune_(copy.deepcopy(dense), recipe.pruning) if going_on is recipe else found
     model = moved(load(pruned, dtype=dtype), device)
     if not is_pruned(model):
         raise ValueError(f"{pruned} isn't pruned; name a checkpoint that `vitprune apply` wrote")
     _require_same_names(pruned, model, spec.checkpoint, dense)
-    return dense, model
+    return recipe, dense, model
+
+
+def with_policy_of(recipe: Recipe, config: PreTrainedConfig) -> Recipe:
+    """The recipe, saying how its checkpoint is pruned already; the same one if it isn't, or is to be pruned anew."""
+    spec = spec_of(config)
+    if spec is None or "pruning" in recipe.model_fields_set:
+        return recipe
+    levels = "thresholds" if spec.select == "threshold" else "keep_ratios"
+    return recipe.model_copy(update={"pruning": spec.model_copy(update={levels: "calibrated"})})
 
 
 def _require_same_names(pruned: str, model: PreTrainedModel, checkpoint: str, dense: PreTrainedModel) -> None:

@@ -12,15 +12,15 @@ from vitprune.budget.schedule import MOST_TRIES, Schedule, unreachable
 from vitprune.data.decoding import blank_image
 from vitprune.data.source import require_splits
 from vitprune.models.checkpoint import load_config, load_processor, model_class, outline, require_free
-from vitprune.models.module import quantization_method
+from vitprune.models.module import spec_of
 from vitprune.models.structure import count_tokens, require_images
 from vitprune.pruning.costs import CostModel
 from vitprune.recipe.errors import Problem, RecipeError
-from vitprune.recipe.pruning_spec import ANCHORS, METHOD
+from vitprune.recipe.pruning_spec import ANCHORS
 from vitprune.recipe.schema import Recipe
 from vitprune.reports.results import Plan, PlanRow
 from vitprune.reports.run_report import plan_steps
-from vitprune.runs.inputs import prepare, read_images, require_training_images
+from vitprune.runs.inputs import prepare, read_images, require_training_images, with_policy_of
 from vitprune.runs.resume import was_saved
 
 
@@ -28,15 +28,15 @@ def plan(recipe: Recipe) -> Plan:
     """Say what `apply` would do; no weights are loaded, and of data that is here what labels and splits it has.
 
     Raises ValueError, as `apply` would, for all that can be known of it: a budget that can't be reached, a split that
-    isn't there, labels that don't fit the model, a checkpoint that is pruned already.
+    isn't there, labels that don't fit the model.
     """
     spec = recipe.model
     config = load_config(spec.checkpoint, spec.revision)
     cls = model_class(spec.checkpoint, config)
     model, structure = outline(cls, config)
     require_images(spec.checkpoint, structure)
-    if quantization_method(config) == METHOD:
-        raise ValueError(f"model.checkpoint {spec.checkpoint} is pruned already; name the dense model")
+    is_pruned = spec_of(config) is not None
+    recipe = with_policy_of(recipe, config)
     stages = structure.stages(recipe.pruning)
     processor = load_processor(spec.checkpoint, spec.revision)
     prepare(recipe, model)
@@ -70,7 +70,7 @@ def plan(recipe: Recipe) -> Plan:
         budget=recipe.budget.part,
         counts="time" if recipe.budget.macs is None else "MACs",
         rows=rows,
-        steps=plan_steps(recipe, MOST_TRIES),
+        steps=plan_steps(recipe, MOST_TRIES, is_pruned=is_pruned),
         obstacle=_obstacle(Path(recipe.output.path).resolve(), recipe.output.overwrite),
     )
 
