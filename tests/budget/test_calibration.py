@@ -364,5 +364,5 @@ def test_images_may_come_in_whatever_holds_them(kind: str) -> None:
 
 def test_what_holds_no_images_is_refused() -> None:
     given: Any = [["a.png", "b.png"]]
-    with pytest.raises(TypeError, match=r"batches hold list; pass tensors of pixel values \(B, C, H, W\), or dicts"):
+    with pytest.raises(TypeError, match=r"batches hold list; pass vitprune\.load_images"):
         calibrate(pruned(), given, 0.6, progress=False)

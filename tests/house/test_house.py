@@ -153,3 +153,16 @@ def test_a_room_without_torch_imports_none() -> None:
         "vitprune.bench.settings; sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # PEFT asks for it
+def test_the_page_on_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """docs/python.md, from top to bottom."""
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
+    code = "\n".join(re.findall(r"```python\n(.*?)```", page, re.DOTALL))
+    torch.manual_seed(0)
+    names: dict[str, Any] = {"__name__": "page"}
+    exec(compile(code, "docs/python.md", "exec"), names)
+    assert names["found"].ratio == pytest.approx(0.65, abs=0.01)
+    assert {path.name for path in tmp_path.iterdir()} >= {"pruned", "adapter", "merged"}

@@ -7,21 +7,25 @@ gets the same levels.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from vitprune.budget.schedule import STRONGEST, Schedule, Tried, search, unreachable
+from vitprune.data.batches import Batches, each, without_labels
 from vitprune.measure.outputs import ImageModel
 from vitprune.models.hooks import pruned_part
 from vitprune.models.module import Pruning, pruning_of
 from vitprune.models.structure import Inputs, first_image, run_on_images
 from vitprune.models.trace import Trace, eval_mode, trace, watching
+from vitprune.recipe.values import Fraction
 
+FRACTION = TypeAdapter[float](Fraction)
 # how near the calibrated ratio of costs has to come to the budget
 TOLERANCE = 0.002
 MAX_PASSES = 10
@@ -30,8 +34,6 @@ MAX_PASSES = 10
 TEMPERATURE_SHARE = 0.005
 # how far around a threshold its scores' density is looked at, as a part of the scores
 NEIGHBOURHOOD = 0.1
-_LABELS = ("labels", "label")
-Batches = Tensor | Iterable[Inputs]
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,7 @@ class Calibration:
     measure: str = ""
 
 
-def calibrate(model: nn.Module, batches: Batches, budget: float, *, progress: bool = True) -> Calibration:
+def calibrate(model: nn.Module, batches: Batches, budget: float | str, *, progress: bool = True) -> Calibration:
     """Set the levels of a pruned model so that it meets a budget, in place.
 
     With `before_blocks: auto` it looks for the stages, too: of the schedules that meet the budget the one whose answers
@@ -58,10 +60,11 @@ def calibrate(model: nn.Module, batches: Batches, budget: float, *, progress: bo
     cosine of its embeddings (`answers.AnswerKind.distance`).
 
     model: pruned; or what it is a part of, or is wrapped in.
-    batches: a random sample of images, a few hundred in all, processed as the model expects them: a tensor
-        (B, C, H, W), or a list, a DataLoader or another iterable of such tensors or of dicts with `pixel_values`.
-    budget: MACs of the pruned pass ÷ MACs of the dense pass, in (0, 1]; seconds where the model has a latency table
-        (`latency.budget_latency`).
+    batches: a random sample of images, a few hundred in all, processed as the model expects them: `Images`, a tensor
+        (B, C, H, W), or a list, a DataLoader or another iterable of such tensors, of dicts with `pixel_values`, or of
+        pairs (images, labels).
+    budget: MACs of the pruned pass ÷ MACs of the dense pass, in (0, 1] or such as "65%"; seconds where the model has a
+        latency table (`latency.budget_latency`).
 
     Raises:
         ValueError: the model isn't pruned, there are no images, or no levels reach the budget.
@@ -69,7 +72,7 @@ def calibrate(model: nn.Module, batches: Batches, budget: float, *, progress: bo
     pruning, model = pruning_of(model), pruned_part(model)
     spec, first = pruning.spec, pruning.before_blocks
     batches = _listed(batches, model)
-    _check(batches, budget)
+    budget = _checked(batches, budget)
     if pruning.spec.select != "threshold" and not pruning.spec.is_searched:
         batches = [first_image(batches[0])]  # the counts of one image are those of all
     with tqdm(desc="calibrating", unit="pass", disable=not progress, leave=False) as bar:
@@ -141,14 +144,14 @@ def find_schedule(passes: _Passes, patches: int, budget: float) -> tuple[list[Tr
     return tried, answers.kind.unit
 
 
-def scale_to_budget(model: nn.Module, batches: Batches, budget: float, *, progress: bool = True) -> float:
+def scale_to_budget(model: nn.Module, batches: Batches, budget: float | str, *, progress: bool = True) -> float:
     """Scale all thresholds by one common factor so that a trained model meets its budget; return the ratio got.
 
     batches, budget: as for `calibrate`.
     """
     pruning, model = pruning_of(model), pruned_part(model)
     batches = _listed(batches, model)
-    _check(batches, budget)
+    budget = _checked(batches, budget)
     with tqdm(desc="meeting the budget", unit="pass", disable=not progress, leave=False) as bar:
         return _scale(pruning, _Passes(model, batches, bar), budget)
 
@@ -161,14 +164,7 @@ def _listed(batches: Batches, model: PreTrainedModel) -> list[Inputs]:
         return values.to(model.device, dtype if values.is_floating_point() else None)
 
     found: list[Inputs] = []
-    for batch in [batches] if isinstance(batches, Tensor) else batches:
-        if isinstance(batch, Mapping):
-            batch = {name: values for name, values in batch.items() if name not in _LABELS}
-        if not isinstance(batch, Tensor) and not (isinstance(batch, Mapping) and batch):
-            raise TypeError(
-                f"batches hold {type(batch).__name__}; pass tensors of pixel values (B, C, H, W), or dicts with them "
-                "as 'pixel_values'"
-            )
+    for batch in map(without_labels, each(batches)):
         if isinstance(batch, Tensor):
             found.append(placed(batch))
         else:
@@ -176,16 +172,23 @@ def _listed(batches: Batches, model: PreTrainedModel) -> list[Inputs]:
     return found
 
 
-def _check(batches: Sequence[Inputs], budget: float) -> None:
+def _checked(batches: Sequence[Inputs], budget: float | str) -> float:
     if not batches:
         raise ValueError("calibration needs at least one image")
-    require_budget(budget)
+    return read_budget(budget)
 
 
-def require_budget(budget: float) -> None:
-    """Raise ValueError for a budget that is no part of the dense model's cost."""
-    if not 0 < budget <= 1:
-        raise ValueError(f"budget is {budget}, should be a part of the dense MACs above 0 and at most 1, such as 0.65")
+def read_budget(budget: float | str) -> float:
+    """A part of the dense model's cost, as a number. Raises ValueError for what is none."""
+    try:
+        part = FRACTION.validate_python(budget)
+    except ValidationError:
+        part = 0.0
+    if not 0 < part <= 1:
+        raise ValueError(
+            f"budget is {budget!r}, should be a part of the dense MACs above 0 and at most 1, such as 0.65 or '65%'"
+        )
+    return part
 
 
 @torch.no_grad()

@@ -6,9 +6,10 @@ Knows how long training lasts and what is kept of it on the way.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -17,7 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 from torch import nn
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from vitprune.budget.calibration import require_budget
+from vitprune.budget.calibration import read_budget
 from vitprune.data.images import Images
 from vitprune.data.training_batches import Share, TrainingBatches
 from vitprune.finetuning.held_out import HeldOut
@@ -34,6 +35,7 @@ from vitprune.models.detection import find_backbone
 from vitprune.models.module import pruning_of
 from vitprune.pruning.packed_attention import require_no_dropout
 from vitprune.recipe.schema import FinetuneSpec, require_thresholds
+from vitprune.recipe.values import as_spec
 from vitprune.reports.results import Training
 from vitprune.runtime import distributed
 
@@ -69,8 +71,8 @@ def finetune(
     model: PreTrainedModel | ImageModel,
     teacher: PreTrainedModel | ImageModel,
     images: Images,
-    spec: FinetuneSpec,
-    budget: float,
+    spec: FinetuneSpec | Mapping[str, Any],
+    budget: float | str,
     *,
     holdout: Images | None = None,
     seed: int = 0,
@@ -87,11 +89,13 @@ def finetune(
     but for rounding.
 
     teacher: the dense model; frozen, for the distillation loss, `answers.AnswerKind.distance`.
-    images: labelled or not (then the task loss is left out). budget: MACs of the pruned pass ÷
-        dense, in (0, 1]; seconds where the model has a latency table (`latency.budget_latency`). holdout: images by
-        which the best state is chosen, the one before training included; without them it is the last. states: where the
-        full state is kept every so often, and taken up again if there is one.
-        tracker_context: what `spec.trackers` are given.
+    images: labelled or not (then the task loss is left out).
+    spec: as a recipe's section `finetune`, also a dict of its keys.
+    budget: MACs of the pruned pass ÷ dense, in (0, 1] or such as "65%"; seconds where the model has a latency table
+        (`latency.budget_latency`).
+    holdout: images by which the best state is chosen, the one before training included; without them it is the last.
+    states: where the full state is kept every so often, and taken up again if there is one.
+    tracker_context: what `spec.trackers` are given.
 
     Raises:
         ValueError: no images for a single batch, no loss that could teach the task, thresholds without a start, a
@@ -103,7 +107,12 @@ def finetune(
     """
     answers, taught_by = ImageModel.of(model), ImageModel.of(teacher)
     model = answers.model
-    require_budget(budget)
+    budget, spec = read_budget(budget), as_spec(FinetuneSpec, spec)
+    if not isinstance(images, Images):
+        raise TypeError(
+            f"images are {type(images).__name__}; pass vitprune.load_images(...), which knows where an interrupted "
+            "training goes on. For loaders of your own there is transformers' Trainer with vitprune.TrainerCallback"
+        )
     if taught_by.model is model:
         raise ValueError("the teacher is the model itself; pass the dense model, or a copy of it from before prune_")
     require_same_kind(answers, taught_by)

@@ -11,7 +11,8 @@ import transformers
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from vitprune.budget.calibration import Batches, require_budget, scale_to_budget
+from vitprune.budget.calibration import read_budget, scale_to_budget
+from vitprune.data.batches import Batches
 from vitprune.finetuning.thresholds import ThresholdTraining
 from vitprune.models.module import pruning_of
 from vitprune.models.trace import Trace
@@ -44,7 +45,7 @@ class TrainerCallback(transformers.TrainerCallback):
 
     def __init__(
         self,
-        budget: float,
+        budget: float | str,
         batches: Batches,
         *,
         thresholds: ThresholdMode = "scaled",
@@ -52,8 +53,7 @@ class TrainerCallback(transformers.TrainerCallback):
         threshold_learning_rate: float = _DEFAULTS.threshold_learning_rate,
         price: float = _DEFAULTS.losses.budget,
     ) -> None:
-        require_budget(budget)
-        self.budget, self.batches = budget, batches
+        self.budget, self.batches = read_budget(budget), batches
         self.mode: ThresholdMode = thresholds
         self.execution: Execution = execution
         self.threshold_learning_rate, self.weight = threshold_learning_rate, price

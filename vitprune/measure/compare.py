@@ -6,7 +6,7 @@ Tensor suffixes: B images, C channels, H height, W width.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import track
 from torch import Tensor, nn
 
+from vitprune.data.batches import Batches, each, named
 from vitprune.data.images import Images
 from vitprune.measure.answers import AnswerKind
 from vitprune.measure.metrics import QualityMetric, correlation, metrics_of, recorded
@@ -23,6 +24,7 @@ from vitprune.measure.timing import placed
 from vitprune.models.module import pruning_of
 from vitprune.models.trace import Trace, eval_mode, trace
 from vitprune.recipe.schema import EvaluateSpec
+from vitprune.recipe.values import as_spec
 from vitprune.reports.results import (
     Comparison,
     Distribution,
@@ -33,16 +35,24 @@ from vitprune.reports.results import (
 )
 from vitprune.runtime import distributed
 
+_DEFAULTS = EvaluateSpec()
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
 def compare(
-    dense: nn.Module, pruned: nn.Module, images: Images, spec: EvaluateSpec, *, progress: bool = True
+    dense: nn.Module,
+    pruned: nn.Module,
+    images: Batches,
+    spec: EvaluateSpec | Mapping[str, Any] = _DEFAULTS,
+    *,
+    progress: bool = True,
 ) -> Comparison:
     """Compare both models on the same images: metrics (where there are labels), agreement, MACs, kept patches.
 
-    Under a launcher each process takes its share of the images; all get the result. How answers are compared follows
-    from their kind (`answers.AnswerKind`). The models stay on their device, in their dtype and in the mode they are in.
+    images: `Images`, or any batches, whose labels are the model's class ids (B,), or (B, outputs) where it gives
+    several labels or numbers. Under a launcher each process takes its share of `Images`, of batches all; all get the
+    result. How answers are compared follows from their kind (`answers.AnswerKind`). The models stay on their device, in
+    their dtype and in the mode they are in.
 
     Raises ValueError where there is no image, `pruned` isn't pruned, or isn't made of `dense`, as their answers tell,
     or where a metric doesn't fit the model.
@@ -50,11 +60,14 @@ def compare(
     dense_answers, pruned_answers = ImageModel.of(dense), ImageModel.of(pruned)
     require_same_kind(pruned_answers, dense_answers)
     kind = dense_answers.kind
+    spec = as_spec(EvaluateSpec, spec)
     metrics = metrics_of(kind, spec.metrics)
     state = distributed.init()
-    own = images.share(state.process_index, state.num_processes)
-    batches = own.loader(spec.batch_size)
-    total = None if images.streamed else len(batches)
+    own, total = images, None
+    if isinstance(images, Images):
+        own = images.share(state.process_index, state.num_processes)
+        total = None if own.length is None else math.ceil(own.length / spec.batch_size)
+    batches = map(named, each(own, spec.batch_size))
     seen: list[_Seen] = []
     with eval_mode(dense, pruned), torch.no_grad():
         for batch in track(
@@ -66,7 +79,8 @@ def compare(
                 after = pruned_answers(placed(x_BCHW, pruned))
             require_same_width(after, before)
             seen.append(_Seen.of(kind, before, after, watched, batch.get("labels")))
-    everybodys = distributed.all_gather((seen, own.skipped))
+    of_all = (seen, own.skipped) if isinstance(own, Images) else (seen, 0)
+    everybodys = distributed.all_gather(of_all) if isinstance(own, Images) else [of_all]
     together = [one for theirs, _ in everybodys for one in theirs]
     if not together:
         raise ValueError("data.eval: there is no image to compare the models on")

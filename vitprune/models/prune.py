@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import copy
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -22,12 +23,13 @@ from vitprune.models.hooks import SUBMODULE, Begin, attach
 from vitprune.models.module import Pruning, as_config, is_pruned, pruning_of, quantization_method
 from vitprune.models.structure import examine, find_backbone
 from vitprune.recipe.pruning_spec import METHOD, PruningSpec
+from vitprune.recipe.values import as_spec
 
 _TELLS = "tells_which_part_is_pruned"
 _QUANTIZER_MARKS = ("hf_quantizer", "quantization_method", "is_quantized")
 
 
-def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
+def prune_(model: PreTrainedModel, spec: PruningSpec | Mapping[str, Any]) -> PreTrainedModel:
     """Make a ViT drop tokens, in place.
 
     In eval mode tokens are removed. In train mode all tokens are masked, or, with `model.vitprune.execution =
@@ -38,10 +40,11 @@ def prune_(model: PreTrainedModel, spec: PruningSpec) -> PreTrainedModel:
     it, or under `leave` the mean of the image's remaining patches.
 
     Raises:
-        ValueError: no plain ViT, a stage outside its blocks, or already pruned.
+        ValueError: a spec that says nothing sensible, no plain ViT, a stage outside its blocks, or already pruned.
     """
     if is_pruned(model):
         raise ValueError(f"{type(model).__name__} is pruned already; call vitprune.restore_(model) first")
+    spec = as_spec(PruningSpec, spec)
     _require_plain(model)
     structure = examine(model)
     if Begin.of(structure.backbone) is not None:

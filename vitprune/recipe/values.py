@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -18,6 +18,7 @@ from pydantic import (
     PositiveInt,
     StringConstraints,
     Tag,
+    ValidationError,
     ValidationInfo,
     WithJsonSchema,
 )
@@ -165,3 +166,20 @@ _Fractions = Annotated[Sequence[Fraction], AfterValidator(tuple), Tag(LIST)]
 Blocks = Annotated[_Ints | _AutoOrEvery, _either("auto", "every", form="of block numbers such as [4, 7, 10]")]
 Thresholds = Annotated[_Numbers | _Calibrated, _either("calibrated", form="with a number for every stage")]
 KeepRatios = Annotated[_Fractions | _Calibrated, _either("calibrated", form="with a part such as 65% for every stage")]
+
+
+AnySpec = TypeVar("AnySpec", bound=Spec)
+
+
+def as_spec(kind: type[AnySpec], given: AnySpec | Mapping[str, Any]) -> AnySpec:
+    """A spec, also from a mapping of its keys. Raises ValueError for values that don't fit, TypeError for neither."""
+    if isinstance(given, kind):
+        return given
+    if not isinstance(given, Mapping):
+        raise TypeError(f"{type(given).__name__} is no {kind.__name__}; pass one, or a dict of its keys")
+    try:
+        return kind.model_validate(dict(given), strict=False)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(map(str, first["loc"]))
+        raise ValueError(f"{kind.__name__}: {key}: {first['msg']}") from error
