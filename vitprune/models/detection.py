@@ -31,8 +31,8 @@ def find_backbone(model: PreTrainedModel) -> PreTrainedModel:
     """The innermost module whose forward takes what the model's images come as."""
 
     def takes_images(module: PreTrainedModel) -> bool:
-        name = module.main_input_name
-        return name != "input_ids" and name in inspect.signature(module.forward).parameters
+        name: Any = module.main_input_name
+        return isinstance(name, str) and name != "input_ids" and name in inspect.signature(module.forward).parameters
 
     found = [module for module in model.modules() if isinstance(module, PreTrainedModel) and takes_images(module)]
     return found[-1] if found else model

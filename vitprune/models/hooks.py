@@ -269,10 +269,11 @@ class _Unpack:
     @torch.compiler.disable()
     def __call__(self, module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
         forward = context.current().forward
-        if forward is None:
+        if forward is None or forward.is_unpacked:  # some models norm the pooled token once more
             return None
         if self.norms:
             forward.enter_norm(module.forward)
+        forward.is_unpacked = True
         return forward.unpack(output)
 
 

@@ -57,7 +57,7 @@ class Structure:
         return spec.stages(len(self.blocks))
 
 
-def _unsupported(model: nn.Module, why: str = "is not a ViT that vitprune can prune") -> ValueError:
+def _unsupported(model: nn.Module, why: str = "is no plain ViT") -> ValueError:
     kind = f" (model type '{model.config.model_type}')" if isinstance(model, PreTrainedModel) else ""
     return ValueError(f"{type(model).__name__}{kind} {why}; {_nearest(model) or f'supported are {supported()}'}")
 

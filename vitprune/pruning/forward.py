@@ -26,7 +26,7 @@ class Forward(ABC):
 
     keep_masks: after each stage so far, bool (B, patches): the patches that are still tokens of their own.
     counter: what it cost so far, counted where there are observers; None before the first block.
-    num_tokens: of an image in the dense sequence.
+    num_tokens: of an image in the dense sequence. is_unpacked: whether what follows sees that again.
     """
 
     def __init__(self, policy: Policy, observers: tuple[Observer, ...] = ()) -> None:
@@ -34,6 +34,7 @@ class Forward(ABC):
         self.keep_masks: list[Tensor] = []
         self.counter: CostCounter | None = None
         self.num_tokens = 0
+        self.is_unpacked = False
 
     @abstractmethod
     def enter_block(
