@@ -80,5 +80,5 @@ def test_what_names_its_input_otherwise_is_refused() -> None:
     """OneFormer has a list of inputs."""
     with torch.device("meta"):
         model = hf.OneFormerModel(hf.OneFormerConfig())
-    with pytest.raises(ValueError, match="OneFormerModel .* is no plain ViT"):
+    with pytest.raises(ValueError, match=r"OneFormerModel .* is no plain ViT"):
         vitprune.prune_(model, vitprune.PruningSpec())
