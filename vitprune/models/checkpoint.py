@@ -56,8 +56,8 @@ def _odd(file: str, error: Exception) -> str:
 def model_class(checkpoint: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that a checkpoint was saved from, if vitprune can prune it. Raises ValueError listing what works."""
     place = f"model.checkpoint {checkpoint}"
-    given = config.architectures or []
-    architectures = [given] if isinstance(given, str) else list(given)
+    given: Any = config.architectures
+    architectures = [given] if isinstance(given, str) and given else given if isinstance(given, list) else []
     if not architectures:
         raise ValueError(
             f"{place}: its config.json doesn't say what it was saved from; add the class's name, such as "

@@ -119,7 +119,9 @@ def _task(report: Report) -> str:
 
 
 def _asked(recipe: dict[str, Any], section: str, key: str) -> str | None:
-    return recipe.get(section, {}).get(key)
+    found = recipe.get(section)
+    value = found.get(key) if isinstance(found, dict) else None
+    return value if isinstance(value, str) else None
 
 
 def _is_local(path: str) -> bool:
