@@ -131,6 +131,15 @@ def test_every_public_name_is_in_the_api_page() -> None:
     assert sorted(re.findall(r"heading: vitprune\.(\w+)", text)) == sorted(vitprune.__all__)
 
 
+def test_the_page_of_recipe_keys_is_current() -> None:
+    spec = importlib.util.spec_from_file_location("keys", ROOT / "docs" / "keys.py")
+    assert spec is not None
+    assert spec.loader is not None
+    keys = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(keys)
+    assert keys.PAGE.read_text(encoding="utf-8") == keys.page(), "run `python docs/keys.py`"
+
+
 def test_the_score_of_the_page_is_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/scores.md, carried out; and an image's answer doesn't depend on its batch."""
     monkeypatch.setattr(scores, "SCORES", dict(scores.SCORES))

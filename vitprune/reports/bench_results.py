@@ -10,7 +10,7 @@ from itertools import takewhile
 from pathlib import PurePath
 from typing import Any, Literal
 
-from pydantic import computed_field
+from pydantic import PositiveFloat, computed_field
 
 from vitprune.reports.results import Document, Environment, PairedTiming, Result, Timing
 
@@ -39,7 +39,7 @@ class Case(Setting, PairedTiming):
     batch_size: int
     target: float | None
     attached: Timing
-    macs_ratio: float
+    macs_ratio: PositiveFloat
     dense_peak_memory: int
     attached_peak_memory: int
     pruned_peak_memory: int
@@ -72,7 +72,7 @@ class TrainingStep(Setting, PairedTiming):
     batch_size: int
     execution: Literal["packed", "masked"]
     target: float | None
-    macs_ratio: float
+    macs_ratio: PositiveFloat
     dense_peak_memory: int
     pruned_peak_memory: int
 
@@ -105,7 +105,7 @@ class Verdict(Setting):
     """
 
     target: float | None
-    macs_ratio: float
+    macs_ratio: PositiveFloat
     batch_size: int
     speedup: float
     ideal_speedup: float

@@ -10,7 +10,16 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, computed_field
+from pydantic import (
+    AliasChoices,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    computed_field,
+)
 from typing_extensions import Self
 
 from vitprune.recipe.schema import Task
@@ -54,7 +63,7 @@ class MetricPair(Result):
 class Macs(Result):
     """Multiply-accumulates of one image, patch embedding and head included."""
 
-    dense: float
+    dense: PositiveFloat
     pruned: Distribution
 
     @computed_field
@@ -156,7 +165,7 @@ class Training(Result):
 class Timing(Result):
     """Seconds for one batch, over the repeats."""
 
-    median: float
+    median: PositiveFloat
     fastest: float
     slowest: float
 
@@ -177,8 +186,8 @@ class PairedTiming(Result):
 class Throughput(PairedTiming):
     """Both models on the same batches, in turn. `ideal_speedup`: dense by pruned MACs of those images."""
 
-    batch_size: int
-    ideal_speedup: float
+    batch_size: PositiveInt
+    ideal_speedup: PositiveFloat
 
     @computed_field
     @property
@@ -214,7 +223,7 @@ class MeasuredCosts(Result):
 class Latency(Result):
     """A latency budget and what was measured of it. `predicted`: by the table, for the images that were measured."""
 
-    asked: float
+    asked: PositiveFloat
     predicted: float | None
     batch_size: int
     dense: Timing
