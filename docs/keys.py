@@ -13,8 +13,8 @@ PAGE = Path(__file__).with_name("recipe.md")
 HEAD = """# All keys of a recipe
 
 Written from the schema by `python docs/keys.py`; `vitprune schema` prints it for editors. A key without a default has
-to be there. `--set key=value` sets any of them from the command line. Paths may have `~` and environment variables; local
-ones are seen from the recipe's folder, then from where the command runs, `output.path` from where it runs.
+to be there. `--set key=value` sets any of them from the command line. Paths may have `~` and environment variables;
+local ones are seen from the recipe's folder, then from where the command runs, `output.path` from where it runs.
 """
 WORDS = {"string": "text", "integer": "whole number", "number": "number", "boolean": "true or false", "null": "nothing"}
 
