@@ -121,6 +121,8 @@ def test_what_was_found_out_is_in_the_config_that_is_saved(tmp_path: Path) -> No
     pruning = pruning_of(model)
     pruning.settle(before_blocks=(2, 5))
     pruning.settle(patches=64)
+    with torch.no_grad():
+        pruning.levels.fill_(0.01)
     model.save_pretrained(tmp_path)
     assert model.config.quantization_config == as_config(pruning.spec)
     entry = as_config(pruning.spec)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -460,3 +462,24 @@ def test_a_state_dict_brings_back_thresholds() -> None:
     other = vitprune.prune_(tiny.build("vit"), PruningSpec(**tiny.AS_VIT, dropped="leave"))
     other.load_state_dict(model.state_dict())
     assert_close(logits(other, tiny.images(2)), logits(model, tiny.images(2)), **EXACT)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_a_forgotten_calibration_is_said_once_and_not_saved(tmp_path: Path, training: bool) -> None:
+    model = vitprune.prune_(tiny.build("vit"), PruningSpec()).train(training)
+    with pytest.warns(UserWarning, match=r"nothing is pruned.*call vitprune\.calibrate"):
+        model(tiny.images(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with torch.no_grad():
+            model(tiny.images(2))
+    for save in (model.save_pretrained, lambda path: vitprune.save(model, path)):
+        with pytest.raises(ValueError, match=r"never found.*vitprune\.calibrate.*vitprune\.restore_"):
+            save(tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    vitprune.calibrate(model, [tiny.images(8)], 0.8, progress=False)
+    vitprune.save(model, tmp_path / "out")
+    # all of the MACs is a budget, too
+    whole = vitprune.prune_(tiny.build("vit"), PruningSpec())
+    vitprune.calibrate(whole, [tiny.images(8)], 1.0, progress=False)
+    vitprune.save(whole, tmp_path / "whole")

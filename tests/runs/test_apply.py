@@ -137,7 +137,7 @@ def test_what_is_evaluated_has_to_be_pruned_and_have_the_same_classes(tmp_path: 
     checkpoint = tmp_path / "checkpoint"
     with pytest.raises(ValueError, match=r"checkpoint isn't pruned; name a checkpoint that `vitprune apply` wrote"):
         evaluate(str(checkpoint), asked)
-    model = vitprune.prune_(vitprune.load(checkpoint), asked.pruning)
+    model = vitprune.prune_(vitprune.load(checkpoint), {"before_blocks": [2, 4], "thresholds": [0.01, 0.01]})
     names = model.config.id2label
     assert names is not None
     model.config.id2label = dict(enumerate(reversed(names.values())))

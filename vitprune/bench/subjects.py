@@ -15,11 +15,13 @@ from transformers import PreTrainedModel
 from vitprune.budget.calibration import calibrate
 from vitprune.measure.memory import is_out_of_memory
 from vitprune.models.checkpoint import load
-from vitprune.models.module import KEEPS_ALL, Levels, is_pruned, pruning_of
+from vitprune.models.module import Levels, is_pruned, pruning_of
 from vitprune.models.prune import prune_, restore_
 from vitprune.models.structure import count_tokens, examine
 from vitprune.recipe.errors import first_line
 from vitprune.recipe.schema import PruningSpec, Recipe
+
+NOTHING_IS_BELOW = -1.0  # no score is negative
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,7 @@ class BenchSubjects:
         model = prune_(twin(self.dense), self.spec)
         pruning = pruning_of(model)
         with torch.no_grad():
-            pruning.levels.fill_(KEEPS_ALL if self.spec.select == "threshold" else 1.0)
+            pruning.levels.fill_(NOTHING_IS_BELOW if self.spec.select == "threshold" else 1.0)
         return model
 
     def pruned(self, levels: Levels) -> PreTrainedModel:

@@ -89,6 +89,8 @@ def make_forward(pruning: Pruning, *, training: bool) -> Forward:
     """What carries a forward of the model out, by what it is asked for."""
     asked, policy = context.current(), pruning()
     observers = tuple(t for t in asked.traces if isinstance(t, Trace) and t.pruning is pruning)
+    if not observers and not pruning.was_looked_at:
+        _warn_of_no_calibration(pruning)
     if training and not observers and policy.levels.requires_grad and torch.is_grad_enabled():
         _warn_of_no_budget(pruning)
     if training and pruning.execution == "masked":
@@ -98,6 +100,16 @@ def make_forward(pruning: Pruning, *, training: bool) -> Forward:
     if trains and policy.levels.requires_grad and torch.is_grad_enabled():
         return LearningForward(policy, observers)
     return PackedForward(policy, observers, trains=trains, for_head=asked.for_head)
+
+
+def _warn_of_no_calibration(pruning: Pruning) -> None:
+    pruning.was_looked_at = True
+    if pruning.is_forgotten:
+        warnings.warn(
+            "nothing is pruned: the model's thresholds were never found; call vitprune.calibrate(model, batches, "
+            "budget), or give thresholds in the PruningSpec",
+            stacklevel=2,
+        )
 
 
 def _warn_of_no_budget(pruning: Pruning) -> None:

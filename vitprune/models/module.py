@@ -44,6 +44,7 @@ class Pruning(nn.Module):
         self.execution: Execution = "masked"
         self.latency: Costs | None = None
         self.was_warned = False  # that its thresholds learn without a budget
+        self.was_looked_at = False  # whether they were ever found
         self._make_levels(torch.device("cpu"))
 
     def _make_levels(self, device: torch.device) -> None:
@@ -75,6 +76,13 @@ class Pruning(nn.Module):
         if before_blocks != self.before_blocks:
             self.before_blocks = before_blocks
             self._make_levels(self.levels.device)
+
+    @property
+    def is_forgotten(self) -> bool:
+        """Whether thresholds were to be calibrated and nobody did it, so that everything is kept."""
+        spec = self.spec
+        awaits = spec.select == "threshold" and spec.thresholds == "calibrated" and not self.levels.is_meta
+        return awaits and bool((self.levels == KEEPS_ALL).all())
 
     @property
     def levels(self) -> Tensor:

@@ -99,7 +99,12 @@ def _tell_when_saved() -> None:
 
 
 def _require_savable(model: PreTrainedModel) -> None:
-    """Raise ValueError for weights that a pruned checkpoint can't hold."""
+    """Raise ValueError for a model that would prune nothing, and for weights that a pruned checkpoint can't hold."""
+    if pruning_of(model).is_forgotten:
+        raise ValueError(
+            "the model's thresholds were never found, so it would prune nothing; call vitprune.calibrate(model, "
+            "batches, budget) before it is saved, or vitprune.restore_(model) to save it dense"
+        )
     for name, weight in model.named_parameters():
         if type(weight.data).__module__.startswith("torchao"):
             raise ValueError(
