@@ -106,6 +106,7 @@ def main() -> None:
     parser.add_argument("checkpoint")
     parser.add_argument("data", type=Path)
     parser.add_argument("workdir", type=Path)
+    parser.add_argument("--tasks", nargs="+", default=list(METRICS), choices=METRICS)
     parser.add_argument("--images", type=int, default=1200)
     parser.add_argument("--size", type=int, default=112)
     args = parser.parse_args()
@@ -113,7 +114,8 @@ def main() -> None:
     splits: Any = datasets.load_dataset(str(args.data))
     print("| task | fine-tuned | metric | dense | calibrated | pruned | like the dense model | MACs |")
     print("|---|---|---|---|---|---|---|---|")
-    for task, feature in (("multi-label", List(Value("int64"))), ("regression", Value("float32"))):
+    for task in args.tasks:
+        feature = List(Value("int64")) if task == "multi-label" else Value("float32")
         data, checkpoint = args.workdir / task / "data", args.workdir / task / "dense"
         for seed, (split, count) in enumerate({"train": args.images, "test": args.images // 2}.items()):
             make = pairs if task == "multi-label" else singles
