@@ -16,8 +16,10 @@ install: $(VENV)/.installed  ## Create .venv with vitprune and what its developm
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
-	# torchvision comes with no other package: it has no build for every machine, and timm's tests only import it
+	# torchvision comes with no other package: it has no build for every machine, timm's and torchao's tests only import it
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --target $(VENV)/timm timm torchvision
+	# torchao talks on stderr wherever transformers finds it
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --target $(VENV)/torchao torchao
 	touch $@
 
 demo: install  ## Prune, fine-tune, compare and save a small ViT; offline, under five minutes
@@ -26,9 +28,10 @@ demo: install  ## Prune, fine-tune, compare and save a small ViT; offline, under
 test: install  ## Run the tests, but for the slow ones
 	$(TESTS) --ignore tests/slow
 
-test-slow: install  ## Run tests that start processes, kill runs, compile; and timm's
+test-slow: install  ## Run tests that start processes, kill runs, compile; timm's and torchao's
 	$(TESTS) --dist loadfile tests/slow  # one at a time of those that want the same port
 	$(TESTS) integrations/timm
+	$(TESTS) integrations/torchao
 
 test-oldest: install  ## Run the tests with the oldest versions that pyproject.toml allows, in .venv-oldest
 	$(PYTHON) -m venv .venv-oldest

@@ -85,7 +85,8 @@ def test_every_form_gives_the_plain_runs_result(
     assert out.count("Patches kept") == 1
     weights, comparison = result(tmp_path)
     assert_close(weights, plain[0], **SAME)
-    assert_close(comparison, plain[1], **SAME)
+    assert comparison.pop("answers") == "single-label"
+    assert_close(comparison, {key: value for key, value in plain[1].items() if key != "answers"}, **SAME)
     assert not place_of(tmp_path / "out").exists()
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,16 @@ import pytest
 import tiny
 import torch
 from torch.testing import assert_close
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig, Int8WeightOnlyConfig, quantize_
 from transformers import PreTrainedModel
 
 import vitprune
-from vitprune.models.module import pruning_of
+
+torchao: Any = importlib.import_module("torchao.quantization")  # there for these tests alone
+quantize_ = torchao.quantize_
 
 KINDS: dict[str, Any] = {
-    "weights": Int8WeightOnlyConfig,
-    "weights and activations": Int8DynamicActivationInt8WeightConfig,
+    "weights": torchao.Int8WeightOnlyConfig,
+    "weights and activations": torchao.Int8DynamicActivationInt8WeightConfig,
 }
 # int8 rounds where float32 goes on, so a rounding of float32 may become one of int8
 BUDGET, CLOSE = 0.7, 0.01
@@ -71,8 +73,8 @@ def test_the_quantised_model_can_be_pruned(kind: str) -> None:
 @pytest.mark.parametrize("own", [False, True], ids=["save_pretrained", "vitprune.save"])
 def test_what_is_quantised_is_not_half_saved(tmp_path: Path, own: bool) -> None:
     model = pruned("vit")
-    quantize_(model, Int8WeightOnlyConfig())
+    quantize_(model, torchao.Int8WeightOnlyConfig())
     with pytest.raises(ValueError, match=r"is quantised \(torchao's Int8Tensor\).*save before quantize_"):
         vitprune.save(model, tmp_path / "saved") if own else model.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
-    assert pruning_of(model).levels.isfinite().all()
+    assert vitprune.pruning_of(model).levels.isfinite().all()
