@@ -33,8 +33,9 @@ def dotted(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def rooms_page() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("rooms", ROOT / "docs" / "rooms.py")
+def script(name: str) -> ModuleType:
+    """One of those that write pages."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -43,7 +44,7 @@ def rooms_page() -> ModuleType:
 
 
 def test_contributing_has_the_rooms_that_are_checked() -> None:
-    rooms, text = rooms_page(), (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rooms, text = script("rooms"), (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
     assert rooms.page(text) == text, "run `python docs/rooms.py`"
 
 
@@ -132,20 +133,19 @@ def test_every_public_name_is_in_the_api_page() -> None:
 
 
 def test_the_page_of_recipe_keys_is_current() -> None:
-    spec = importlib.util.spec_from_file_location("keys", ROOT / "docs" / "keys.py")
-    assert spec is not None
-    assert spec.loader is not None
-    keys = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(keys)
+    keys = script("keys")
     assert keys.PAGE.read_text(encoding="utf-8") == keys.page(), "run `python docs/keys.py`"
+
+
+def code_of(page: str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
 
 
 def test_the_score_of_the_page_is_a_score(monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/scores.md, carried out; and an image's answer doesn't depend on its batch."""
     monkeypatch.setattr(scores, "SCORES", dict(scores.SCORES))
     monkeypatch.setattr("vitprune.pruning.selection.SCORES", scores.SCORES)
-    page = (ROOT / "docs" / "scores.md").read_text(encoding="utf-8")
-    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    (code,) = code_of("scores.md")
     exec(compile(code, "docs/scores.md", "exec"), {"__name__": "page"})
     spec = tiny.POLICIES["as-vit-merge"].model_copy(update={"score": "surprise", "thresholds": (0.4, 0.5)})
     model, x = vitprune.prune_(tiny.build("vit"), spec), tiny.images(4)
@@ -168,9 +168,7 @@ def test_a_room_without_torch_imports_none() -> None:
 def test_the_page_on_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/python.md, from top to bottom, but for what needs torchao: integrations/torchao tests that."""
     monkeypatch.chdir(tmp_path)
-    page = (ROOT / "docs" / "python.md").read_text(encoding="utf-8")
-    parts = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    code = "\n".join(part for part in parts if "torchao" not in part)
+    code = "\n".join(part for part in code_of("python.md") if "torchao" not in part)
     torch.manual_seed(0)
     names: dict[str, Any] = {"__name__": "page"}
     exec(compile(code, "docs/python.md", "exec"), names)

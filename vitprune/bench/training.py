@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 
 from vitprune.bench.subjects import BenchSubjects, Levels, twin
+from vitprune.data.labels import blank_labels
 from vitprune.finetuning.step import TrainStep
 from vitprune.finetuning.student import Seen, Student
 from vitprune.finetuning.thresholds import ThresholdTraining
@@ -60,7 +61,10 @@ class Step:
 
     def __call__(self, x_BCHW: Tensor) -> None:
         # whatever the labels, the work is the same
-        batch = {"pixel_values": x_BCHW, "labels": _labels(self.train_step.teacher, len(x_BCHW))}
+        teacher = self.train_step.teacher
+        has_ids = teacher.kind.name == "single-label"
+        labels = blank_labels(len(x_BCHW), teacher.model.config.num_labels, has_ids=has_ids)
+        batch = {"pixel_values": x_BCHW, "labels": labels}
         record = self.train_step([batch], STEP)
         assert record is not None
         self.ratios.append(record["ratio"])
@@ -160,10 +164,3 @@ def measure_training(
         for target in levels
         for name in (_name(execution, target),)
     ]
-
-
-def _labels(answers: ImageModel, images: int) -> Tensor:
-    """Some that the model's task loss takes."""
-    if answers.kind.name == "single-label":
-        return torch.zeros(images, dtype=torch.long)
-    return torch.zeros(images, answers.model.config.num_labels or 1)

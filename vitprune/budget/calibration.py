@@ -19,13 +19,14 @@ from transformers import PreTrainedModel
 from vitprune.budget.schedule import STRONGEST, Schedule, Tried, search, unreachable
 from vitprune.data.batches import Batches, each, without_labels
 from vitprune.measure.outputs import ImageModel
+from vitprune.measure.timing import placed
 from vitprune.models.hooks import pruned_part
 from vitprune.models.module import Pruning, pruning_of
 from vitprune.models.structure import Inputs, first_image, run_on_images
 from vitprune.models.trace import Trace, eval_mode, trace, watching
 from vitprune.recipe.values import Fraction
 
-FRACTION = TypeAdapter[float](Fraction)
+_FRACTION = TypeAdapter[float](Fraction)
 # how near the calibrated ratio of costs has to come to the budget
 TOLERANCE = 0.002
 MAX_PASSES = 10
@@ -158,17 +159,16 @@ def scale_to_budget(model: nn.Module, batches: Batches, budget: float | str, *, 
 
 def _listed(batches: Batches, model: PreTrainedModel) -> list[Inputs]:
     """The batches one by one, where the model is, without labels. Raises TypeError for what holds no images."""
-    dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
 
-    def placed(values: Tensor) -> Tensor:
-        return values.to(model.device, dtype if values.is_floating_point() else None)
+    def there(values: Tensor) -> Tensor:  # masks and shapes stay whole numbers
+        return placed(values, model) if values.is_floating_point() else values.to(model.device)
 
     found: list[Inputs] = []
     for batch in map(without_labels, each(batches)):
         if isinstance(batch, Tensor):
-            found.append(placed(batch))
+            found.append(there(batch))
         else:
-            found.append({name: placed(x) if isinstance(x, Tensor) else x for name, x in batch.items()})
+            found.append({name: there(x) if isinstance(x, Tensor) else x for name, x in batch.items()})
     return found
 
 
@@ -181,22 +181,19 @@ def _checked(batches: Sequence[Inputs], budget: float | str) -> float:
 def read_budget(budget: float | str) -> float:
     """A part of the dense model's cost, as a number. Raises ValueError for what is none."""
     try:
-        part = FRACTION.validate_python(budget)
+        return _FRACTION.validate_python(budget)
     except ValidationError:
-        part = 0.0
-    if not 0 < part <= 1:
-        raise ValueError(
-            f"budget is {budget!r}, should be a part of the dense MACs above 0 and at most 1, such as 0.65 or '65%'"
-        )
-    return part
+        text = f"budget is {budget!r}, should be a part of the dense MACs above 0 and at most 1, such as 0.65 or '65%'"
+        raise ValueError(text) from None
 
 
 @torch.no_grad()
 def mean_ratio(model: nn.Module, batches: Batches) -> float:
     """Cost of the pruned pass ÷ that of the dense pass, averaged over the images of `batches`, as for `calibrate`."""
     with trace(model) as watched:
-        for inputs in _listed(batches, pruned_part(model)):
-            run_on_images(pruned_part(model), inputs)
+        part = pruned_part(model)
+        for inputs in _listed(batches, part):
+            run_on_images(part, inputs)
     return watched.ratio
 
 

@@ -117,11 +117,9 @@ def _folders(data: DataSpec, rows: Dataset | IterableDataset, image: str, place:
     root = Path(data.path).expanduser()
     if not root.is_dir() or not isinstance(rows, Dataset) or not isinstance(rows.features[image], Image):
         return ()
-    paths = [
-        Path(row["path"])
-        for row in rows.select_columns([image]).cast_column(image, Image(decode=False))[image]
-        if row["path"] and Path(row["path"]).is_relative_to(root.absolute())
-    ]
+    chunks = rows.data.column(image).chunks
+    written = [path for chunk in chunks for path in chunk.field("path").to_pylist()]  # without the pictures' bytes
+    paths = [Path(path) for path in written if path and Path(path).is_relative_to(root.absolute())]
     for depth in range(1, 4):
         names = sorted({path.parents[depth - 1].name for path in paths if len(path.parents) > depth})
         if len(names) > 1:

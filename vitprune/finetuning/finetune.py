@@ -117,7 +117,7 @@ def finetune(
         raise ValueError("the teacher is the model itself; pass the dense model, or a copy of it from before prune_")
     require_same_kind(answers, taught_by)
     require_thresholds(pruning_of(model).spec, spec)
-    require_trainable(images, spec, model, takes_labels=answers.kind.name != "embedding")
+    require_trainable(images, spec, model, takes_labels=answers.kind.takes_labels)
     if not pruning_of(model).levels.isfinite().all():
         raise ValueError("thresholds have no start to learn from; call calibrate first, or give them in the spec")
     state = distributed.init()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 from torch.nn import functional as F
 
-from vitprune.measure.answers import AnswerKind, Embedding
+from vitprune.measure.answers import AnswerKind
 from vitprune.recipe.schema import LossWeights
 
 LOSSES = ("task", "distillation", "tokens")
@@ -32,7 +32,7 @@ def answer_losses(
 ) -> dict[str, Tensor]:
     """What training minimises beside the budget, weighted: task (labels) and distillation (a teacher)."""
     losses = {}
-    if labels is not None and weights.task and not isinstance(kind, Embedding):
+    if labels is not None and weights.task and kind.takes_labels:
         losses["task"] = weights.task * kind.task_loss(answers_BC, labels)
     if taught_BC is not None and weights.distillation:
         losses["distillation"] = weights.distillation * kind.distance(answers_BC, taught_BC)

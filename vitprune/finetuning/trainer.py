@@ -7,6 +7,7 @@ from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
+import torch
 import transformers
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
@@ -87,7 +88,7 @@ class TrainerCallback(transformers.TrainerCallback):
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Follow the ratio that all processes have seen in this step."""
         assert self._training is not None
-        own = [float(ratio) for ratios in self._since for ratio in ratios]
+        own = torch.cat(self._since).tolist() if self._since else []
         self._since.clear()
         seen = [ratio for ratios in distributed.all_gather(own) for ratio in ratios]
         if seen:

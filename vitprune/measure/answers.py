@@ -26,12 +26,14 @@ PROBLEM_TYPES: Mapping[Task, Literal["single_label_classification", "multi_label
 class AnswerKind(ABC):
     """What follows from what the numbers of an answer are.
 
-    unit: what `distance` is measured in. described: what a model answers with.
+    unit: what `distance` is measured in. described: what a model answers with. takes_labels: whether there is a task to
+    learn from them.
     """
 
     name: ClassVar[Task | Literal["embedding"]]
     unit: ClassVar[str]
     described: ClassVar[str]
+    takes_labels: ClassVar[bool] = True
 
     @abstractmethod
     def task_loss(self, answers_BC: Tensor, labels: Tensor) -> Tensor:
@@ -117,6 +119,7 @@ class Embedding(AnswerKind):
     name = "embedding"
     unit = "1 - cosine"
     described = "embeddings, having no classes"
+    takes_labels = False
 
     def task_loss(self, answers_BC: Tensor, labels: Tensor) -> Tensor:
         """Raise TypeError: nothing says what an embedding should be."""

@@ -79,8 +79,7 @@ def compare(
                 after = pruned_answers(placed(x_BCHW, pruned))
             require_same_width(after, before)
             seen.append(_Seen.of(kind, before, after, watched, batch.get("labels")))
-    of_all = (seen, own.skipped) if isinstance(own, Images) else (seen, 0)
-    everybodys = distributed.all_gather(of_all) if isinstance(own, Images) else [of_all]
+    everybodys = distributed.all_gather((seen, own.skipped)) if isinstance(own, Images) else [(seen, 0)]
     together = [one for theirs, _ in everybodys for one in theirs]
     if not together:
         raise ValueError("data.eval: there is no image to compare the models on")
@@ -108,8 +107,7 @@ class _Seen:
     @classmethod
     def of(cls, kind: AnswerKind, dense: Tensor, pruned: Tensor, watched: Trace, labels: Tensor | None) -> _Seen:
         finite_B = (_are_finite(dense), _are_finite(pruned))
-        dense, pruned = dense.detach(), pruned.detach()
-        wanted = kind.name == "regression" or (labels is not None and kind.name != "embedding")
+        wanted = kind.name == "regression" or (labels is not None and kind.takes_labels)
         return cls(
             macs_B=watched.macs.cpu(),
             dense_macs_B=watched.dense_macs.cpu(),

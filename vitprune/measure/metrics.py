@@ -108,9 +108,9 @@ class MeanAveragePrecision(ScoredMetric):
         there_C = has_BC.any(0)
         if not there_C.any():
             return 0.0
-        finite_BC = np.nan_to_num(answers, nan=-np.inf)
-        lowest = np.min(finite_BC, initial=0.0, where=np.isfinite(finite_BC)) - 1.0  # what is no number comes last
-        ranked_BC = np.where(np.isfinite(answers), answers, lowest)
+        finite_BC = np.isfinite(answers)
+        lowest = np.min(answers, initial=0.0, where=finite_BC) - 1.0
+        ranked_BC = np.where(finite_BC, answers, lowest)  # what is no number comes last
         return float(average_precision_score(has_BC[:, there_C], ranked_BC[:, there_C], average="macro"))
 
 

@@ -25,8 +25,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES
 
 from vitprune.models.families import supported
+from vitprune.models.hooks import SUBMODULE
 from vitprune.models.module import is_pruned
-from vitprune.models.prune import SUBMODULE
 from vitprune.models.structure import Structure, examine
 from vitprune.recipe.errors import first_line
 from vitprune.runtime.files import GIB, beside, contents, require_name_fits

@@ -68,7 +68,8 @@ class PruningQuantizer(HfQuantizer):
             )
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
-        from vitprune.models.prune import SUBMODULE, prune_
+        from vitprune.models.hooks import SUBMODULE
+        from vitprune.models.prune import prune_
 
         if self.pre_quantized:
             entry = vars(self.quantization_config)

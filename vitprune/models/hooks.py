@@ -17,7 +17,7 @@ from transformers.utils.generic import ModelOutput
 
 from vitprune.models import context
 from vitprune.models.block import NAME, BlockForward, pack_rope
-from vitprune.models.module import Pruning, in_force
+from vitprune.models.module import Pruning, in_force, not_pruned
 from vitprune.models.structure import Structure
 from vitprune.models.trace import Trace
 from vitprune.pruning.forward import Forward, PackedForward
@@ -69,7 +69,7 @@ def pruned_part(model: nn.Module) -> PreTrainedModel:
     """
     begin = Begin.of(model)
     if begin is None:
-        raise ValueError(f"{type(model).__name__} isn't pruned; call vitprune.prune_(model, spec) first")
+        raise not_pruned(model)
     return begin.model
 
 

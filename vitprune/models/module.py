@@ -177,10 +177,15 @@ def pruning_of(model: nn.Module) -> Pruning:
     Raises:
         ValueError: the model isn't pruned.
     """
-    found = next((in_force(module) for module in model.modules() if in_force(module) is not None), None)
+    found = next((found for module in model.modules() if (found := in_force(module)) is not None), None)
     if found is None:
-        raise ValueError(f"{type(model).__name__} isn't pruned; call vitprune.prune_(model, spec) first")
+        raise not_pruned(model)
     return found
+
+
+def not_pruned(model: nn.Module) -> ValueError:
+    """What to raise for a model that should be."""
+    return ValueError(f"{type(model).__name__} isn't pruned; call vitprune.prune_(model, spec) first")
 
 
 def in_force(module: nn.Module) -> Pruning | None:

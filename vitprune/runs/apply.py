@@ -23,14 +23,14 @@ from vitprune.finetuning.state import States
 from vitprune.finetuning.tracking import TrackerContext
 from vitprune.measure.compare import compare
 from vitprune.measure.throughput import describe_environment, measure_throughput
-from vitprune.models.checkpoint import require_free, require_room, save
+from vitprune.models.checkpoint import require_room, save
 from vitprune.models.module import Levels, pruning_of
 from vitprune.recipe.schema import Recipe
 from vitprune.reports.model_card import model_card
 from vitprune.reports.results import Comparison, Latency, Report, ScheduleSearch, Training, TriedSchedule
 from vitprune.reports.run_report import shortfall
 from vitprune.runs.inputs import RunInputs, flat, moved
-from vitprune.runs.resume import RunFolder, was_saved
+from vitprune.runs.resume import RunFolder, require_output, was_saved
 from vitprune.runtime import distributed, signals
 from vitprune.runtime.files import sibling
 
@@ -79,7 +79,7 @@ def apply(recipe: Recipe, *, restart: bool = False) -> Report:
 
 def _require_free(recipe: Recipe, output: Path) -> None:
     """Before anything is loaded. What the main process has written may be no obstacle to others that are late."""
-    distributed.on_main(lambda: require_free(output, overwrite=recipe.output.overwrite or was_saved(output)))
+    distributed.on_main(lambda: require_output(output, overwrite=recipe.output.overwrite))
 
 
 def evaluate(checkpoint: str, recipe: Recipe) -> Report:

@@ -18,7 +18,7 @@ from typing_extensions import Self
 
 from vitprune.data.images import Images, load_images
 from vitprune.finetuning.finetune import require_trainable
-from vitprune.measure.answers import KINDS, task_of
+from vitprune.measure.answers import KINDS, AnswerKind
 from vitprune.measure.metrics import metrics_of
 from vitprune.measure.outputs import ImageModel, declare_task, embed_classes, has_head, is_two_towers
 from vitprune.models.checkpoint import digest_weights, load, load_processor, load_tokenizer
@@ -166,7 +166,7 @@ def prepare(recipe: Recipe, dense: PreTrainedModel) -> None:
         except ValueError as error:
             raise RecipeError([Problem(("model", "task"), str(error))]) from error
     try:
-        metrics_of(ImageModel(dense).kind if spec.prompt is None else KINDS["single-label"], metrics)
+        metrics_of(_kind(recipe, dense), metrics)
     except ValueError as error:
         raise RecipeError([Problem(("evaluate", "metrics"), str(error))]) from error
 
@@ -174,7 +174,7 @@ def prepare(recipe: Recipe, dense: PreTrainedModel) -> None:
 def require_training_images(recipe: Recipe, dense: PreTrainedModel, train: Images) -> tuple[Images, Images]:
     """Those to train on, and those held out. Raises ValueError where images, losses and model don't go together."""
     assert recipe.finetune is not None
-    require_trainable(train, recipe.finetune, dense, takes_labels=_takes_labels(recipe, dense))
+    require_trainable(train, recipe.finetune, dense, takes_labels=_kind(recipe, dense).takes_labels)
     return train.holdout(recipe.finetune.holdout, recipe.seed)
 
 
@@ -187,8 +187,9 @@ def _require_device(recipe: Recipe, device: torch.device) -> None:
         raise RecipeError([Problem(("budget", "device"), text)])
 
 
-def _takes_labels(recipe: Recipe, dense: PreTrainedModel) -> bool:
-    return recipe.model.prompt is not None or has_head(dense)
+def _kind(recipe: Recipe, dense: PreTrainedModel) -> AnswerKind:
+    """How answers are judged; a prompt makes classes of them."""
+    return ImageModel(dense).kind if recipe.model.prompt is None else KINDS["single-label"]
 
 
 def _embed_classes(
@@ -206,12 +207,18 @@ def _embed_classes(
 
 def read_images(recipe: Recipe, processor: BaseImageProcessor, dense: PreTrainedModel, split: SplitSpec) -> Images:
     """Labels are the model's classes; without a head they are those of the data; of no use without a prompt."""
-    labels, task = None, "single-label"
+    labels, kind = None, _kind(recipe, dense)
     if has_head(dense):
         labels = {int(index): name for index, name in (dense.config.id2label or {}).items()}
-        task = task_of(dense.config)
-    labelled = _takes_labels(recipe, dense)
-    return load_images(recipe.data, split, processor, id2label=labels, labelled=labelled, task=task, seed=recipe.seed)
+    return load_images(
+        recipe.data,
+        split,
+        processor,
+        id2label=labels,
+        labelled=kind.takes_labels,
+        task="single-label" if kind.name == "embedding" else kind.name,
+        seed=recipe.seed,
+    )
 
 
 def moved(model: PreTrainedModel, to: torch.device | torch.dtype | None) -> PreTrainedModel:

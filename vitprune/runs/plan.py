@@ -11,7 +11,7 @@ from vitprune.budget.calibration import TOLERANCE
 from vitprune.budget.schedule import MOST_TRIES, Schedule, unreachable
 from vitprune.data.decoding import blank_image
 from vitprune.data.source import require_splits
-from vitprune.models.checkpoint import load_config, load_processor, model_class, outline, require_free
+from vitprune.models.checkpoint import load_config, load_processor, model_class, outline
 from vitprune.models.module import spec_of
 from vitprune.models.structure import count_tokens, require_images
 from vitprune.pruning.costs import CostModel
@@ -21,7 +21,7 @@ from vitprune.recipe.schema import Recipe
 from vitprune.reports.results import Plan, PlanRow
 from vitprune.reports.run_report import plan_steps
 from vitprune.runs.inputs import prepare, read_images, require_training_images, with_policy_of
-from vitprune.runs.resume import was_saved
+from vitprune.runs.resume import require_output
 
 
 def plan(recipe: Recipe) -> Plan:
@@ -90,7 +90,7 @@ def _require_data(recipe: Recipe, model: PreTrainedModel, processor: BaseImagePr
 
 def _obstacle(output: Path, overwrite: bool) -> str | None:
     try:
-        require_free(output, overwrite=overwrite or was_saved(output))
+        require_output(output, overwrite=overwrite)
     except ValueError as error:
         return str(error)
     return None

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 from typing_extensions import Self
 
+from vitprune.models.checkpoint import require_free
 from vitprune.runtime import distributed
 from vitprune.runtime.files import beside, write_whole
 
@@ -31,6 +32,11 @@ _OWNER = "owner.txt"
 
 def place_of(output: Path) -> Path:
     return beside(output, "run")
+
+
+def require_output(output: Path, *, overwrite: bool) -> None:
+    """Raise ValueError where the output of a run may not be written; its own, from before it was interrupted, may."""
+    require_free(output, overwrite=overwrite or was_saved(output))
 
 
 def was_saved(output: Path) -> bool:
