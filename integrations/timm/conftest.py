@@ -9,7 +9,7 @@ import torch
 
 HERE = Path(__file__).parent
 TESTS = HERE.parents[1] / "tests"
-sys.path += [str(TESTS / "support"), str(TESTS / "contract"), str(Path(sys.prefix) / "timm")]
+sys.path += [str(TESTS / "support"), str(TESTS / "contract"), str(HERE), str(Path(sys.prefix) / "timm")]
 
 # torchvision's Python part asks for these on import; nothing here calls them
 LIBRARY = torch.library.Library("torchvision", "DEF")

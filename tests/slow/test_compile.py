@@ -8,6 +8,7 @@ import pytest
 import tiny
 import torch
 from tiny import Tolerance
+from torch._dynamo.convert_frame import FRAME_COMPILE_COUNTER
 from torch._dynamo.utils import counters
 from torch.testing import assert_close
 
@@ -22,6 +23,7 @@ FAMILIES = ["vit", "dinov2", "dinov3", "beit", "deit"]
 def _nothing_compiled() -> Iterator[None]:
     torch._dynamo.reset()
     counters.clear()
+    FRAME_COMPILE_COUNTER.clear()
     yield
     torch._dynamo.reset()
 
@@ -48,3 +50,18 @@ def test_a_compiled_model_gives_the_same_answers_and_compiles_once(family: str, 
     assert graphs[0] > 0
     # images keep different numbers of tokens in every batch; one graph more is for those that all keep as many
     assert graphs[-1] <= graphs[1] + 1
+
+
+@pytest.mark.parametrize("family", [*FAMILIES, "siglip"])
+def test_few_batch_sizes_compile_anything(family: str) -> None:
+    """The dense model compiles at the first size and, with dynamic shapes, at the second."""
+    model = vitprune.prune_(tiny.build(family), tiny.POLICIES["redundancy-merge"]).eval()
+    model.compile(backend="eager")
+    seen: list[int] = []
+    with torch.no_grad():
+        for size in (1, 2, 3, 5, 8, 13, 16, 32):
+            tiny.forward(model, tiny.inputs(family, size))
+            seen.append(sum(FRAME_COMPILE_COUNTER.values()))
+    assert 0 < seen[0]
+    assert len(set(seen)) <= 2 + 2
+    assert max(FRAME_COMPILE_COUNTER.values()) < torch._dynamo.config.recompile_limit

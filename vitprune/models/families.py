@@ -4,9 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+from torch import nn
 from transformers import PreTrainedModel
+
+
+class Stem(NamedTuple):
+    """What makes `patches` patches of an image of some (channels, height, width)."""
+
+    module: nn.Module
+    image: tuple[int, int, int]
+    patches: int
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,7 @@ class Family:
     inner: timm's model inside transformers' wrapper: state dicts have its names, and it checkpoints in its own way.
     pooling: the `nn.MultiheadAttention` by which the head pools patches.
     heads: number of heads and head width.
+    stem: what makes patches of images, where that is more than one convolution of a patch each.
     reads_patches: whether the model's answer depends on the patches behind the last block; to say so is never wrong.
     """
 
@@ -42,6 +52,7 @@ class Family:
     media: Literal["images", "images of several shapes", "videos", "sounds"] = "images"
     pooling: str | None = None
     heads: Callable[[PreTrainedModel], tuple[int, int]] = lambda backbone: _heads_of_config(backbone)
+    stem: Callable[[PreTrainedModel], Stem | None] = lambda backbone: None
     reads_patches: Callable[[PreTrainedModel], bool] = lambda model: True
 
 
@@ -71,9 +82,24 @@ def _timm(backbone: PreTrainedModel) -> Any:
     return backbone.get_submodule("timm_model")
 
 
+def attention_of_timm(block: nn.Module) -> Any:
+    """The one module of a block of timm's that attends, as in a plain vision transformer; None where it is another."""
+    attending = [module for module in block.modules() if hasattr(module, "fused_attn")]
+    is_plain = [type(module).__name__ for module in attending] in (["Attention"], ["ParallelScalingBlock"])
+    return attending[0] if is_plain else None
+
+
 def _heads_of_timm(backbone: PreTrainedModel) -> tuple[int, int]:
-    attention = _timm(backbone).blocks[0].attn
+    attention = attention_of_timm(_timm(backbone).blocks[0])
     return attention.num_heads, attention.head_dim
+
+
+def _stem_of_timm(backbone: PreTrainedModel) -> Stem | None:
+    embedding = _timm(backbone).patch_embed
+    if not hasattr(embedding, "backbone"):
+        return None
+    channels = next(module.in_channels for module in embedding.modules() if isinstance(module, nn.Conv2d))
+    return Stem(embedding, (channels, *embedding.img_size), embedding.num_patches)
 
 
 # by the model type of the backbone
@@ -153,6 +179,7 @@ FAMILIES = {
         has_interface=False,
         inner="timm_model",
         heads=_heads_of_timm,
+        stem=_stem_of_timm,
         reads_patches=lambda model: _all_but_class_heads(model) or _timm(model).global_pool != "token",
     ),
 }

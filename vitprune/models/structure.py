@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import PreTrainedModel
 
 from vitprune.models.detection import detect, find_backbone, find_blocks
-from vitprune.models.families import FAMILIES, Family, supported
+from vitprune.models.families import FAMILIES, Family, Stem, attention_of_timm, supported
 from vitprune.pruning.costs import CostModel
 from vitprune.recipe.errors import Problem, RecipeError
 from vitprune.recipe.schema import PruningSpec
@@ -104,6 +107,11 @@ def examine(model: nn.Module) -> Structure:
         wrapped: Any = backbone.get_submodule(family.inner)
         if type(wrapped).__name__ != "VisionTransformer" or wrapped.attn_pool is not None:
             raise _unsupported(model, f"wraps timm's {type(wrapped).__name__}, no VisionTransformer that pools plainly")
+        for block in wrapped.blocks:
+            if attention_of_timm(block) is None:
+                raise _unsupported(
+                    model, f"wraps blocks of timm's {type(block).__name__} that don't attend once, plainly"
+                )
     elif not family.has_interface and backbone.config._attn_implementation == "eager":
         raise ValueError(f"{type(model).__name__} has eager attention; load it with attn_implementation='sdpa'")
     return _dissect(model, backbone, family)
@@ -116,7 +124,7 @@ def _detected(model: PreTrainedModel, backbone: PreTrainedModel) -> Family:
         raise _unsupported(model)
     cost = _cost(found.twin, find_blocks(found.twin), *found.family.heads(found.twin))
     if cost.dense(found.patches, found.family.num_prefix_tokens(found.twin)) != found.macs:
-        raise _unsupported(model, "works on its patches outside its blocks in a way that vitprune doesn't know")
+        raise _unsupported(model, "works on its patches outside its blocks, too")
     return found.family
 
 
@@ -164,19 +172,24 @@ def _dissect(
         inner=backbone.get_submodule(family.inner) if family.inner is not None else None,
         num_prefix_tokens=prefix,
         has_class_token=family.has_class_token(backbone),
-        cost=_cost(model, blocks, *family.heads(backbone), read),
+        cost=_cost(model, blocks, *family.heads(backbone), read, family.stem(backbone)),
         is_generic=is_generic,
     )
 
 
 def _cost(
-    model: PreTrainedModel, blocks: tuple[nn.Module, ...], heads: int, head_width: int, read: int | None = None
+    model: PreTrainedModel,
+    blocks: tuple[nn.Module, ...],
+    heads: int,
+    head_width: int,
+    read: int | None = None,
+    stem: Stem | None = None,
 ) -> CostModel:
     """Linear layers inside blocks work on every token. Outside, embeddings and the keys and values of a pooling head
     work on every patch, other linear layers once an image. A text tower isn't counted.
     """
-    inside = {id(module) for block in blocks for module in block.modules()}
-    patch = head = 0
+    patch, head = 0 if stem is None else _stem_macs(stem) / stem.patches, 0
+    inside = {id(module) for part in (*blocks, *(() if stem is None else (stem.module,))) for module in part.modules()}
     for name, module in model.named_modules():
         if id(module) in inside or name.startswith("text_"):
             continue
@@ -199,6 +212,13 @@ def _cost(
         read=read,
         projections=0 if read is None else 3 * heads * head_width * _hidden_size(blocks[-1]),
     )
+
+
+def _stem_macs(stem: Stem) -> int:
+    """Of one image, counted on the meta device."""
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        copy.deepcopy(stem.module).to("meta").eval()(torch.empty(1, *stem.image, device="meta"))
+    return counter.get_total_flops() // 2
 
 
 def _hidden_size(block: nn.Module) -> int:

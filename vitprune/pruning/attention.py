@@ -213,6 +213,7 @@ class LastBlockAttention(Attention):
             block(hidden_states, *args, **kwargs)
         return block(self.read_tokens(hidden_states), *args, **kwargs)
 
+    @torch.compiler.disable()  # reads lists of lengths, and would be compiled for each
     def read_tokens(self, hidden_states: Tensor) -> Tensor:
         """Hidden states of the tokens that are read, (B, read, D)."""
         if self.batch is None:

@@ -27,7 +27,7 @@ class CostModel:
     linear: for each block, MACs of its linear layers for one token (12·D² in a plain ViT).
     width: H·K, the width of queries and keys.
     head_width: K.
-    patch: MACs of embedding one patch.
+    patch: MACs of embedding one patch; of a convolutional stem, its part.
     head: MACs of everything applied once an image (classifier, pooler).
     read: of how many tokens of an image the head reads the last block's output; None: of all.
     projections: of the last block, MACs of queries, keys and values for one token; 0 without `read`.
@@ -36,7 +36,7 @@ class CostModel:
     linear: tuple[int, ...]
     width: int
     head_width: int
-    patch: int
+    patch: float
     head: int
     read: int | None = None
     projections: int = 0
