@@ -16,7 +16,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import TimmWrapperForImageClassification
 
 import vitprune
-from vitprune.models.module import pruning_of
 
 FILES = {name: _registry._model_to_module[name] for name in timm.list_models()}
 WITH_PLAIN_ONES = ("vision_transformer", "vision_transformer_hybrid", "deit", "vitamin")
@@ -67,7 +66,7 @@ def test_a_plain_one_is_right(name: str) -> None:
     tolerance = suite.OF_LARGEST if model.timm_model.patch_embed.__class__.__name__ == "PatchEmbed" else OF_CONVOLUTIONS
     torch.testing.assert_close(trace.dense_macs.sum().item(), counter.get_total_flops() / 2, **suite.COUNTED)
     torch.testing.assert_close(answers / expected.largest, expected.answers / expected.largest, **tolerance)
-    pruning_of(model).thresholds.data.fill_(-1)
+    vitprune.pruning_of(model).thresholds.data.fill_(-1)
     torch.testing.assert_close(suite.run(model, x)[0] / expected.largest, of_dense / expected.largest, **tolerance)
 
 

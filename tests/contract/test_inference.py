@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from suite import (
+    ARCHETYPES,
     ARCHETYPES_AND_POLICIES,
     COUNTED,
     EXACT,
@@ -64,6 +65,10 @@ def test_inference(family: str, policy: str, monkeypatch: pytest.MonkeyPatch) ->
         same(*run(model, x))
         patch.setattr(packed_attention, "kernel_for", lambda *_: "padded")  # as on other devices
         same(*run(model, x))
+    if family == ARCHETYPES[0] or (family in ARCHETYPES and policy == "redundancy-merge"):
+        with monkeypatch.context() as patch:
+            tiny.in_triton(patch)  # as on CUDA
+            same(*run(model, x))
     with monkeypatch.context() as patch:
         # without the published eps masks are the same function; test_golden.py has the eps
         patch.setattr(masked, "EPS", 0.0)

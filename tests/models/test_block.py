@@ -21,7 +21,7 @@ from written_out import batch_of
 
 import vitprune
 from vitprune.models import context
-from vitprune.models.block import BlockForward, pack_rope
+from vitprune.models.block import BlockForward, pack_rope, rope_of_all
 from vitprune.models.module import pruning_of
 from vitprune.models.structure import examine
 from vitprune.pruning.attention import Attention, DenseAttention, StatsRequest
@@ -232,7 +232,7 @@ def test_rotary_tables_go_by_position_and_do_not_turn_what_has_none() -> None:
     patches, prefix = 7, 3
     cos, sin = torch.rand(patches, D), torch.rand(patches, D)
     positions = torch.tensor([0, 1, 2, 4, 9, NO_TOKEN, 0, 1, 2, 3, NO_TOKEN])
-    ours_cos, ours_sin = pack_rope((cos, sin), positions, prefix)
+    ours_cos, ours_sin = pack_rope(rope_of_all((cos, sin), prefix), positions)
     for row, position in enumerate(positions.tolist()):
         turns = position >= prefix
         assert_close(ours_cos[row], cos[position - prefix] if turns else torch.ones(D), **EXACT)
@@ -241,5 +241,5 @@ def test_rotary_tables_go_by_position_and_do_not_turn_what_has_none() -> None:
 
 def test_rotary_tables_of_all_tokens_are_those_that_were() -> None:
     cos, sin = torch.rand(7, D).bfloat16(), torch.rand(7, D).bfloat16()
-    ours = pack_rope((cos, sin), torch.arange(3, 10), 3)
+    ours = pack_rope(rope_of_all((cos, sin), 3), torch.arange(3, 10))
     assert_close(ours, (cos, sin), **EXACT)

@@ -16,7 +16,7 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 import vitprune
-from vitprune.models.module import Levels, as_config, pruning_of
+from vitprune.models.module import Levels, Pruning, as_config, pruning_of
 from vitprune.models.trace import Trace, watching
 from vitprune.recipe.schema import PruningSpec
 
@@ -41,6 +41,40 @@ def test_thresholds_are_learned_and_keep_ratios_are_not() -> None:
     assert_close(by_threshold.levels.detach(), torch.tensor([0.008, 0.012]), **EXACT)
     assert_close(by_count.levels, torch.tensor([0.7, 0.7]), **EXACT)
     assert_close(by_threshold.temperatures, torch.tensor([1e-4, 1e-4]), **EXACT)
+
+
+class OnADevice:
+    """Levels that the host has to wait for; counts how often it does."""
+
+    is_cpu = False
+
+    def __init__(self, levels: Tensor) -> None:
+        self.levels, self.waits = levels, 0
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.levels, name)
+
+    def tolist(self) -> list[float]:
+        self.waits += 1
+        return self.levels.tolist()
+
+
+def test_the_host_waits_for_levels_of_a_device_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    levels = OnADevice(torch.tensor([0.25, 0.5]))
+    monkeypatch.setattr(Pruning, "levels", levels)
+    pruning = pruning_of(pruned("vit", "as-vit"))
+    assert [pruning().known_levels for _ in range(3)] == [(0.25, 0.5)] * 3
+    assert levels.waits == 1
+    levels.levels.mul_(0.5)
+    assert [pruning().known_levels for _ in range(2)] == [(0.125, 0.25)] * 2
+    assert levels.waits == 2
+    levels.levels.data = torch.tensor([0.75, 0.5])
+    assert pruning().known_levels == (0.75, 0.5)
+    # one that keeps everything leaves its stage out, so it is looked at each time, whoever changed it how
+    levels.levels.copy_(torch.tensor([-torch.inf, 0.5]))
+    assert pruning().known_levels == (-torch.inf, 0.5)
+    levels.levels.data.fill_(0.5)
+    assert pruning().known_levels == (0.5, 0.5)
 
 
 def test_until_they_are_calibrated_levels_keep_everything() -> None:

@@ -38,7 +38,7 @@ from vitprune.models.prune import prune_
 from vitprune.pruning import packed_attention as module
 from vitprune.pruning import reference
 from vitprune.pruning.attention import StatsRequest
-from vitprune.pruning.kernels import cuda
+from vitprune.pruning.kernels import flash as flash_module
 from vitprune.pruning.layout import Layout
 from vitprune.pruning.packed_attention import Kernel, PackedAttention, kernel_for
 from vitprune.pruning.scores import Row, TokenStats
@@ -73,7 +73,7 @@ def flash(*args: Any, **options: Any) -> Tensor:
 
 @pytest.fixture(autouse=True)
 def flash_on_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "varlen_attn", flash)
+    monkeypatch.setattr(flash_module, "varlen_attn", flash)
 
 
 # buckets: one for every length, some of a few images, and one for all. varlen has no rows without a token
@@ -196,13 +196,13 @@ def test_flash_attention_takes_packed_tokens_in_half_precision(
     batch, _, _ = packed(sized=True, alignment=1)
     qkv = qkv_like(dtype)
     assert kernel_for(*qkv, batch, None) == "padded"
-    monkeypatch.setattr(cuda, "_has_flash", lambda device: True)
+    monkeypatch.setattr(flash_module, "_has_flash", lambda device: True)
     assert kernel_for(*qkv, batch, None) == "varlen"
     assert kernel_for(*qkv_like(dtype, "cpu"), batch, None) == "buckets"
 
 
 def test_what_flash_attention_cannot_do_is_padded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda, "_has_flash", lambda device: True)
+    monkeypatch.setattr(flash_module, "_has_flash", lambda device: True)
     tight, _, _ = packed(sized=True, alignment=1)
     with_fillers, _, _ = packed(sized=True, alignment=4)
     half = qkv_like(torch.bfloat16)
@@ -221,7 +221,7 @@ def test_in_half_precision_sizes_weigh_as_in_float32(monkeypatch: pytest.MonkeyP
     batch = replace(batch, sizes_T=torch.randint(2, 200, batch.sizes_T.shape).float())
     q, k, v = (x.bfloat16() for x in qkv)
     # the stand-in computes in double precision: what is left is how sizes are handed over
-    monkeypatch.setattr(cuda, "varlen_attn", lambda *args, **options: flash(*args, **options).float())
+    monkeypatch.setattr(flash_module, "varlen_attn", lambda *args, **options: flash(*args, **options).float())
     ours, _ = attend(batch, (q, k, v), kernel="varlen")
     expected, _ = attend(batch, (q.float(), k.float(), v.float()), kernel="buckets")
     assert_close(ours, expected.bfloat16().float(), **BFLOAT16)
@@ -268,7 +268,7 @@ def test_models_give_the_same_answer_with_every_kernel(
 def test_on_a_gpu_kernels_agree_with_the_cpu(
     sized: bool, lengths: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(cuda, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(flash_module, "varlen_attn", varlen_attn)
     batch, qkv, _ = packed(sized, lengths, alignment=1)
     sizes_T = None if batch.sizes_T is None else batch.sizes_T.cuda()
     on_gpu = batch_of(batch.layout, batch.positions_T.cuda(), sizes_T)

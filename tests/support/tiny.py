@@ -11,7 +11,8 @@ import transformers as hf
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from vitprune.pruning.kernels import cpu
+from vitprune.pruning import kernels
+from vitprune.pruning.kernels import cpu, cuda
 from vitprune.recipe.schema import PruningSpec
 
 
@@ -213,6 +214,11 @@ def answer(output: Any) -> Tensor:
         if output.get(name) is not None:
             return output[name]
     raise AssertionError(f"no answer in {list(output)}")
+
+
+def in_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on stages and packed attention in inference are the CUDA door's kernels, in Triton's interpreter."""
+    monkeypatch.setattr(kernels, "choose", lambda _: None if torch.is_grad_enabled() else cuda)
 
 
 def in_operators(monkeypatch: pytest.MonkeyPatch) -> None:

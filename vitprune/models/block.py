@@ -137,14 +137,18 @@ class BlockForward:
             return attention.run(forward, *args, **kwargs)
 
 
-def pack_rope(tables: tuple[Tensor, Tensor], positions: Tensor, num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
-    """Rotary tables (cos, sin), (patches, K) each, for tokens at `positions` of the dense sequence, (T, K) each.
+def rope_of_all(tables: tuple[Tensor, Tensor], num_prefix_tokens: int) -> tuple[Tensor, Tensor]:
+    """Rotary tables (cos, sin), (patches, K) each, of the whole dense sequence, and last of what has no position (−1).
 
-    Prefix tokens and those without a position aren't turned: cos 1, sin 0.
+    Prefix tokens and the last aren't turned: cos 1, sin 0.
     """
-    rows = (positions - num_prefix_tokens + 1).clamp(min=0)
     cos, sin = tables
-    return (
-        torch.cat([torch.ones_like(cos[:1]), cos]).index_select(0, rows),
-        torch.cat([torch.zeros_like(sin[:1]), sin]).index_select(0, rows),
-    )
+    unturned = cos.new_ones(num_prefix_tokens + 1, cos.shape[-1]), sin.new_zeros(num_prefix_tokens + 1, sin.shape[-1])
+    cos, sin = (torch.cat([first[1:], table, first[:1]]) for first, table in zip(unturned, tables, strict=True))
+    return cos, sin
+
+
+def pack_rope(tables: tuple[Tensor, Tensor], positions: Tensor) -> tuple[Tensor, Tensor]:
+    """Those of `rope_of_all` for tokens at `positions` of the dense sequence, (T, K) each."""
+    cos, sin = tables
+    return cos[positions], sin[positions]

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from vitprune.models import context
-from vitprune.models.block import NAME, BlockForward, pack_rope
+from vitprune.models.block import NAME, BlockForward, pack_rope, rope_of_all
 from vitprune.models.module import Pruning, in_force, not_pruned
 from vitprune.models.structure import Structure
 from vitprune.models.trace import Trace
@@ -240,7 +240,8 @@ class _EnterBlock:
             tables, prefix = kwargs["position_embeddings"], forward.policy.num_prefix_tokens
 
             def turned(positions: Tensor) -> dict[str, Any]:
-                return {"position_embeddings": pack_rope(tables, positions, prefix)}
+                whole = forward.once(rope_of_all, tables, prefix)
+                return {"position_embeddings": forward.once(pack_rope, whole, positions)}
 
             kwargs = {**kwargs, **attention.position_arguments(turned, positions)}
         return (hidden_states, *rest), {**kwargs, "pruning": attention}

@@ -45,6 +45,7 @@ class Pruning(nn.Module):
         self.latency: Costs | None = None
         self.was_warned = False  # that its thresholds learn without a budget
         self.was_looked_at = False  # whether they were ever found
+        self._seen: tuple[Tensor, int, int, tuple[float, ...]] | None = None
         self._make_levels(torch.device("cpu"))
 
     def _make_levels(self, device: torch.device) -> None:
@@ -90,16 +91,33 @@ class Pruning(nn.Module):
 
     def forward(self) -> Policy:
         """What one forward of the model needs to know; called as modules are, so that offloaded levels are there."""
+        levels = self.levels
         return Policy(
             self.spec,
             self.before_blocks,
             self.num_prefix_tokens,
             self.has_class_token,
             self.cost,
-            self.levels,
+            levels,
             self.temperatures,
             self.latency,
+            lambda: self._known(levels),  # as they are now: what is offloaded is gone afterwards
         )
+
+    def _known(self, levels: Tensor) -> tuple[float, ...]:
+        """Levels as numbers, without waiting for a device whose levels were read before.
+
+        A change through `.data` isn't seen there. Of thresholds that costs time only: stages run by what is on the
+        device, and levels by which a stage would be left out are read again.
+        """
+        if levels.is_cpu or levels.is_inference():  # no wait, or no count of changes
+            return tuple(levels.tolist())
+        if self._seen is None or self._seen[0] is not levels or self._seen[1:3] != _state_of(levels):
+            self._seen = levels, *_state_of(levels), tuple(levels.tolist())
+        numbers = self._seen[3]
+        if any(level < 0 or level >= 1 for level in numbers):
+            self._seen = None
+        return numbers
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pruning:
         def keep_dtype(tensor: Tensor) -> Tensor:
@@ -110,6 +128,11 @@ class Pruning(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.spec.score}, {self.spec.select}, {self.spec.dropped}, before blocks {self.before_blocks}"
+
+
+def _state_of(x: Tensor) -> tuple[int, int]:
+    """Where a tensor lies and how often it was written to."""
+    return x.data_ptr(), x._version
 
 
 def as_config(spec: PruningSpec, part: str = "") -> dict[str, object]:

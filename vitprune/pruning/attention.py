@@ -13,6 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ from vitprune.pruning.scores import (
     row_logits,
     row_weights,
 )
-from vitprune.pruning.token_batch import TokenBatch
+from vitprune.pruning.token_batch import Pairs, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,16 @@ class PairBias:
     """
 
     def __init__(self, bias_1HNN: Tensor) -> None:
-        # −1, no position, is the row and column of zeros at the end
-        self._bias_HPP = F.pad(bias_1HNN[0], (0, 1, 0, 1))
+        self.table_1HNN = bias_1HNN
+
+    def given(self, batch: TokenBatch) -> Pairs:
+        """As kernels take it, of the tokens of a batch."""
+        return Pairs(self.table_1HNN, batch.positions_T)
+
+    @cached_property
+    def _bias_HPP(self) -> Tensor:
+        """With a row and a column of zeros at the end, for −1, no position."""
+        return F.pad(self.table_1HNN[0], (0, 1, 0, 1))
 
     def between(self, positions_GQ: Tensor, positions_GJ: Tensor) -> Tensor:
         """For queries and keys at these positions, (G, H, Q, J)."""
@@ -120,10 +129,10 @@ def compute_stats(
         pairs = None  # the mean query stands nowhere
     with torch.set_grad_enabled(request.gradient and torch.is_grad_enabled()):
         query_BHK = None if request.row is None else row_query(request.row, batch, q_THK)
-        if batch.kernels is not None and pairs is None:
-            bias_T = None if batch.sizes_T is None else batch.key_bias_T
-            known = query_BHK, k_THK, contexts_THK, bias_T, scale, batch.layout
-            return TokenStats(*batch.kernels.compute_stats(*known, wants_metric=request.metric))
+        if batch.kernels is not None and (pairs is None or batch.kernels.knows_pairs):
+            known = query_BHK, k_THK, contexts_THK, batch.sizes_T, scale, batch.layout
+            given = None if pairs is None else pairs.given(batch)
+            return TokenStats(*batch.kernels.compute_stats(*known, given, wants_metric=request.metric))
         metric_TK = key_metric(k_THK) if request.metric else None
         if query_BHK is None:
             return TokenStats(None, metric_TK)
@@ -134,6 +143,8 @@ def compute_stats(
 def row_query(row: Row, batch: TokenBatch, q_THK: Tensor) -> Tensor:
     """Of each image the query whose attention row scores the tokens, (B, H, K)."""
     if row == "mean":
+        if batch.kernels is not None and batch.kernels.mean_query is not None:
+            return batch.kernels.mean_query(q_THK, batch.sizes_T, batch.layout)
         return mean_query(batch.pad(q_THK), batch.key_bias_BM.exp())
     return q_THK[:1] if len(batch.lengths) == 1 else q_THK.index_select(0, batch.starts_B)
 
@@ -218,6 +229,8 @@ class LastBlockAttention(Attention):
         """Hidden states of the tokens that are read, (B, read, D)."""
         if self.batch is None:
             return hidden_states[:, : self.read]
+        if self.read == 1:
+            return hidden_states[0].index_select(0, self.batch.starts_B)[:, None]
         slots_BR = torch.arange(self.read, device=hidden_states.device).expand(len(self.batch.lengths), -1)
         return hidden_states[0, self.batch.layout.rows_of(slots_BR)]
 
@@ -226,7 +239,14 @@ class LastBlockAttention(Attention):
             self._keys_and_values = k, v
             raise KeysAndValuesKnown
         k, v = self._keys_and_values
-        bias = None
+        bias, door = (
+            None,
+            None if self.batch is None or self.batch.kernels is None else self.batch.kernels.packed_attention,
+        )
+        if self.batch is not None and door is not None:
+            q_THK, k_THK, v_THK = q.transpose(1, 2).flatten(0, 1), *(x_1HTK[0].transpose(0, 1) for x_1HTK in (k, v))
+            contexts_THK = door(q_THK, k_THK, v_THK, self.batch.sizes_T, self.batch.layout, scale, read=self.read)
+            return contexts_THK.unflatten(0, (len(q), self.read))
         if self.batch is not None:
             k, v = (self.batch.pad(x_1HTK[0].transpose(0, 1)).transpose(1, 2) for x_1HTK in (k, v))
             bias_BM = self.batch.key_bias_BM.to(q.dtype)

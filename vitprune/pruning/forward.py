@@ -8,6 +8,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,14 @@ class Forward(ABC):
         self.counter: CostCounter | None = None
         self.num_tokens = 0
         self.is_unpacked = False
+        self._made: dict[tuple[object, ...], tuple[Any, tuple[object, ...]]] = {}
+
+    def once(self, make: Callable[..., Any], *values: Any) -> Any:
+        """What `make` makes of values, made once for all blocks that ask for it with the same objects."""
+        key = (make, *map(id, values))
+        if key not in self._made:
+            self._made[key] = make(*values), values  # values stay, so that their identity is no other's
+        return self._made[key][0]
 
     @abstractmethod
     def enter_block(
@@ -112,7 +121,7 @@ class PackedForward(Forward):
 
     def _stages(self) -> dict[int, int]:
         """Stage by block that it comes before; without observers, a stage at which nothing can leave is none."""
-        levels = zip(self.policy.before_blocks, self.policy.levels.tolist(), strict=True)
+        levels = zip(self.policy.before_blocks, self.policy.known_levels, strict=True)
         return {
             block: stage
             for stage, (block, level) in enumerate(levels)
@@ -205,8 +214,7 @@ class PackedForward(Forward):
     def absent_BN(self) -> Tensor | None:
         if self.batch is None:
             return None
-        absent_BN = ~self.batch.present_BN
-        return absent_BN if absent_BN.any() else None
+        return None if self.batch.covers_all else ~self.batch.present_BN
 
     def unpack(self, hidden_states: Tensor) -> Tensor:
         if self.read is not None:

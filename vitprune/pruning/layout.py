@@ -82,11 +82,13 @@ class Layout:
     lengths: tokens of each image, prefix included. On the host: every ragged operation needs them there.
     alignment: of which number the rows of an image are a multiple.
     row_multiple: of which number all rows are a multiple.
+    in_order: images lie as they come, for kernels that want no buckets.
     """
 
     lengths: tuple[int, ...]
     alignment: int = 1
     row_multiple: int = 1
+    in_order: bool = False
 
     @classmethod
     def fitting(cls, lengths: Sequence[int], x_TD: Tensor, *, learns: bool = False) -> Layout:
@@ -109,6 +111,8 @@ class Layout:
     @cached_property
     def order(self) -> list[int]:
         """Images in the order in which they lie."""
+        if self.in_order:
+            return list(range(len(self.rows)))
         return sorted(range(len(self.rows)), key=self.rows.__getitem__)
 
     @cached_property
@@ -141,6 +145,23 @@ class Layout:
         rows = list(self.rows)
         rows[self.order[-1]] += self.padding
         return rows
+
+    @cached_property
+    def spans_on(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        """What `spans` knows already."""
+        return {}
+
+    def spans(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """First row and number of tokens of each image, int64 (B,) each."""
+        if device not in self.spans_on:
+            images, tokens = len(self.lengths), self.lengths[0]
+            if device.type != "cpu" and self.is_even and self.rows == list(self.lengths):  # nothing has to be copied
+                starts_B = torch.arange(0, images * tokens, tokens, device=device)
+                lengths_B = torch.full((images,), tokens, device=device)
+                self.spans_on[device] = starts_B, lengths_B
+            else:
+                self.spans_on[device] = on_device(self.starts, device), on_device(self.lengths, device)
+        return self.spans_on[device]
 
     @cached_property
     def spans_3B(self) -> np.ndarray:

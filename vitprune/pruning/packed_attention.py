@@ -2,8 +2,10 @@
 
 - buckets: images of as many rows lie side by side, and one call of torch's fused attention takes a bucket. For CPUs,
   where a call costs little.
-- varlen: flash attention of packed sequences, one call for all. For CUDA in half precision.
-- padded: all images as long as the longest and a mask, one call for all. Where neither of the others does.
+- door: that of the device's kernels, one launch for all, which knows sizes and pairs. For CUDA in inference.
+- varlen: flash attention of packed sequences, one call for all, with gradients. For CUDA in half precision.
+- padded: all images as long as the longest and a mask, one call for all. Where none of the others does: with gradients
+  in float32, or through a relative position bias, which a mask for each pair of tokens has to carry.
 
 Shapes: B images, N tokens of an image in the dense sequence, T rows of the batch laid end to end, G images of a
 rectangle (a bucket, or all that are padded) and L rows of each, H heads, K head width.
@@ -20,11 +22,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitprune.pruning.attention import NO_STATS, Attention, PairBias, StatsRequest, compute_stats
-from vitprune.pruning.kernels.cuda import fits_flash, varlen_attention
+from vitprune.pruning.kernels import cuda
+from vitprune.pruning.kernels.flash import fits_flash, varlen_attention
 from vitprune.pruning.layout import is_half
 from vitprune.pruning.token_batch import TokenBatch
 
-Kernel = Literal["buckets", "varlen", "padded"]
+Kernel = Literal["buckets", "door", "varlen", "padded"]
 
 
 class PackedAttention(Attention):
@@ -92,6 +95,13 @@ class PackedInputs:
 
     def contexts(self) -> Tensor:
         """Context vectors (T, H, K): every image attends to its own tokens only."""
+        if self.kernel == "door":
+            assert self.batch.kernels is not None
+            assert self.batch.kernels.packed_attention is not None
+            known = self.q_THK, self.k_THK, self.v_THK, self.batch.sizes_T, self.batch.layout, self.scale
+            return self.batch.kernels.packed_attention(
+                *known, None if self.pairs is None else self.pairs.given(self.batch)
+            )
         if self.kernel == "varlen":
             bias_T = None if self.batch.sizes_T is None else self.batch.key_bias_T
             return varlen_attention(self.q_THK, self.k_THK, self.v_THK, bias_T, self.batch.layout, self.scale)
@@ -172,7 +182,9 @@ class PackedInputs:
 
 def kernel_for(q: Tensor, k: Tensor, v: Tensor, batch: TokenBatch, bias_1HNN: Tensor | None) -> Kernel:
     """What suits the device and what is asked."""
-    if q.device.type == "cpu":
+    if batch.kernels is not None and batch.kernels.packed_attention is not None and cuda.fits_attention(q):
+        return "door"
+    if q.device.type == "cpu" and not batch.layout.in_order:
         return "buckets"
     half = is_half(q) and q.dtype == k.dtype == v.dtype
     # rows behind the last image would be uninitialised, and a filler would be a key

@@ -27,10 +27,13 @@ def reduce_tokens(batch: TokenBatch, x_TD: Tensor, decision: Decision) -> tuple[
 
     Where nothing leaves these are the batch and the states themselves.
     """
-    kept = decision.kept or tuple(decision.keep_BM.sum(1).tolist())
+    kept_B, kept = decision.kept_B, decision.kept
+    if kept is None:
+        kept_B = decision.keep_BM.sum(1) if kept_B is None else kept_B
+        kept = tuple(kept_B.tolist())  # here the host waits for the device
     if kept == batch.lengths:
         return batch, x_TD
-    layout = Layout.fitting(kept, x_TD)
+    layout = Layout.fitting(kept, x_TD) if batch.kernels is None else batch.kernels.lay_out(kept, kept_B, x_TD)
     if batch.kernels is not None and decision.metric_TK is None:  # kernels want destinations that are known
         known = batch.positions_T, batch.sizes_T, batch.patch_token_BN, decision.keep_BM, decision.dst_BM
         y_TD, positions_T, sizes_T, patch_token_BN = batch.kernels.reduce(x_TD, *known, batch.layout, layout)

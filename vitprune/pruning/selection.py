@@ -8,10 +8,12 @@ Shapes: B images, M tokens that an image has at the stage (padded to the largest
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -30,6 +32,7 @@ class Policy:
     levels: one a stage: thresholds for `select: threshold`, else the part of its patches that an image keeps.
     temperatures: one a stage, τ of the straight-through gradient.
     latency: what the budget counts instead of MACs.
+    read_levels: levels as numbers, where that can be had without waiting for the device.
     """
 
     spec: PruningSpec
@@ -40,6 +43,12 @@ class Policy:
     levels: Tensor
     temperatures: Tensor
     latency: Costs | None = None
+    read_levels: Callable[[], tuple[float, ...]] | None = None
+
+    @cached_property
+    def known_levels(self) -> tuple[float, ...]:
+        """Levels as the host knows them: to leave a stage out, and to count by."""
+        return tuple(self.levels.tolist()) if self.read_levels is None else self.read_levels()
 
     @cached_property
     def score(self) -> Score | None:
@@ -101,13 +110,14 @@ class Decision:
     keep_BM: bool; False where there is none.
     dst_BM: for a token that leaves, the kept token that it is merged into, where the decision says so.
     metric_TK: where it doesn't, by what the most similar kept patch is found. Neither: what leaves is dropped.
-    kept: tokens that each image keeps, where the host knows already.
+    kept_B, kept: tokens that each image keeps, where they are counted already; where the host knows.
     scores_BM, level: what was compared, where anything was.
     """
 
     keep_BM: Tensor
     dst_BM: Tensor | None = None
     metric_TK: Tensor | None = None
+    kept_B: Tensor | None = None
     kept: tuple[int, ...] | None = None
     scores_BM: Tensor | None = None
     level: Tensor | None = None
@@ -123,25 +133,35 @@ def decide(
 ) -> Decision:
     """Apply the policy at one stage to what the attention of the block before says about the tokens."""
     prefix, merges = policy.num_prefix_tokens, policy.spec.dropped == "merge"
-    scores_BM, dst_BM = _scores(policy, stage, stats, tokens)
+    by_kernels = tokens.kernels is not None and policy.spec.select == "threshold"
+    scores_BM, dst_BM = _scores(policy, stage, stats, tokens, marked=not by_kernels or len(observers) > 0)
     level = policy.levels[stage]
     for observer in observers:
         level = observer.level(stage, scores_BM.detach(), tokens.valid_BM, level)
-    if tokens.kernels is not None and policy.spec.select == "threshold":
+    if by_kernels:
+        assert tokens.kernels is not None
         assert tokens.layout is not None
         metric_TK = stats.metric_TK if merges else None
         least = prefix + policy.spec.min_tokens
-        keep_BM, kept, dst_BM = tokens.kernels.select(scores_BM, level.item(), least, metric_TK, prefix, tokens.layout)
-        return Decision(keep_BM, dst_BM, kept=kept, scores_BM=scores_BM, level=level)
-    keep_BM = _select(policy, scores_BM, level, tokens)
+        keep_BM, kept_B, dst_BM = tokens.kernels.select(scores_BM, level, least, metric_TK, prefix, tokens.layout)
+        return Decision(keep_BM, dst_BM, kept_B=kept_B, scores_BM=scores_BM, level=level)
+    # observers may have changed the level
+    known_level = None if observers or tokens.layout is None else policy.known_levels[stage]
+    keep_BM, kept = _select(policy, scores_BM, level, known_level, tokens)
     if not merges or dst_BM is not None:
-        return Decision(keep_BM, dst_BM if merges else None, scores_BM=scores_BM, level=level)
+        return Decision(keep_BM, dst_BM if merges else None, kept=kept, scores_BM=scores_BM, level=level)
     assert stats.metric_TK is not None
-    return Decision(keep_BM, metric_TK=stats.metric_TK.detach(), scores_BM=scores_BM, level=level)
+    metric_TK = stats.metric_TK.detach()
+    return Decision(keep_BM, metric_TK=metric_TK, kept=kept, scores_BM=scores_BM, level=level)
 
 
-def _scores(policy: Policy, stage: int, stats: TokenStats, tokens: StageTokens) -> tuple[Tensor, Tensor | None]:
-    """Scores (B, M), and by ToMe the anchor that each candidate would be merged into (B, M)."""
+def _scores(
+    policy: Policy, stage: int, stats: TokenStats, tokens: StageTokens, *, marked: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Scores (B, M), and by ToMe the anchor that each candidate would be merged into (B, M).
+
+    marked: what always stays or isn't there is, as kernels don't need it.
+    """
     prefix = policy.num_prefix_tokens
     if policy.spec.select == "tome":
         assert stats.metric_TK is not None
@@ -154,6 +174,8 @@ def _scores(policy: Policy, stage: int, stats: TokenStats, tokens: StageTokens) 
         if found_at is not None and not (isinstance(tokens.num_patches, int) and tokens.num_patches == found_at):
             # as they would be at the image size that the thresholds were found at
             scores_BM = scores_BM * (tokens.num_patches / found_at) ** policy.score.size_power
+    if not marked:
+        return scores_BM, None
     scores_BM = F.pad(scores_BM[:, prefix:], (prefix, 0), value=torch.inf)
     if tokens.layout is None:
         return scores_BM.masked_fill(~tokens.valid_BM, -torch.inf), None
@@ -162,16 +184,30 @@ def _scores(policy: Policy, stage: int, stats: TokenStats, tokens: StageTokens) 
     return scores_BM.masked_fill_(on_device(~tokens.layout.valid_BM, scores_BM.device), -torch.inf), None
 
 
-def _select(policy: Policy, scores_BM: Tensor, level: Tensor, tokens: StageTokens) -> Tensor:
-    """Which tokens stay, bool (B, M)."""
+def _select(
+    policy: Policy, scores_BM: Tensor, level: Tensor, known_level: float | None, tokens: StageTokens
+) -> tuple[Tensor, tuple[int, ...] | None]:
+    """Which tokens stay, bool (B, M), and how many of each image, where the host can tell.
+
+    known_level: the level, where the host knows it.
+    """
     spec, prefix = policy.spec, policy.num_prefix_tokens
     match spec.select:
         case "threshold":
             certain = prefix + (0 if policy.score is None else policy.score.certain)
-            return above_threshold(scores_BM, level, prefix + spec.min_tokens, certain=certain)
+            return above_threshold(scores_BM, level, prefix + spec.min_tokens, certain=certain), None
         case "top-k" | "random" | "tome":
-            counts_B = (level * (tokens.valid_BM.sum(1) - prefix)).round().long().clamp(min=spec.min_tokens)
-            return top_counts(scores_BM, counts_B + prefix) | (scores_BM == torch.inf)
+            if known_level is None or tokens.layout is None:
+                counts_B = (level * (tokens.valid_BM.sum(1) - prefix)).round().long().clamp(min=spec.min_tokens)
+                return top_counts(scores_BM, counts_B + prefix) | (scores_BM == torch.inf), None
+            patches_B = np.array(tokens.layout.lengths) - prefix
+            # in float32, as a device would round
+            counts_B = np.round(np.float32(known_level) * patches_B.astype(np.float32)).astype(np.int64)
+            least_B = (patches_B + 1) // 2 if spec.select == "tome" else 0  # the anchors
+            counts_B = np.minimum(np.maximum(counts_B, np.maximum(least_B, spec.min_tokens)), patches_B) + prefix
+            most = int(counts_B.max())
+            counts = most if tokens.layout.is_even else on_device(counts_B, scores_BM.device)
+            return top_counts(scores_BM, counts, most), tuple(counts_B.tolist())
         case _:
             assert_never(spec.select)
 
@@ -195,14 +231,23 @@ def above_threshold(scores_BM: Tensor, threshold: Tensor, at_least: int, *, cert
     return above_BM | (best_BM & (scores_BM != -torch.inf))
 
 
-def top_counts(scores_BM: Tensor, counts_B: Tensor) -> Tensor:
-    """bool (B, M): the `counts` best tokens of each image; equal scores in the order of the tokens."""
+def top_counts(scores_BM: Tensor, counts: Tensor | int, most: int | None = None) -> Tensor:
+    """bool (B, M): the best tokens of each image; equal scores in the order of the tokens.
+
+    Behind those that always stay comes what is no number. counts: so many of each image, (B,), or of all. most: the
+    largest, where the host knows.
+    """
     if scores_BM.numel() == 0:
         return torch.zeros_like(scores_BM, dtype=torch.bool)
-    most = min(int(counts_B.max()), scores_BM.shape[1])
-    order_BC = scores_BM.sort(dim=1, descending=True, stable=True).indices[:, :most]
-    chosen = torch.arange(most, device=scores_BM.device) < counts_B[:, None]
-    keep_BM = torch.zeros_like(scores_BM, dtype=torch.bool).scatter(1, order_BC, chosen)
+    if most is None:
+        most = min(int(torch.as_tensor(counts).max()), scores_BM.shape[1])
+    ranked_BM = scores_BM.nan_to_num(torch.finfo(scores_BM.dtype).max, torch.inf, -torch.inf)
+    order_BC = ranked_BM.sort(dim=1, descending=True, stable=True).indices[:, :most]
+    keep_BM = torch.zeros_like(scores_BM, dtype=torch.bool)
+    if isinstance(counts, int):
+        keep_BM = keep_BM.scatter(1, order_BC, True)
+    else:
+        keep_BM = keep_BM.scatter(1, order_BC, torch.arange(most, device=scores_BM.device) < counts[:, None])
     return keep_BM & (scores_BM != -torch.inf)
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,21 +22,68 @@ from vitprune.pruning.layout import Layout, on_device
 NO_TOKEN = -1
 
 
+class Pairs(NamedTuple):
+    """What is added to the logits of each pair of tokens: a table by their positions in the dense sequence.
+
+    table_1HNN: (1, H, N, N). positions_T: of each row; for one without, `NO_TOKEN`, nothing is added.
+    """
+
+    table_1HNN: Tensor
+    positions_T: Tensor
+
+
+class MeanQuery(Protocol):
+    def __call__(self, q_THK: Tensor, sizes_T: Tensor | None, layout: Layout) -> Tensor: ...
+
+
+class Unpack(Protocol):
+    def __call__(
+        self, x_TD: Tensor, patch_token_BN: Tensor, layout: Layout, num_prefix_tokens: int, *, averages: bool
+    ) -> Tensor: ...
+
+
+class PackedAttentionKernel(Protocol):
+    def __call__(
+        self,
+        q_THK: Tensor,
+        k_THK: Tensor,
+        v_THK: Tensor,
+        sizes_T: Tensor | None,
+        layout: Layout,
+        scale: float,
+        pairs: Pairs | None = None,
+        read: int | None = None,
+    ) -> Tensor: ...
+
+
 class Kernels(Protocol):
-    """The four parts of a stage as one device does them fastest; `kernels` has them, and chooses once a forward.
+    """The parts of a stage as one device does them fastest; `kernels` has them, and chooses once a forward.
 
     Without them a stage is done in torch's operators, which say the same (`attention`, `scores`, `selection`,
-    `reduction`).
+    `reduction`); so are those that a device hasn't got (None), and what knows pairs, where its kernels don't.
     """
+
+    @property
+    def knows_pairs(self) -> bool: ...
+
+    @property
+    def mean_query(self) -> MeanQuery | None: ...
+
+    @property
+    def packed_attention(self) -> PackedAttentionKernel | None: ...
+
+    @property
+    def unpack(self) -> Unpack | None: ...
 
     def compute_stats(
         self,
         query_BHK: Tensor | None,
         k_THK: Tensor,
         contexts_THK: Tensor,
-        key_bias_T: Tensor | None,
+        sizes_T: Tensor | None,
         scale: float,
         layout: Layout,
+        pairs: Pairs | None = None,
         *,
         wants_metric: bool,
     ) -> tuple[Tensor | None, Tensor | None]: ...
@@ -54,12 +101,14 @@ class Kernels(Protocol):
     def select(
         self,
         scores_BM: Tensor,
-        threshold: float,
+        threshold: Tensor,
         at_least: int,
         metric_TK: Tensor | None,
         num_prefix_tokens: int,
         layout: Layout,
-    ) -> tuple[Tensor, tuple[int, ...], Tensor | None]: ...
+    ) -> tuple[Tensor, Tensor, Tensor | None]: ...
+
+    def lay_out(self, kept: Sequence[int], kept_B: Tensor | None, x_TD: Tensor) -> Layout: ...
 
     def reduce(
         self,
@@ -173,14 +222,14 @@ class TokenBatch:
         """Index of each token in the dense sequence, in the padded view."""
         return self.pad(self.positions_T)
 
-    @cached_property
+    @property
     def lengths_B(self) -> Tensor:
-        return on_device(self.lengths, self.device)
+        return self.layout.spans(self.device)[1]
 
-    @cached_property
+    @property
     def starts_B(self) -> Tensor:
         """Row of each image's first token."""
-        return on_device(self.layout.starts, self.device)
+        return self.layout.spans(self.device)[0]
 
     @property
     def valid_BM(self) -> Tensor:
@@ -294,6 +343,11 @@ class TokenBatch:
         A dropped patch holds the state of the token that stands for it (ToMe's unmerge, §3.3); where none does, the
         mean of the image's remaining patches. So a head that averages the patches averages the kept ones, by size.
         """
+        if self.kernels is not None and self.kernels.unpack is not None:
+            averages = not self.covers_all
+            return self.kernels.unpack(
+                x_TD, self.patch_token_BN, self.layout, self.num_prefix_tokens, averages=averages
+            )
         rows_BN = self.patch_rows_BN
         if self.sizes_T is None:  # with sizes each patch has a token that stands for it
             images_B1 = torch.arange(len(rows_BN), device=rows_BN.device)[:, None]

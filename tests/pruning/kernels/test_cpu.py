@@ -19,14 +19,12 @@ from torch import Tensor, nn
 from torch.testing import assert_close
 
 import vitprune
-from vitprune.pruning.attention import StatsRequest
 from vitprune.pruning.kernels import cpu
 from vitprune.pruning.layout import Layout
-from vitprune.pruning.packed_attention import PackedAttention
 from vitprune.pruning.reduction import reduce_tokens
-from vitprune.pruning.scores import TILE, Row, TokenStats, density_peaks, importance_weights, key_metric, most_similar
-from vitprune.pruning.selection import Decision, above_threshold
-from vitprune.pruning.token_batch import Kernels, TokenBatch
+from vitprune.pruning.scores import key_metric
+from vitprune.pruning.selection import Decision
+from vitprune.pruning.token_batch import TokenBatch
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 # sums of some dozen float32 numbers, in another order
@@ -38,7 +36,6 @@ BFLOAT16 = Tolerance(rtol=2**-6, atol=2**-7)
 
 PREFIX, TOKENS, H, K, WIDTH = 2, 25, 3, 7, 20
 SEVERAL = (9, 23, 4, 14)
-every_batch = pytest.mark.parametrize("lengths", [SEVERAL, (13,)], ids=["images", "an image alone"])
 every_dtype = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 
 
@@ -50,215 +47,9 @@ def _threads(request: pytest.FixtureRequest) -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def dense(images: int, kernels: Kernels | None = cpu) -> TokenBatch:
-    return TokenBatch.dense(images, TOKENS, PREFIX, torch.device("cpu"), kernels)
-
-
-def merged(lengths: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[TokenBatch, Tensor]:
-    """Images of which so many tokens are left; with sizes and fillers."""
-    batch = dense(len(lengths))
-    keep_BM = torch.arange(TOKENS) < torch.tensor(lengths)[:, None]
-    dst_BM = torch.randint(PREFIX, min(lengths), keep_BM.shape)
-    return reduce_tokens(batch, torch.randn(len(lengths) * TOKENS, WIDTH).to(dtype), Decision(keep_BM, dst_BM))
-
-
-def valid(lengths: tuple[int, ...]) -> Tensor:
-    return torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
-
-
-def index_of(layout: Layout) -> Tensor:
-    return torch.from_numpy(layout.index_BM)
-
-
-def metric_of(layout: Layout) -> Tensor:
-    """Unit vectors (T, K); what is in fillers doesn't matter."""
-    metric_TK = torch.nn.functional.normalize(torch.randn(layout.num_rows, K), dim=-1)
-    metric_TK[torch.from_numpy(layout.fillers)] = torch.nan
-    return metric_TK
-
-
-def peaks_in_loops(metric_TK: Tensor, scores_BM: Tensor, exponent: float, layout: Layout) -> Tensor:
-    return cpu.density_peaks(metric_TK, scores_BM, TOKENS, exponent, PREFIX, layout)
-
-
-@every_batch
-@every_dtype
-@pytest.mark.parametrize("query", ["class", "mean", None])
-@pytest.mark.parametrize("sized", [True, False])
-def test_what_attention_says_is_the_same(
-    query: Row | None, sized: bool, lengths: tuple[int, ...], dtype: torch.dtype
-) -> None:
-    batch = merged(lengths)[0] if sized else dense(len(lengths))
-    q, k, v = (torch.randn(1, batch.layout.num_rows, H, K).to(dtype).transpose(1, 2) for _ in range(3))
-
-    def find(batch: TokenBatch) -> TokenStats:
-        attention = PackedAttention(batch, StatsRequest(query, metric=True))
-        attention.attend(q, k, v, None, 0.3, 0.0)
-        return attention.stats
-
-    ours, expected = find(batch), find(replace(batch, kernels=None))
-    scores_BM, metric_TK = ours.attention_BM, ours.metric_TK
-    expected_BM, expected_TK = expected.attention_BM, expected.metric_TK
-    assert metric_TK is not None
-    assert expected_TK is not None
-    rows_X = batch.index_BM[batch.valid_BM]
-    assert_close(metric_TK[rows_X], expected_TK[rows_X], **FLOAT32)
-    if query is None:
-        assert scores_BM is None
-    else:
-        assert scores_BM is not None
-        assert expected_BM is not None
-        # operators have the lengths of context vectors rounded to half precision
-        tolerance = FLOAT32 if dtype == torch.float32 else BFLOAT16
-        assert_close(scores_BM[batch.valid_BM], expected_BM[batch.valid_BM], **tolerance)
-
-
-@every_batch
-@pytest.mark.parametrize("alignment", [1, 4])
-@pytest.mark.parametrize("exponent", [0.0, 0.5])
-@pytest.mark.parametrize("differ", [False, True], ids=["of one size", "of many sizes"])
-def test_density_peaks_are_the_same(differ: bool, exponent: float, alignment: int, lengths: tuple[int, ...]) -> None:
-    layout = Layout(lengths, alignment)
-    metric_TK, scores_BM = metric_of(layout), torch.rand(len(lengths), max(lengths))
-    scores_BM[0, PREFIX + 1 : PREFIX + 4] = torch.tensor([0.0, 0.5, 0.5])
-    scores_BM[~valid(lengths)] = 0.0
-    num_patches = torch.randint(50, 100, (len(lengths), 1)) if differ else 64
-    ours = cpu.density_peaks(metric_TK, scores_BM, num_patches, exponent, PREFIX, layout)
-    patches_BN = scores_BM[:, PREFIX:]
-    expected = density_peaks(metric_TK, index_of(layout)[:, PREFIX:], patches_BN)
-    expected = expected * importance_weights(patches_BN, num_patches, exponent)
-    own_BN = valid(lengths)[:, PREFIX:]
-    assert_close(ours[:, PREFIX:][own_BN], expected[own_BN], **FLOAT32)
-    assert (ours[:, :PREFIX] == torch.inf).all()
-    assert (ours[~valid(lengths)] == -torch.inf).all()
-
-
-def test_density_peaks_of_several_tiles_are_the_same() -> None:
-    lengths = (TILE + 50, 2 * TILE + 9)
-    layout = Layout(lengths, 4)
-    metric_TK, scores_BM = metric_of(layout), torch.rand(2, max(lengths)) * valid(lengths)
-    ours = peaks_in_loops(metric_TK, scores_BM, 0.0, layout)[:, PREFIX:]
-    expected = density_peaks(metric_TK, index_of(layout)[:, PREFIX:], scores_BM[:, PREFIX:])
-    own_BN = valid(lengths)[:, PREFIX:]
-    assert_close(ours[own_BN], expected[own_BN], **FLOAT32)
-
-
-@every_batch
-@pytest.mark.parametrize("alignment", [1, 4])
-def test_the_most_similar_patch_is_the_same(alignment: int, lengths: tuple[int, ...]) -> None:
-    layout, valid_BM = Layout(lengths, alignment), valid(lengths)
-    metric_TK = metric_of(layout)
-    patches_BM = valid_BM & (torch.arange(max(lengths)) >= PREFIX)
-    scores_BM = torch.rand(valid_BM.shape)
-    keep_BM, _, ours = cpu.select(scores_BM, 0.5, PREFIX + 1, metric_TK, PREFIX, layout)
-    leave_BM = patches_BM & ~keep_BM
-    expected = most_similar(metric_TK[index_of(layout)], leave_BM, patches_BM & keep_BM)
-    assert leave_BM.any()
-    assert ours is not None
-    assert torch.equal(ours[leave_BM], expected[leave_BM])
-
-
-@every_batch
-@pytest.mark.parametrize("at_least", [PREFIX + 1, PREFIX + 6, TOKENS])
-@pytest.mark.parametrize("threshold", [-1.0, 0.3, 0.9, 2.0])
-def test_the_same_patches_stay(lengths: tuple[int, ...], threshold: float, at_least: int) -> None:
-    valid_BM = valid(lengths)
-    scores_BM = (torch.rand(valid_BM.shape) * 10).round() / 10  # many are equal
-    keep_BM, kept, _ = cpu.select(scores_BM, threshold, at_least, None, PREFIX, Layout(lengths))
-    scores_BM[:, :PREFIX] = torch.inf
-    scores_BM = scores_BM.masked_fill(~valid_BM, -torch.inf)
-    expected_BM = above_threshold(scores_BM, torch.tensor(threshold), at_least)
-    assert torch.equal(keep_BM, expected_BM)
-    assert list(kept) == expected_BM.sum(1).tolist()
-
-
-@every_batch
-def test_what_is_no_number_stays(lengths: tuple[int, ...]) -> None:
-    scores_BM = torch.zeros(len(lengths), max(lengths))
-    scores_BM[0, PREFIX + 1] = torch.nan
-    keep_BM, kept, _ = cpu.select(scores_BM, 0.5, PREFIX, None, PREFIX, Layout(lengths))
-    assert keep_BM[0].nonzero().flatten().tolist() == [*range(PREFIX), PREFIX + 1]
-    assert kept == (PREFIX + 1, *[PREFIX] * (len(lengths) - 1))
-
-
-@every_batch
-@every_dtype
-# where tokens have sizes, those that leave are merged
-@pytest.mark.parametrize(("merges", "sized"), [(True, True), (True, False), (False, False)])
-def test_reducing_is_the_same(merges: bool, sized: bool, lengths: tuple[int, ...], dtype: torch.dtype) -> None:
-    if sized:
-        batch, x_TD = merged(lengths, dtype)
-    else:
-        batch = dense(len(lengths))
-        x_TD = torch.randn(len(lengths) * TOKENS, WIDTH).to(dtype)
-    keep_BM = batch.valid_BM & (torch.rand(batch.valid_BM.shape) > 0.5)
-    keep_BM[:, : PREFIX + 1], keep_BM[0, PREFIX + 1] = True, False
-    dst_BM = torch.where(torch.rand(keep_BM.shape) > 0.5, PREFIX, keep_BM.long().argmax(1, keepdim=True))
-    decision = Decision(keep_BM, dst_BM if merges else None)
-    ours, y_TD = reduce_tokens(batch, x_TD, decision)
-    expected, expected_TD = reduce_tokens(replace(batch, kernels=None), x_TD, decision)
-    assert ours.layout == expected.layout
-    assert ours.covers_all == expected.covers_all
-    assert torch.equal(ours.positions_T, expected.positions_T)
-    assert torch.equal(ours.patch_token_BN, expected.patch_token_BN)
-    assert (ours.sizes_T is None) == (expected.sizes_T is None)
-    if ours.sizes_T is not None and expected.sizes_T is not None:
-        assert_close(ours.sizes_T, expected.sizes_T, **EXACT)
-    assert_close(y_TD, expected_TD, **(FLOAT32 if dtype == torch.float32 else BFLOAT16))
-
-
-def test_a_merged_token_is_rounded_once_to_the_nearest_even() -> None:
-    x_TD = torch.randn(3, 4096).bfloat16()
-    batch = TokenBatch.dense(1, 3, 1, torch.device("cpu"), cpu)
-    decision = Decision(torch.tensor([[True, True, False]]), torch.tensor([[0, 0, 1]]))
-    _, y_TD = reduce_tokens(batch, x_TD, decision)
-    assert torch.equal(y_TD[1], ((x_TD[1].float() + x_TD[2].float()) / 2).bfloat16())
-
-
-@pytest.mark.parametrize("spoiled", ["scores", "metric", "both"])
-def test_an_image_that_is_no_number_loses_nothing_to_redundancy(spoiled: str) -> None:
-    lengths, layout = SEVERAL, Layout(SEVERAL)
-    metric_TK, scores_BM = metric_of(layout), torch.rand(len(lengths), max(lengths))
-    expected = peaks_in_loops(metric_TK, scores_BM, 0.5, layout)
-    if spoiled != "scores":
-        metric_TK[index_of(layout)[1]] = torch.nan
-    if spoiled != "metric":
-        scores_BM[1] = torch.nan
-    ours = peaks_in_loops(metric_TK, scores_BM, 0.5, layout)
-    others = [0, 2, 3]
-    assert torch.equal(ours[others], expected[others])
-    # against any threshold
-    assert not (ours[1, : lengths[1]] <= 1e30).any()
-    keep_BM, _, _ = cpu.select(ours, 1e30, PREFIX, metric_TK, PREFIX, layout)
-    assert torch.equal(keep_BM[1], valid(lengths)[1])
-
-
-def test_what_is_no_number_is_merged_into_is_a_token_of_its_image() -> None:
-    layout, scores_BM = Layout(SEVERAL), torch.rand(valid(SEVERAL).shape)
-    known = scores_BM, 0.5, PREFIX + 1, metric_of(layout) * torch.nan, PREFIX, layout
-    keep_BM, _, dst_BM = cpu.select(*known)
-    leave_BM = valid(SEVERAL) & ~keep_BM
-    assert leave_BM.any()
-    assert dst_BM is not None
-    assert keep_BM.gather(1, dst_BM)[leave_BM].all()
-
-
-def test_states_that_are_no_numbers_stay_in_their_image() -> None:
-    lengths = SEVERAL
-    batch, x_TD = merged(lengths, torch.bfloat16)
-    rows = slice(batch.layout.starts[1], batch.layout.starts[1] + lengths[1])
-    x_TD[rows] = torch.nan
-    keep_BM = batch.valid_BM.clone()
-    keep_BM[:, -1:], keep_BM[:, PREFIX + 1] = False, False
-    after, y_TD = reduce_tokens(batch, x_TD, Decision(keep_BM, torch.full(keep_BM.shape, PREFIX)))
-    images_T = after.layout.images(x_TD.device)
-    assert y_TD[images_T == 1].isnan().all()
-    assert y_TD[images_T != 1].isfinite().all()
-
-
 def test_gradients_flow_through_operators() -> None:
     x_TD = torch.randn(TOKENS, WIDTH, requires_grad=True)
-    batch = dense(1, None)
+    batch = TokenBatch.dense(1, TOKENS, PREFIX, torch.device("cpu"))
     keep_BM = torch.arange(TOKENS)[None] < 9
     decision = Decision(keep_BM, torch.full(keep_BM.shape, PREFIX))
     assert not cpu.fits(x_TD)
@@ -337,7 +128,7 @@ def test_other_users_of_numba_keep_their_threads() -> None:
     before = numba.get_num_threads()
     numba.set_num_threads(1)
     try:
-        merged(SEVERAL)
+        answers(torch.float32)
         assert numba.get_num_threads() == 1
     finally:
         numba.set_num_threads(before)

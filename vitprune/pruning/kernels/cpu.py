@@ -9,6 +9,7 @@ sequence or, of order and distances, patches at the stage, H heads, K head width
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 from functools import cache
 from typing import Any, overload
 
@@ -18,8 +19,15 @@ from torch import Tensor
 
 from vitprune.pruning.layout import Layout
 from vitprune.pruning.scores import more_important
+from vitprune.pruning.token_batch import MeanQuery, PackedAttentionKernel, Pairs, Unpack
 
 _DTYPES = (torch.float32, torch.bfloat16)
+
+knows_pairs = False
+# torch's are as fast
+mean_query: MeanQuery | None = None
+packed_attention: PackedAttentionKernel | None = None
+unpack: Unpack | None = None
 
 
 @cache
@@ -48,9 +56,10 @@ def compute_stats(
     query_BHK: Tensor | None,
     k_THK: Tensor,
     contexts_THK: Tensor,
-    key_bias_T: Tensor | None,
+    sizes_T: Tensor | None,
     scale: float,
     layout: Layout,
+    pairs: Pairs | None = None,
     *,
     wants_metric: bool,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -61,7 +70,8 @@ def compute_stats(
     Returns AS-ViT's scores (B, M), `scores.head_weighted_attention`, and what similarity is measured on, (T, K),
     `scores.key_metric`; both float32.
     """
-    images = len(layout.lengths)
+    assert pairs is None
+    images, key_bias_T = len(layout.lengths), None if sizes_T is None else sizes_T.log()
     scores_BM = None if query_BHK is None else np.empty((images, max(layout.lengths)), np.float32)
     metric_TK = np.empty((k_THK.shape[0], k_THK.shape[2]), np.float32) if wants_metric else None
     known = (_array(query_BHK), _array(k_THK), _array(contexts_THK), _array(key_bias_T), np.float32(scale))
@@ -98,12 +108,12 @@ def density_peaks(
 
 def select(
     scores_BM: Tensor,
-    threshold: float,
+    threshold: Tensor,
     at_least: int,
     metric_TK: Tensor | None,
     num_prefix_tokens: int,
     layout: Layout,
-) -> tuple[Tensor, tuple[int, ...], Tensor | None]:
+) -> tuple[Tensor, Tensor, Tensor | None]:
     """Which tokens stay, how many of each image, and for each that leaves the most similar patch that stays.
 
     `selection.above_threshold`, bool (B, M), and by a metric, if there is one, `scores.nearest`, (B, M) long.
@@ -112,9 +122,15 @@ def select(
     shape_BM = scores_BM.shape
     keep_BM, kept_B = np.empty(shape_BM, np.bool_), np.empty(shape_BM[0], np.int64)
     dst_BM = None if metric_TK is None else np.empty(shape_BM, np.int64)
-    known = _array(scores_BM), np.float32(threshold), at_least, _array(metric_TK), num_prefix_tokens, layout.spans_3B
+    least = np.float32(threshold.item())
+    known = _array(scores_BM), least, at_least, _array(metric_TK), num_prefix_tokens, layout.spans_3B
     _run(_loops().select, *known, keep_BM, kept_B, dst_BM, images=shape_BM[0])
-    return _tensor(keep_BM), tuple(kept_B.tolist()), _tensor(dst_BM)
+    return _tensor(keep_BM), _tensor(kept_B), _tensor(dst_BM)
+
+
+def lay_out(kept: Sequence[int], kept_B: Tensor | None, x_TD: Tensor) -> Layout:
+    """Where images of so many tokens lie. kept_B: the same as a tensor, where there is one."""
+    return Layout.fitting(kept, x_TD)
 
 
 def reduce(
