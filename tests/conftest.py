@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 
-# Triton reads it when it is first imported, which torch may do: the CUDA door's kernels run in its interpreter
-os.environ["TRITON_INTERPRET"] = "1"
+# Triton reads it when it is first imported, which torch may do: without a GPU the CUDA door's kernels run in its
+# interpreter. TRITON_INTERPRET=0: on the GPU
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from collections.abc import Iterator
 
@@ -17,7 +18,8 @@ from samples import SHARED
 from torch.nn.modules.module import register_module_forward_hook
 from triton_interpreter import mend
 
-mend()
+if os.environ["TRITON_INTERPRET"] == "1":
+    mend()
 _left_out: list[str] = []
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any, TypedDict
 
@@ -214,6 +215,11 @@ def answer(output: Any) -> Tensor:
         if output.get(name) is not None:
             return output[name]
     raise AssertionError(f"no answer in {list(output)}")
+
+
+def on_gpu() -> bool:
+    """Whether the CUDA door's kernels run where they belong; elsewhere in Triton's interpreter, on the CPU."""
+    return os.environ["TRITON_INTERPRET"] == "0"
 
 
 def in_triton(monkeypatch: pytest.MonkeyPatch) -> None:

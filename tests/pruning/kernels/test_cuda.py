@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import tiny
 import torch
 from tiny import Tolerance
 from torch.testing import assert_close
@@ -20,6 +23,12 @@ ATTENTION = {
 }
 
 SEVERAL, H, K = (9, 23, 4, 14), 3, 7
+
+
+@pytest.fixture(autouse=True)
+def _device() -> Iterator[None]:
+    with torch.device("cuda" if tiny.on_gpu() else "cpu"):
+        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

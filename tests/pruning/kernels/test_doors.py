@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 import pytest
+import tiny
 import torch
 from tiny import Tolerance
 from torch import Tensor
@@ -41,12 +42,13 @@ DOORS: dict[str, Kernels] = {"loops": cpu, "loops in two threads": cpu, "Triton"
 def door(request: pytest.FixtureRequest) -> Iterator[Kernels]:
     before = torch.get_num_threads()
     torch.set_num_threads(2 if request.param == "loops in two threads" else 1)
-    yield DOORS[request.param]
+    with torch.device("cuda" if request.param == "Triton" and tiny.on_gpu() else "cpu"):
+        yield DOORS[request.param]
     torch.set_num_threads(before)
 
 
 def dense(images: int, kernels: Kernels | None) -> TokenBatch:
-    return TokenBatch.dense(images, TOKENS, PREFIX, torch.device("cpu"), kernels)
+    return TokenBatch.dense(images, TOKENS, PREFIX, torch.get_default_device(), kernels)
 
 
 def merged(door: Kernels, lengths: tuple[int, ...], dtype: torch.dtype = torch.float32) -> tuple[TokenBatch, Tensor]:
@@ -62,13 +64,13 @@ def valid(lengths: tuple[int, ...]) -> Tensor:
 
 
 def index_of(layout: Layout) -> Tensor:
-    return torch.from_numpy(layout.index_BM)
+    return torch.as_tensor(layout.index_BM, device=torch.get_default_device())
 
 
 def metric_of(layout: Layout) -> Tensor:
     """Unit vectors (T, K); what is in fillers doesn't matter."""
     metric_TK = torch.nn.functional.normalize(torch.randn(layout.num_rows, K), dim=-1)
-    metric_TK[torch.from_numpy(layout.fillers)] = torch.nan
+    metric_TK[torch.as_tensor(layout.fillers, device=metric_TK.device)] = torch.nan
     return metric_TK
 
 
@@ -206,7 +208,7 @@ def test_reducing_is_the_same(
 
 def test_a_merged_token_is_rounded_once_to_the_nearest_even(door: Kernels) -> None:
     x_TD = torch.randn(3, 4096).bfloat16()
-    batch = TokenBatch.dense(1, 3, 1, torch.device("cpu"), door)
+    batch = TokenBatch.dense(1, 3, 1, torch.get_default_device(), door)
     decision = Decision(torch.tensor([[True, True, False]]), torch.tensor([[0, 0, 1]]))
     _, y_TD = reduce_tokens(batch, x_TD, decision)
     assert torch.equal(y_TD[1], ((x_TD[1].float() + x_TD[2].float()) / 2).bfloat16())
