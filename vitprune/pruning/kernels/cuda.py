@@ -139,7 +139,7 @@ def select(
     """As the other doors' (`cpu.select`)."""
     images, longest = scores_BM.shape
     starts_B, lengths_B = layout.spans(scores_BM.device)
-    scores_BM = scores_BM.contiguous()
+    scores_BM, threshold = scores_BM.contiguous(), threshold.to(scores_BM.device)  # where a device map put it elsewhere
     keep_BM = scores_BM.new_empty(scores_BM.shape, dtype=torch.bool)
     kept_B, order_BM = torch.empty_like(lengths_B), scores_BM.new_empty(scores_BM.shape, dtype=torch.int32)
     known = scores_BM, threshold, lengths_B, keep_BM.view(torch.uint8), kept_B, order_BM, longest, at_least
