@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, ViTConfig, ViTImageProcessorPil, ViTMo
 import vitprune
 from vitprune.data.images import Images, load_images
 from vitprune.measure.compare import compare
+from vitprune.measure.statistics import paired_difference, part_interval
 from vitprune.measure.throughput import describe_environment, measure_throughput
 from vitprune.recipe.schema import DataSpec, EvaluateSpec, SplitSpec
 
@@ -76,7 +77,14 @@ def test_compare(
     assert accuracy.dense == pytest.approx(float((before.argmax(1) == labels).double().mean()))
     assert accuracy.pruned == pytest.approx(float((after.argmax(1) == labels).double().mean()))
     assert accuracy.difference == accuracy.pruned - accuracy.dense
+    dense_right, pruned_right = before.argmax(1) == labels, after.argmax(1) == labels
+    lost, won = (dense_right & ~pruned_right).sum(), (pruned_right & ~dense_right).sum()
+    expected = paired_difference(int(lost), int(won), 10)
+    assert (accuracy.interval, accuracy.p_value) == (expected.interval, expected.p_value)
+    same = int((before.argmax(1) == after.argmax(1)).sum())
+    assert result.agreement_interval == part_interval(same, 10)
     assert result.metrics["top-5-accuracy"].dense == 1.0
+    assert result.metrics["top-5-accuracy"].interval is None
     assert 0 <= result.metrics["f1"].pruned <= 1
 
     assert result.macs.dense == pytest.approx(float(seen.dense_macs[0]))

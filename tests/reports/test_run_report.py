@@ -8,7 +8,7 @@ import pytest
 from made_up_report import comparison, report, speed
 from rich.console import Console
 
-from vitprune.reports.results import Latency, Plan, PlanRow, Report, Timing
+from vitprune.reports.results import Latency, MetricPair, Plan, PlanRow, Report, Timing
 from vitprune.reports.run_report import findings, print_plan, print_report
 
 
@@ -54,6 +54,24 @@ def test_budget_sentence() -> None:
 )
 def test_quality_sentence(accuracy: float, words: str) -> None:
     assert words in findings(report(comparison=comparison(accuracy)))[1]
+
+
+@pytest.mark.parametrize(
+    ("interval", "words"),
+    [
+        ((-0.009, 0.006), "95 % interval of the difference -0.9 to +0.6 points: no difference seen on 1000 images."),
+        ((-0.019, -0.006), "95 % interval of the difference -1.9 to -0.6 points (McNemar's p 0.034, 1000 images)."),
+    ],
+)
+def test_quality_sentence_says_how_sure_it_is(interval: tuple[float, float], words: str) -> None:
+    pair = MetricPair(dense=0.924, pruned=0.9225, interval=interval, p_value=0.0341)
+    said = findings(report(comparison=comparison().model_copy(update={"metrics": {"accuracy": pair}})))
+    assert said[1].endswith(words)
+
+
+def test_agreement_is_said_with_its_interval() -> None:
+    said = findings(report(comparison=comparison().model_copy(update={"agreement_interval": (0.963, 0.983)})))
+    assert "for 97.5 % of 1000 images (95 % interval 96.3 % to 98.3 %)." in said[2]
 
 
 def test_without_labels_or_timings() -> None:

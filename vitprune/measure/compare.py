@@ -20,6 +20,7 @@ from vitprune.data.images import Images
 from vitprune.measure.answers import AnswerKind
 from vitprune.measure.metrics import QualityMetric, correlation, metrics_of, recorded
 from vitprune.measure.outputs import ImageModel, require_same_kind, require_same_width
+from vitprune.measure.statistics import paired_difference, part_interval
 from vitprune.measure.timing import placed
 from vitprune.models.module import pruning_of
 from vitprune.models.trace import Trace, eval_mode, trace
@@ -170,8 +171,12 @@ def _likeness(kind: AnswerKind, seen: _Seen, finite_B: Tensor) -> dict[str, Any]
         dense, pruned = (one[finite_B].numpy() for one in seen.answers)
         difference = float((1 - seen.likeness_B[finite_B].double()).mean())
         return {"agreement": None, "correlation": correlation(dense, pruned), "deviation": math.sqrt(difference)}
-    mean = float(seen.likeness_B.double().where(finite_B, 0.0).mean())
-    return {"agreement": None, "similarity": mean} if kind.name == "embedding" else {"agreement": mean}
+    like_B = seen.likeness_B.double().where(finite_B, 0.0)
+    mean = float(like_B.mean())
+    if kind.name == "embedding":
+        return {"agreement": None, "similarity": mean}
+    interval = part_interval(int(like_B.sum()), len(like_B)) if kind.name == "single-label" else None
+    return {"agreement": mean, "agreement_interval": interval}
 
 
 def _metrics(
@@ -189,9 +194,18 @@ def _metrics(
             dense=_value(metric, answers[0], labels),
             pruned=_value(metric, answers[1], labels),
             is_fraction=metric.is_fraction,
+            **(_certainty(answers, labels) if metric.label == "accuracy" else {}),
         )
         for metric in metrics
     }
+
+
+def _certainty(answers: tuple[Tensor, Tensor], labels: Tensor) -> dict[str, Any]:
+    """How sure the difference in accuracy is."""
+    dense_B, pruned_B = (ranked_BR[:, 0] == labels for ranked_BR in answers)
+    lost, won = int((dense_B & ~pruned_B).sum()), int((pruned_B & ~dense_B).sum())
+    found = paired_difference(lost, won, len(labels))
+    return {"interval": found.interval, "p_value": found.p_value}
 
 
 def _value(metric: type[QualityMetric[Any]], answers: Tensor, labels: Tensor) -> float:

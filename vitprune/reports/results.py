@@ -47,11 +47,17 @@ class Distribution(Result):
 
 
 class MetricPair(Result):
-    """One metric of both models on the same images. `is_fraction`: whether it goes from 0 to 1, more being better."""
+    """One metric of both models on the same images. `is_fraction`: whether it goes from 0 to 1, more being better.
+
+    `interval`: where the difference lies at 95 %; `p_value`: how likely so uneven a split of the images that only one
+    model gets right is where both are as good (McNemar's exact test). Both of accuracy alone.
+    """
 
     dense: float
     pruned: float
     is_fraction: bool = True
+    interval: tuple[float, float] | None = None
+    p_value: float | None = None
 
     @computed_field
     @property
@@ -91,7 +97,8 @@ class NotFinite(Result):
 class Comparison(Result):
     """Dense and pruned model on the same `images`; `skipped` broken ones were left out. `answers`: of which kind.
 
-    `agreement`: part of the images with the same top-1 answer, or of labels with the same yes or no. `similarity`: mean
+    `agreement`: part of the images with the same top-1 answer, or of labels with the same yes or no; of images with its
+    95 % `agreement_interval`. `similarity`: mean
     cosine of the two embeddings of an image, of models without classes. Of numbers: `correlation` of pruned with dense
     over the images, and `deviation`, the root of the mean squared difference. `metrics` is empty for images without
     labels.
@@ -102,6 +109,7 @@ class Comparison(Result):
     answers: Task | Literal["embedding"] = "single-label"
     metrics: dict[str, MetricPair]
     agreement: float | None
+    agreement_interval: tuple[float, float] | None = None
     similarity: float | None = None
     correlation: float | None = None
     deviation: float | None = None

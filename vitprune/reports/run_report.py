@@ -53,7 +53,7 @@ def findings(report: Report) -> list[str]:
         sentences.append(_schedule(report.schedule))
     if report.training is not None:
         sentences.append(_training(report.training))
-    sentences += [_quality(name, pair) for name, pair in result.metrics.items()]
+    sentences += [_quality(name, pair, result.images) for name, pair in result.metrics.items()]
     sentences += _likeness(result)
     sentences += _where_it_pays(report.throughput)
     if result.skipped:
@@ -106,7 +106,8 @@ def _likeness(result: Comparison) -> list[str]:
             f"{images}, at a probability of 0.5."
         )
     elif result.agreement is not None:
-        sentences.append(f"It gives the dense model's answer for {percent(result.agreement)} of {images}.")
+        between = "" if result.agreement_interval is None else f" (95 % interval {_between(result.agreement_interval)})"
+        sentences.append(f"It gives the dense model's answer for {percent(result.agreement)} of {images}{between}.")
     if result.similarity is not None:
         cosine = f"{result.similarity:.4f}"
         sentences.append(f"Its embeddings of {images} have a cosine of {cosine} with the dense ones on average.")
@@ -124,15 +125,25 @@ def _likeness(result: Comparison) -> list[str]:
     return sentences
 
 
-def _quality(name: str, pair: MetricPair) -> str:
+def _between(interval: tuple[float, float]) -> str:
+    return " to ".join(percent(end) for end in interval)
+
+
+def _quality(name: str, pair: MetricPair, images: int) -> str:
     dense, pruned = pair.dense, pair.pruned
     if not pair.is_fraction:
         return f"Its {name} is {number(pruned)} against {number(dense)} of the dense model."
     points = 100 * (pruned - dense)
     values = f"{percent(pruned, 2)} against {percent(dense, 2)}"
-    if abs(points) < 0.005:
-        return f"Its {name} is that of the dense model: {values}."
-    return f"Its {name} is {abs(points):.2f} points {'above' if points > 0 else 'below'} the dense model's: {values}."
+    where = f"{abs(points):.2f} points {'above' if points > 0 else 'below'} the dense model's"
+    sentence = f"Its {name} is {'that of the dense model' if abs(points) < 0.005 else where}: {values}"
+    if pair.interval is None or pair.p_value is None:
+        return f"{sentence}."
+    low, high = (f"{100 * end:+.1f}" for end in pair.interval)
+    sentence += f", 95 % interval of the difference {low} to {high} points"
+    if pair.interval[0] <= 0 <= pair.interval[1]:
+        return f"{sentence}: no difference seen on {images} images."
+    return f"{sentence} (McNemar's p {pair.p_value:.2g}, {images} images)."
 
 
 def _where_it_pays(throughput: Sequence[Throughput]) -> list[str]:
