@@ -30,6 +30,7 @@ from vitprune import (
     PruningSpec,
     Runner,
     SplitSpec,
+    Trace,
     calibrate,
     describe_environment,
     load,
@@ -73,6 +74,12 @@ class Cut(nn.Module):
         for block, module in enumerate(blocks):
             module.register_forward_pre_hook(partial(self._cut, block))
 
+    def lose_as(self, pruned: PreTrainedModel, seen: Trace) -> None:
+        """Images lose as many tokens at each stage as they did on average in what was seen of a pruned model."""
+        prefix = pruning_of(pruned).num_prefix_tokens
+        kept = [prefix + mask.sum(1).float().mean() for mask in seen.keep_masks]
+        self.counts = {block: round(count.item()) for block, count in zip(seen.before_blocks, kept, strict=True)}
+
     def _cut(self, block: int, _: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         count = self.counts.get(block)
         return args if count is None else (args[0][:, :count].contiguous(), *args[1:])
@@ -89,9 +96,7 @@ def measure(dense: PreTrainedModel, pruned: PreTrainedModel, batches: Sequence[T
     with trace(pruned) as seen:
         for batch in batches:
             pruned(batch)
-    prefix = pruning_of(pruned).num_prefix_tokens
-    kept = [prefix + mask.sum(1).float().mean() for mask in seen.keep_masks]
-    cut.counts = {block: round(count.item()) for block, count in zip(seen.before_blocks, kept, strict=True)}
+    cut.lose_as(pruned, seen)
     models = {"dense": dense, "pruned": pruned, "cut": cut, "attached": attached}
     timings, _ = time_in_turn({name: Runner(model, batches) for name, model in models.items()}, repeats)
     macs = (seen.macs.sum() / seen.dense_macs.sum()).item()

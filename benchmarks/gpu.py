@@ -106,8 +106,7 @@ def contestants(dense: PreTrainedModel, images: Tensor, budget: float) -> dict[s
         pruning_of(attached).thresholds.fill_(-torch.inf)  # keeps everything
         for batch in batches:
             pruned(batch)
-    kept = [pruning_of(pruned).num_prefix_tokens + mask.sum(1).float().mean() for mask in seen.keep_masks]
-    cut.counts = {block: round(count.item()) for block, count in zip(seen.before_blocks, kept, strict=True)}
+    cut.lose_as(pruned, seen)
     return {"pruned": pruned, "tome": tome, "cut": cut, "attached": attached}
 
 

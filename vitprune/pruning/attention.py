@@ -239,13 +239,10 @@ class LastBlockAttention(Attention):
             self._keys_and_values = k, v
             raise KeysAndValuesKnown
         k, v = self._keys_and_values
-        bias, door = (
-            None,
-            None if self.batch is None or self.batch.kernels is None else self.batch.kernels.packed_attention,
-        )
-        if self.batch is not None and door is not None:
+        bias, attend = None, None if self.batch is None else self.batch.attention_kernel(q)
+        if self.batch is not None and attend is not None:
             q_THK, k_THK, v_THK = q.transpose(1, 2).flatten(0, 1), *(x_1HTK[0].transpose(0, 1) for x_1HTK in (k, v))
-            contexts_THK = door(q_THK, k_THK, v_THK, self.batch.sizes_T, self.batch.layout, scale, read=self.read)
+            contexts_THK = attend(q_THK, k_THK, v_THK, self.batch.sizes_T, self.batch.layout, scale, read=self.read)
             return contexts_THK.unflatten(0, (len(q), self.read))
         if self.batch is not None:
             k, v = (self.batch.pad(x_1HTK[0].transpose(0, 1)).transpose(1, 2) for x_1HTK in (k, v))

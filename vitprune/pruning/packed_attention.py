@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vitprune.pruning.attention import NO_STATS, Attention, PairBias, StatsRequest, compute_stats
-from vitprune.pruning.kernels import cuda
 from vitprune.pruning.kernels.flash import fits_flash, varlen_attention
 from vitprune.pruning.layout import is_half
 from vitprune.pruning.token_batch import TokenBatch
@@ -96,12 +95,10 @@ class PackedInputs:
     def contexts(self) -> Tensor:
         """Context vectors (T, H, K): every image attends to its own tokens only."""
         if self.kernel == "door":
-            assert self.batch.kernels is not None
-            assert self.batch.kernels.packed_attention is not None
+            attend = self.batch.attention_kernel(self.q_THK)
+            assert attend is not None
             known = self.q_THK, self.k_THK, self.v_THK, self.batch.sizes_T, self.batch.layout, self.scale
-            return self.batch.kernels.packed_attention(
-                *known, None if self.pairs is None else self.pairs.given(self.batch)
-            )
+            return attend(*known, None if self.pairs is None else self.pairs.given(self.batch))
         if self.kernel == "varlen":
             bias_T = None if self.batch.sizes_T is None else self.batch.key_bias_T
             return varlen_attention(self.q_THK, self.k_THK, self.v_THK, bias_T, self.batch.layout, self.scale)
@@ -182,7 +179,7 @@ class PackedInputs:
 
 def kernel_for(q: Tensor, k: Tensor, v: Tensor, batch: TokenBatch, bias_1HNN: Tensor | None) -> Kernel:
     """What suits the device and what is asked."""
-    if batch.kernels is not None and batch.kernels.packed_attention is not None and cuda.fits_attention(q):
+    if batch.attention_kernel(q) is not None:
         return "door"
     if q.device.type == "cpu" and not batch.layout.in_order:
         return "buckets"

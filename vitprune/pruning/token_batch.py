@@ -72,6 +72,8 @@ class Kernels(Protocol):
     @property
     def packed_attention(self) -> PackedAttentionKernel | None: ...
 
+    def fits_attention(self, q: Tensor) -> bool: ...
+
     @property
     def unpack(self) -> Unpack | None: ...
 
@@ -317,6 +319,10 @@ class TokenBatch:
             return logits_BM
         beyond_BM = on_device(~self.layout.valid_BM, self.device)
         return logits_BM.masked_fill(beyond_BM.view(*beyond_BM.shape, *(1 for _ in logits_BM.shape[2:])), -torch.inf)
+
+    def attention_kernel(self, q: Tensor) -> PackedAttentionKernel | None:
+        """What attends among the packed tokens by such queries; None where the device's kernels don't."""
+        return self.kernels.packed_attention if self.kernels is not None and self.kernels.fits_attention(q) else None
 
     def pad(self, values_T: Tensor) -> Tensor:
         """(T, …) to (B, M, …); what lies beyond an image's tokens is a copy of one of them or a filler of its own."""

@@ -52,6 +52,11 @@ def fits(x: Tensor) -> bool:
     return not torch.is_grad_enabled() and _loops() is not None
 
 
+def fits_attention(q: Tensor) -> bool:
+    """Whether there is attention for such queries: there is none."""
+    return False
+
+
 def compute_stats(
     query_BHK: Tensor | None,
     k_THK: Tensor,

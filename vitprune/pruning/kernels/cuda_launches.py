@@ -126,6 +126,14 @@ def order_by_importance(scores, lengths, order, longest, PREFIX: tl.constexpr, B
 
 
 @triton.jit
+def _keys_at(metric, order, image, longest, start, places, are_there, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr):
+    """The tokens at such places of an image's order, and their rows of the metric."""
+    slots, columns = tl.load(order + image * longest + places, mask=are_there, other=0), tl.arange(0, BLOCK_K)
+    at = (start + slots)[:, None] * WIDTH + columns[None]
+    return slots, tl.load(metric + at, mask=are_there[:, None] & (columns < WIDTH)[None], other=0.0)
+
+
+@triton.jit
 def density_peaks(
     metric, scores, order, patches, starts, lengths, redundancy, longest, dense_patches, exponent,
     PREFIX: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
@@ -138,24 +146,19 @@ def density_peaks(
     """
     image, tile = tl.program_id(0), tl.program_id(1)
     start, patches_here = tl.load(starts + image), tl.load(lengths + image) - PREFIX
-    places, columns = tile * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
-    out = redundancy + image * longest
-    is_patch, is_column = places < patches_here, columns < WIDTH
+    places, out = tile * BLOCK + tl.arange(0, BLOCK), redundancy + image * longest
+    is_patch = places < patches_here
     if tile == 0:
         tl.store(out + places, float("inf"), mask=places < PREFIX)
     tl.store(out + PREFIX + places, -float("inf"), mask=(places >= patches_here) & (PREFIX + places < longest))
     if tile * BLOCK >= patches_here:
         return
-    slots = tl.load(order + image * longest + places, mask=is_patch, other=0)
-    at = (start + slots)[:, None] * WIDTH + columns[None]
-    keys = tl.load(metric + at, mask=is_patch[:, None] & is_column[None], other=0.0)
+    slots, keys = _keys_at(metric, order, image, longest, start, places, is_patch, WIDTH, BLOCK_K)
     best = tl.full([BLOCK], -float("inf"), tl.float32)
     for first in range(0, (tile + 1) * BLOCK, BLOCK):
         others = first + tl.arange(0, BLOCK)
         is_other = others < patches_here
-        their_slots = tl.load(order + image * longest + others, mask=is_other, other=0)
-        at = (start + their_slots)[:, None] * WIDTH + columns[None]
-        theirs = tl.load(metric + at, mask=is_other[:, None] & is_column[None], other=0.0)
+        _, theirs = _keys_at(metric, order, image, longest, start, others, is_other, WIDTH, BLOCK_K)
         cosines = tl.dot(keys, tl.trans(theirs), input_precision="ieee")
         more_important = (others[None] < places[:, None]) & is_other[None]
         best = tl.maximum(best, tl.max(tl.where(more_important, cosines, -float("inf")), 1))
@@ -203,23 +206,18 @@ def nearest_kept(
     """For each token that leaves the most similar patch that stays, (B, M). Grid: images, tiles of those that leave."""
     image, tile = tl.program_id(0), tl.program_id(1)
     count, start = tl.load(kept + image), tl.load(starts + image)
-    places, columns = count + tile * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK_K)
-    length = tl.load(lengths + image)
+    places, length = count + tile * BLOCK + tl.arange(0, BLOCK), tl.load(lengths + image)
     if count + tile * BLOCK >= length:
         return
-    is_column, leaves = columns < WIDTH, places < length
-    slots = tl.load(order + image * longest + places, mask=leaves, other=0)
-    at = (start + slots)[:, None] * WIDTH + columns[None]
-    keys = tl.load(metric + at, mask=leaves[:, None] & is_column[None], other=0.0)
+    leaves = places < length
+    slots, keys = _keys_at(metric, order, image, longest, start, places, leaves, WIDTH, BLOCK_K)
     best = tl.full([BLOCK], -float("inf"), tl.float32)
     # where no cosine is a number, the first patch that stays
     chosen = tl.zeros([BLOCK], tl.int32) + tl.load(order + image * longest + PREFIX)
     for first in range(PREFIX, count, BLOCK):
         others = first + tl.arange(0, BLOCK)
         stays = others < count
-        their_slots = tl.load(order + image * longest + others, mask=stays, other=0)
-        at = (start + their_slots)[:, None] * WIDTH + columns[None]
-        theirs = tl.load(metric + at, mask=stays[:, None] & is_column[None], other=0.0)
+        their_slots, theirs = _keys_at(metric, order, image, longest, start, others, stays, WIDTH, BLOCK_K)
         cosines = tl.dot(keys, tl.trans(theirs), input_precision="ieee")
         cosines = tl.where(stays[None] & (cosines == cosines), cosines, -float("inf"))
         most = tl.max(cosines, 1)
