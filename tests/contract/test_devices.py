@@ -35,7 +35,7 @@ def test_a_gpu_decides_and_answers_as_the_reference(family: str, policy: str) ->
     oracle = run_by_reference(model, x)
     nn.Module.to(model, "cuda")
     answers, trace = run(model, {name: values.cuda() for name, values in x.items()})
-    for ours, theirs in zip(trace.keep_masks, oracle.keep_masks, strict=True):
+    for ours, theirs in zip(trace.merged_into, oracle.merged_into, strict=True):
         assert torch.equal(ours.cpu(), theirs)
     assert_close(answers.cpu() / oracle.largest, oracle.answers / oracle.largest, **OF_LARGEST)
 

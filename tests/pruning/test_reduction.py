@@ -186,8 +186,8 @@ def test_each_dense_token_knows_which_token_stands_for_it(kind: Kind, stages: in
             for patch in token.stands_for:
                 expected[patch] = index
         assert batch.patch_token_BN[image].tolist() == expected
-        own = [any(t.position == n for t in tokens) for n in range(PREFIX, TOKENS)]
-        assert batch.kept_patches()[image].tolist() == own
+        owners = [NO_TOKEN if n == NO_TOKEN else tokens[n].position - PREFIX for n in expected[PREFIX:]]
+        assert batch.merged_into()[image].tolist() == owners
 
 
 @every_kind

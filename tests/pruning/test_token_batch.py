@@ -96,7 +96,7 @@ def test_before_anything_left_all_tokens_stand_for_themselves(kernels: Kernels |
     assert (batch.kernels, batch.covers_all, batch.num_patches) == (kernels, True, 3)
     assert batch.positions_T.tolist() == [*range(5), *range(5)]
     assert batch.patch_token_BN.tolist() == [[*range(5)]] * 2
-    assert batch.kept_patches().all()
+    assert batch.merged_into().tolist() == [[0, 1, 2]] * 2
     assert (batch.positions_T != NO_TOKEN).all()
     x_TD = torch.randn(10, WIDTH)
     assert_close(batch.unpack(x_TD), x_TD.view(2, 5, WIDTH), **EXACT)

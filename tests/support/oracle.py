@@ -14,6 +14,7 @@ from vitprune.models.module import Pruning
 from vitprune.pruning import reference
 from vitprune.pruning.attention import Attention
 from vitprune.pruning.forward import Forward
+from vitprune.pruning.token_batch import NO_TOKEN
 
 
 class ReferenceAttention(Attention):
@@ -105,9 +106,8 @@ class ReferenceForward(Forward):
             place |= {i: place[j] for i, j in dst.items()}
         self.owner = [None if i is None else place.get(i) for i in self.owner]
         self.positions_of, self.sizes_N = [self.positions_of[i] for i in keep], self.sizes_N[keep]
-        own = torch.zeros(1, self.num_tokens, dtype=torch.bool)
-        own[0, self.positions_of] = True
-        self.keep_masks.append(own[:, prefix:])
+        owners = [NO_TOKEN if i is None else self.positions_of[i] - prefix for i in self.owner]
+        self.merged_into.append(torch.tensor([owners[prefix:]]))
         return x_ND[keep]
 
     def positions(self) -> Tensor:

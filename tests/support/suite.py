@@ -60,7 +60,7 @@ class Reference(NamedTuple):
     """What the reference makes of some images; largest: of all numbers of its answers."""
 
     answers: Tensor
-    keep_masks: list[Tensor]
+    merged_into: list[Tensor]
     macs: Tensor
     largest: Tensor
 
@@ -70,13 +70,13 @@ def run_by_reference(model: PreTrainedModel, x: Inputs) -> Reference:
     with oracle.reference_forwards():
         alone = [run(model, image) for image in tiny.each(x)]
     answers = torch.cat([answer for answer, _ in alone])
-    masks = [torch.cat(stage) for stage in zip(*(trace.keep_masks for _, trace in alone), strict=True)]
-    return Reference(answers, masks, torch.cat([trace.macs for _, trace in alone]), answers.abs().max())
+    merged = [torch.cat(stage) for stage in zip(*(trace.merged_into for _, trace in alone), strict=True)]
+    return Reference(answers, merged, torch.cat([trace.macs for _, trace in alone]), answers.abs().max())
 
 
 def same_decisions(trace: vitprune.Trace, reference: Reference, images: Tensor | slice = slice(None)) -> None:
-    """The same patches stay, and the same work is counted."""
-    for ours, theirs in zip(trace.keep_masks, reference.keep_masks, strict=True):
+    """The same patches stay, those that leave go into the same ones, and the same work is counted."""
+    for ours, theirs in zip(trace.merged_into, reference.merged_into, strict=True):
         assert torch.equal(ours, theirs[images])
     assert_close(trace.macs.detach(), reference.macs[images], **COUNTED)
 

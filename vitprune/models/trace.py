@@ -52,6 +52,8 @@ class Trace:
     """What forwards of a pruned model did, image after image in the order in which they came.
 
     keep_masks: for each stage a bool (images, patches) over the original patches: those still tokens of their own.
+    merged_into: for each stage an int64 (images, patches): the patch whose token stands for each, itself where it is
+        one of its own still; −1 where none does, as of patches that are left (`dropped: leave`) and of padding.
     macs: (images,) float64, multiply-accumulates executed for each image (in training: what inference would execute);
         carries the gradient to the thresholds in training.
     dense_macs: (images,) float64, the dense model's.
@@ -61,19 +63,23 @@ class Trace:
 
     pruning: Pruning
     before_blocks: tuple[int, ...]
-    _keep_masks: list[list[Tensor]] = field(default_factory=list)
+    _merged_into: list[list[Tensor]] = field(default_factory=list)
     _passes: list[_Pass] = field(default_factory=list)
 
     @property
     def keep_masks(self) -> list[Tensor]:
+        return [owners == torch.arange(owners.shape[1], device=owners.device) for owners in self.merged_into]
+
+    @property
+    def merged_into(self) -> list[Tensor]:
         self._require_forwards()
-        patches = {masks[-1].shape[1] for masks in self._keep_masks}
+        patches = {stages[-1].shape[1] for stages in self._merged_into}
         if len(patches) > 1:
             raise ValueError(
                 f"the trace saw images of different sizes ({', '.join(map(str, sorted(patches)))} patches), whose "
                 "masks are no one tensor; use a trace for each size (macs and costs are there for all)"
             )
-        return [torch.cat(masks) for masks in zip(*self._keep_masks, strict=True)]
+        return [torch.cat(stages) for stages in zip(*self._merged_into, strict=True)]
 
     @property
     def macs(self) -> Tensor:
@@ -111,7 +117,7 @@ class Trace:
     def record(self, forward: Forward) -> None:
         """Take over what a forward that ended well did."""
         assert forward.counter is not None
-        self._keep_masks.append(forward.keep_masks)
+        self._merged_into.append(forward.merged_into)
         self._passes.append(_Pass(forward.policy, forward.counter))
 
 

@@ -25,14 +25,14 @@ from vitprune.pruning.token_batch import Kernels, TokenBatch
 class Forward(ABC):
     """The state of one forward of a pruned model. Belongs to that forward alone.
 
-    keep_masks: after each stage so far, bool (B, patches): the patches that are still tokens of their own.
+    merged_into: after each stage so far, int64 (B, patches): the patch whose token stands for each, see `TokenBatch`.
     counter: what it cost so far, counted where there are observers; None before the first block.
     num_tokens: of an image in the dense sequence. is_unpacked: whether what follows sees that again.
     """
 
     def __init__(self, policy: Policy, observers: tuple[Observer, ...] = ()) -> None:
         self.policy, self.observers = policy, observers
-        self.keep_masks: list[Tensor] = []
+        self.merged_into: list[Tensor] = []
         self.counter: CostCounter | None = None
         self.num_tokens = 0
         self.is_unpacked = False
@@ -206,7 +206,7 @@ class PackedForward(Forward):
         kept_B = kept_BM.sum(1).float()
         self.counter.add_stage(self._tokens_B, kept_B)
         self._tokens_B = kept_B
-        self.keep_masks.append(after.kept_patches())
+        self.merged_into.append(after.merged_into())
 
     def positions(self) -> Tensor | None:
         return None if self.batch is None else self.batch.positions_T

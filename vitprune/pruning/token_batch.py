@@ -332,11 +332,13 @@ class TokenBatch:
             return self.layout.split(values_T)[0][:, : max(self.lengths)]
         return values_T.index_select(0, self.index_BM.flatten()).unflatten(0, self.index_BM.shape)
 
-    def kept_patches(self) -> Tensor:
-        """bool (B, N − P): which patches of the dense sequence are still tokens of their own."""
+    def merged_into(self) -> Tensor:
+        """int64 (B, N − P): the patch whose token stands for each patch, itself where it is one of its own still;
+        `NO_TOKEN` where none does.
+        """
         positions_BN = self.positions_T.index_select(0, self.patch_rows_BN.flatten()).view_as(self.patch_token_BN)
-        own_BN = positions_BN == torch.arange(self.patch_token_BN.shape[1], device=positions_BN.device)
-        return (own_BN & self.present_BN)[:, self.num_prefix_tokens :]
+        patches_BN = (positions_BN - self.num_prefix_tokens).where(self.present_BN, NO_TOKEN)
+        return patches_BN[:, self.num_prefix_tokens :].long()
 
     @property
     def present_BN(self) -> Tensor:

@@ -27,7 +27,7 @@ from vitprune.pruning.scores import (
     true_indices,
 )
 from vitprune.pruning.selection import Decision, Observer, Policy, decide
-from vitprune.pruning.token_batch import TokenBatch
+from vitprune.pruning.token_batch import NO_TOKEN, TokenBatch
 
 EPS = 1e-6  # of the masked softmax, as published
 
@@ -126,6 +126,7 @@ class MaskedForward(Forward):
         self._sizes_BN: Tensor | None = None
         self._valid_BN: Tensor | None = None
         self._merges: list[_Merge] = []
+        self._owners_BN: Tensor | None = None  # of each token the one that stands for it
         self._attention: Attention = DenseAttention()
 
     def enter_block(
@@ -225,8 +226,19 @@ class MaskedForward(Forward):
         if self.observers:
             assert self.counter is not None
             self.counter.add_stage(before_B, kept_B)
-            self.keep_masks.append(self._kept_BN[:, policy.num_prefix_tokens :])
+            self.merged_into.append(self._merged_into(kept_BN, self._kept_BN))
         return x_BND
+
+    def _merged_into(self, before_BN: Tensor, kept_BN: Tensor) -> Tensor:
+        """The patch whose token stands for each patch after a stage, as `TokenBatch.merged_into`, (B, N − P)."""
+        own_BN = torch.arange(kept_BN.shape[1], device=kept_BN.device).expand(kept_BN.shape)
+        owners_BN = own_BN.where(before_BN, NO_TOKEN) if self._owners_BN is None else self._owners_BN
+        dst_BN = self._merges[-1].dst_BN if self._merges else torch.full_like(own_BN, NO_TOKEN)
+        now_BN = own_BN.where(kept_BN, dst_BN)
+        self._owners_BN = now_BN.gather(1, owners_BN.clamp(min=0)).where(owners_BN != NO_TOKEN, NO_TOKEN)
+        prefix = self.policy.num_prefix_tokens
+        patches_BN = self._owners_BN[:, prefix:]
+        return (patches_BN - prefix).where(patches_BN != NO_TOKEN, NO_TOKEN)
 
     def _merge_tokens(self, decision: Decision, amounts_BN: Tensor, index_BM: Tensor, x_BND: Tensor) -> Tensor:
         assert decision.dst_BM is not None
