@@ -47,7 +47,16 @@ def heavy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Heavy:
     monkeypatch.delenv("VITPRUNE_DEBUG", raising=False)
     Path("recipe.yaml").write_text(RECIPE)
     heavy = Heavy()
-    names = ("runs.apply", "runs.plan", "runs.prefetch", "bench.sweep", "reports.run_report", "reports.bench_report")
+    names = (
+        "runs.apply",
+        "runs.plan",
+        "runs.prefetch",
+        "runs.show",
+        "reports.token_pictures",
+        "bench.sweep",
+        "reports.run_report",
+        "reports.bench_report",
+    )
     modules = {name: ModuleType(f"vitprune.{name}") for name in names}
     work = modules["runs.apply"]
     for module, verb in ((work, "apply"), (modules["runs.plan"], "plan"), (work, "evaluate")):
@@ -60,6 +69,10 @@ def heavy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Heavy:
         )
     vars(modules["runs.prefetch"])["prefetch"] = lambda recipe: heavy.run("prefetch", recipe).split(" of ")
     vars(modules["bench.sweep"])["bench"] = lambda settings, output: heavy.run("bench", settings, output)
+    vars(modules["runs.show"])["show_files"] = lambda *arguments, output, **options: [
+        (heavy.run("show", *arguments, options), output / "a.png")
+    ]
+    vars(modules["reports.token_pictures"])["in_a_line"] = str.upper
     for name in ("print_report", "print_plan"):
         setattr(
             modules["reports.run_report"], name, lambda result, console, name=name: console.print(f"{name}: {result}")
@@ -119,6 +132,20 @@ def test_bench(heavy: Heavy) -> None:
     )
     assert settings.recipe.model.checkpoint == "facebook/dinov2-small"
     assert settings.recipe.pruning.dropped == "leave"
+
+
+def test_show(heavy: Heavy) -> None:
+    result = invoke("show", "runs/x", "a.png", "folder", "--dense", "facebook/deit", "--output", "here")
+    assert (result.exit_code, result.stdout, result.stderr) == (0, "here/a.png: RESULT OF SHOW\n", "")
+    rest = {"data": None, "split": "test", "rows": "0-9", "dense": "facebook/deit"}
+    assert heavy.calls == [("show", "runs/x", ["a.png", "folder"], rest)]
+    heavy.error = ValueError("there is no image in folder")
+    failed = invoke("show", "runs/x", "--data", "mnist", "--split", "train", "--rows", "3,5")
+    assert (failed.exit_code, failed.stderr) == (
+        1,
+        "failed: there is no image in folder (VITPRUNE_DEBUG=1 shows where)\n",
+    )
+    assert heavy.calls[1][2:] == ([], {"data": "mnist", "split": "train", "rows": "3,5", "dense": None})
 
 
 def test_bench_of_a_recipe_by_default(heavy: Heavy) -> None:

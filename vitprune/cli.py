@@ -181,6 +181,30 @@ def evaluate(
         _print(run(checkpoint, settings), print_report)
 
 
+@app.command()
+def show(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a pruned checkpoint.")],
+    images: Annotated[
+        list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Image files, or folders of them.")
+    ] = None,
+    data: Annotated[str | None, typer.Option(help="Or a data set, as data.path in a recipe.")] = None,
+    split: Annotated[str, typer.Option(help="Of it.")] = "test",
+    rows: Annotated[str, typer.Option(help="Of that, such as 0-9,20.")] = "0-9",
+    dense: Annotated[
+        str | None, typer.Option(help="Dense checkpoint to show beside; the same weights, unpruned, if left out.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("runs/show"),
+) -> None:
+    """Draw which patches of images stay after each stage, and both models' answers. Writes PNG files."""
+    with _clear_messages(lambda error: error):
+        from vitprune.reports.token_pictures import in_a_line
+        from vitprune.runs.show import show_files
+
+        found = show_files(checkpoint, images or [], data=data, split=split, rows=rows, dense=dense, output=output)
+        for seen, path in found:
+            typer.echo(f"{path}: {in_a_line(seen)}")
+
+
 class Dtype(str, Enum):
     """What a benchmark computes in."""
 

@@ -44,6 +44,23 @@ def test_the_task_loss_is_that_of_transformers(task: Task, outputs: int, labels:
     assert_close(answers.kind.task_loss(answers(tiny.images(3)), labels), theirs.loss, **FLOAT32)
 
 
+CLASSES = {0: "cat", 1: "dog"}
+
+
+def test_answers_and_labels_in_words() -> None:
+    logits = torch.tensor([0.0, math.log(3), -50.0])
+    assert KINDS["single-label"].describe(logits, CLASSES) == "dog 75.0 %"
+    assert KINDS["single-label"].describe(logits.flip(0), {}) == "1 75.0 %"
+    assert KINDS["single-label"].describe_label(0, CLASSES) == "cat"
+    assert KINDS["multi-label"].describe(logits, CLASSES) == "dog"
+    assert KINDS["multi-label"].describe(torch.tensor([1.0, 2.0, 3.0]), CLASSES) == "cat, dog, 2"
+    assert KINDS["multi-label"].describe_label([0.0, 0.0], CLASSES) == "none"
+    assert KINDS["regression"].describe(torch.tensor([1.5, -2.25]), {}) == "1.5, -2.25"
+    assert Embedding().describe(logits, CLASSES) == ""
+    with pytest.raises(TypeError, match="no labels"):
+        Embedding().describe_label(0, CLASSES)
+
+
 @pytest.mark.parametrize(
     ("problem_type", "outputs", "task"),
     [

@@ -49,33 +49,51 @@ class Reader:
 
     def read(self, row: Mapping[str, Any], number: str) -> Sample | None:
         """None for a broken image where those are skipped, BrokenImageError raised where they aren't."""
-        place = f"{self.source.place}, row {number}"
-        value, mode = row[self.source.image_column], self.mode
         try:
-            pixels_CHW = self._pixels(value, mode)
+            picture = in_colours(decode(row[self.source.image_column]), self.mode)
+            pixels_CHW = self.processor(picture, return_tensors="pt")["pixel_values"][0].float()
         except Exception as error:  # files are broken in more ways than decoders have errors for
             if self.skip_broken:
                 return None
-            file = f" ({value['path']})" if value and value["path"] else ""
-            raise BrokenImageError(
-                f"{place}{file}: cannot be decoded: {error}; set `data.on_error: skip` to leave such rows out"
-            ) from error
+            raise self._broken(row, number, error) from error
+        return pixels_CHW, self._label(row, number)
+
+    def picture(self, row: Mapping[str, Any], number: str) -> tuple[PIL.Image.Image, int | list[float] | None]:
+        """The picture of a row as it is, and its label. Raises BrokenImageError."""
+        try:
+            return decode(row[self.source.image_column]), self._label(row, number)
+        except Exception as error:  # as above
+            raise self._broken(row, number, error) from error
+
+    def _broken(self, row: Mapping[str, Any], number: str, error: Exception) -> BrokenImageError:
+        value = row[self.source.image_column]
+        file = f" ({value['path']})" if value and value["path"] else ""
+        return BrokenImageError(
+            f"{self.source.place}, row {number}{file}: cannot be decoded: {error}; set `data.on_error: skip` to leave "
+            "such rows out"
+        )
+
+    def _label(self, row: Mapping[str, Any], number: str) -> int | list[float] | None:
         labels = self.source.labels
         if labels is None:
-            return pixels_CHW, None
+            return None
         try:
-            return pixels_CHW, labels.read(row[labels.column])
+            return labels.read(row[labels.column])
         except ValueError as error:
-            raise ValueError(f"{place}, column {labels.column!r}: {error}") from error
+            raise ValueError(f"{self.source.place}, row {number}, column {labels.column!r}: {error}") from error
 
-    def _pixels(self, value: Mapping[str, Any] | None, mode: str) -> Tensor:
-        if value is None:
-            raise ValueError("the row has no image")
-        path, encoded = value["path"], value["bytes"]
-        if encoded is None and path is not None and Path(path).is_file():
-            encoded = Path(path).read_bytes()  # the decoder would leave the file open where it turns out broken
-        image = in_colours(DECODER.decode_example({"path": path, "bytes": encoded}), mode)
-        return self.processor(image, return_tensors="pt")["pixel_values"][0].float()
+
+def decode(value: Mapping[str, Any] | None) -> PIL.Image.Image:
+    """The picture of a row's undecoded image, turned upright.
+
+    Raises ValueError where there is none, and for a broken one anything that a decoder raises.
+    """
+    if value is None:
+        raise ValueError("the row has no image")
+    path, encoded = value["path"], value["bytes"]
+    if encoded is None and path is not None and Path(path).is_file():
+        encoded = Path(path).read_bytes()  # the decoder would leave the file open where it turns out broken
+    return DECODER.decode_example({"path": path, "bytes": encoded})
 
 
 def blank_image(processor: BaseImageProcessor) -> Tensor:

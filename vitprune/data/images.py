@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import PIL.Image
 import torch
 from datasets import IterableDataset
 from torch import Tensor
@@ -128,6 +129,19 @@ class Images:
         """Pixel values of all images, (B, C, H, W) float32; B is 0 where there is none."""
         batches = [batch["pixel_values"] for batch in self.loader(LOADED)]
         return torch.cat(batches) if batches else torch.empty(0, 3, 0, 0)
+
+    def picture(self, number: int) -> tuple[str, PIL.Image.Image, int | list[float] | None]:
+        """One picture of the split as it is, by its row's number: that number in words, the picture, its label.
+
+        Raises ValueError for a row that isn't there, BrokenImageError for one that can't be decoded. Not of a stream.
+        """
+        assert isinstance(self.rows, Table)
+        return self.rows.picture(number)
+
+    @property
+    def whole(self) -> tuple[int, ...] | None:
+        """Numbers of the rows in order, without those that turned out broken so far; None of a stream."""
+        return None if isinstance(self.rows, Stream) else self.rows.whole
 
     def stand_in(self) -> dict[str, Tensor]:
         """A batch of one empty image, as `loader` gives them."""

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import PIL.Image
 import torch
 from datasets import Dataset, IterableDataset, Value
 from datasets.distributed import split_dataset_by_node
@@ -41,9 +42,25 @@ class Table(torch_data.Dataset[Sample | None]):
             self.broken[number] = True
         return sample
 
+    def picture(self, number: int) -> tuple[str, PIL.Image.Image, int | list[float] | None]:
+        """The picture of a row, by its number in the split, with that number in words, and its label.
+
+        Raises ValueError where there is no such row, BrokenImageError where it can't be decoded.
+        """
+        if not 0 <= number < len(self.rows):
+            raise ValueError(f"{self.reader.source.place} has rows 0 to {len(self.rows) - 1}, none of number {number}")
+        row = self.rows[number]
+        name = str(row.get(ROW, number))
+        return name, *self.reader.picture(row, name)
+
     @property
     def skipped(self) -> int:
         return int(self.broken[self.numbers].sum())
+
+    @property
+    def whole(self) -> tuple[int, ...]:
+        """Numbers of the chosen rows, in order, without those that turned out broken."""
+        return tuple(self.numbers[~self.broken[self.numbers]].tolist())
 
     @property
     def length(self) -> int:

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedConfig
 
 from vitprune.recipe.schema import Task
+from vitprune.reports.text import percent
 
 PROBLEM_TYPES: Mapping[Task, Literal["single_label_classification", "multi_label_classification", "regression"]] = {
     "single-label": "single_label_classification",
@@ -47,6 +48,14 @@ class AnswerKind(ABC):
     def likeness(self, dense_BC: Tensor, pruned_BC: Tensor) -> Tensor:
         """Measure for each image, (B,) float32, how like two answers are: 1 is the same."""
 
+    @abstractmethod
+    def describe(self, answer_C: Tensor, names: Mapping[int, str]) -> str:
+        """Say one image's answer in words; nothing where there are none for it. names: of classes by id."""
+
+    @abstractmethod
+    def describe_label(self, label: int | list[float], names: Mapping[int, str]) -> str:
+        """Say in words what is right for an image, as `data.labels.Labels.read` gives it."""
+
 
 class SingleLabel(AnswerKind):
     """Logits of classes, one of which is right: softmax."""
@@ -67,6 +76,16 @@ class SingleLabel(AnswerKind):
     def likeness(self, dense_BC: Tensor, pruned_BC: Tensor) -> Tensor:
         """Tell whether the likeliest class is the same."""
         return (dense_BC.argmax(-1) == pruned_BC.argmax(-1)).float()
+
+    def describe(self, answer_C: Tensor, names: Mapping[int, str]) -> str:
+        """Name the likeliest class, with its probability."""
+        probability, best = answer_C.float().softmax(-1).max(-1)
+        return f"{_name(int(best), names)} {percent(probability.item())}"
+
+    def describe_label(self, label: int | list[float], names: Mapping[int, str]) -> str:
+        """Name the class."""
+        assert isinstance(label, int)
+        return _name(label, names)
 
 
 class MultiLabel(AnswerKind):
@@ -92,6 +111,16 @@ class MultiLabel(AnswerKind):
         """Measure the part of the labels that both or neither give, at a probability of 0.5."""
         return ((dense_BC > 0) == (pruned_BC > 0)).float().mean(-1)
 
+    def describe(self, answer_C: Tensor, names: Mapping[int, str]) -> str:
+        """Name the labels above a probability of 0.5."""
+        return self.describe_label(answer_C.float().sigmoid().tolist(), names)
+
+    def describe_label(self, label: int | list[float], names: Mapping[int, str]) -> str:
+        """Name the labels that are given."""
+        assert isinstance(label, list)
+        given = [_name(index, names) for index, part in enumerate(label) if part > 0.5]
+        return ", ".join(given) or "none"
+
 
 class Regression(AnswerKind):
     """Numbers."""
@@ -111,6 +140,15 @@ class Regression(AnswerKind):
     def likeness(self, dense_BC: Tensor, pruned_BC: Tensor) -> Tensor:
         """Compute 1 − the squared difference."""
         return 1 - (dense_BC.float() - pruned_BC.float()).square().mean(-1)
+
+    def describe(self, answer_C: Tensor, names: Mapping[int, str]) -> str:
+        """Say the numbers."""
+        return self.describe_label(answer_C.float().tolist(), names)
+
+    def describe_label(self, label: int | list[float], names: Mapping[int, str]) -> str:
+        """Say the numbers."""
+        assert isinstance(label, list)
+        return ", ".join(f"{number:.4g}" for number in label)
 
 
 class Embedding(AnswerKind):
@@ -132,6 +170,18 @@ class Embedding(AnswerKind):
     def likeness(self, dense_BC: Tensor, pruned_BC: Tensor) -> Tensor:
         """Compute the cosine."""
         return F.cosine_similarity(dense_BC.float(), pruned_BC.float(), dim=-1)
+
+    def describe(self, answer_C: Tensor, names: Mapping[int, str]) -> str:
+        """Say nothing: a direction has no words."""
+        return ""
+
+    def describe_label(self, label: int | list[float], names: Mapping[int, str]) -> str:
+        """Raise TypeError: nothing says what an embedding should be."""
+        raise TypeError("a model without classes has no labels")
+
+
+def _name(index: int, names: Mapping[int, str]) -> str:
+    return names.get(index, str(index))
 
 
 KINDS: Mapping[Task, AnswerKind] = {

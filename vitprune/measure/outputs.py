@@ -88,6 +88,11 @@ def has_head(model: PreTrainedModel) -> bool:
     return "Classification" in type(model).__name__
 
 
+def class_names(model: PreTrainedModel) -> dict[int, str]:
+    """Names of a model's classes by id, as its config has them; of what has no head there are none."""
+    return {int(index): str(name) for index, name in (model.config.id2label or {}).items()} if has_head(model) else {}
+
+
 def declare_task(model: PreTrainedModel, task: Task) -> None:
     """Write into a model's config, in place, what its head is for. Raises ValueError for a model without one."""
     if not has_head(model):

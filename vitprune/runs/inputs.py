@@ -20,7 +20,7 @@ from vitprune.data.images import Images, load_images
 from vitprune.finetuning.finetune import require_trainable
 from vitprune.measure.answers import KINDS, AnswerKind
 from vitprune.measure.metrics import metrics_of
-from vitprune.measure.outputs import ImageModel, declare_task, embed_classes, has_head, is_two_towers
+from vitprune.measure.outputs import ImageModel, class_names, declare_task, embed_classes, has_head, is_two_towers
 from vitprune.models.checkpoint import digest_weights, load, load_processor, load_tokenizer
 from vitprune.models.module import is_pruned, spec_of
 from vitprune.models.prune import prune_, restore_
@@ -207,9 +207,8 @@ def _embed_classes(
 
 def read_images(recipe: Recipe, processor: BaseImageProcessor, dense: PreTrainedModel, split: SplitSpec) -> Images:
     """Labels are the model's classes; without a head they are those of the data; of no use without a prompt."""
-    labels, kind = None, _kind(recipe, dense)
-    if has_head(dense):
-        labels = {int(index): name for index, name in (dense.config.id2label or {}).items()}
+    kind = _kind(recipe, dense)
+    labels = class_names(dense) if has_head(dense) else None
     return load_images(
         recipe.data,
         split,

@@ -1,0 +1,79 @@
+"""What a pruned model does with single images, for people to look at: patches left after each stage, both answers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import torch
+from torch import Tensor
+from transformers.image_processing_utils import BaseImageProcessor
+
+from vitprune.data.decoding import in_colours, mode_of
+from vitprune.data.pictures import seen_box
+from vitprune.measure.outputs import ImageModel, class_names
+from vitprune.measure.timing import placed
+from vitprune.models.trace import Trace, eval_mode, trace
+from vitprune.reports.token_pictures import SeenImage, Stage
+
+
+@dataclass(frozen=True)
+class Named:
+    """A picture with what it is called. label: the right answer as data has it, if it is known."""
+
+    name: str
+    picture: PIL.Image.Image
+    label: int | list[float] | None = None
+    row: int | None = None
+
+
+@torch.no_grad()
+def look_at(
+    pictures: Iterable[Named],
+    dense: ImageModel,
+    pruned: ImageModel,
+    processor: BaseImageProcessor,
+    names: Mapping[int, str] | None = None,
+) -> Iterator[SeenImage]:
+    """Run both models on one picture after the other. names: of classes by id; if None those of the dense model.
+
+    Raises ValueError, naming the picture, where its patches are no grid.
+    """
+    kind, mode = dense.kind, mode_of(processor)
+    names = class_names(dense.model) if names is None else names
+    with eval_mode(dense, pruned):
+        for one in pictures:
+            picture = in_colours(one.picture, mode)
+            x_1CHW = processor(picture, return_tensors="pt")["pixel_values"].float()
+            before = dense(placed(x_1CHW, dense))
+            with trace(pruned) as watched:
+                after = pruned(placed(x_1CHW, pruned))
+            likeness = kind.likeness(before, after).item()
+            yield SeenImage(
+                name=one.name,
+                picture=picture.convert("RGB"),
+                box=seen_box(processor, picture.size),
+                stages=tuple(_stages(one.name, watched, x_1CHW)),
+                dense_macs=watched.dense_macs.item(),
+                macs=watched.macs.item(),
+                dense=kind.describe(before[0], names),
+                pruned=kind.describe(after[0], names) or f"cosine {likeness:.4f} to dense",
+                label=None if one.label is None else kind.describe_label(one.label, names),
+                row=one.row,
+                likeness=likeness,
+            )
+
+
+def _stages(name: str, watched: Trace, x_1CHW: Tensor) -> Iterator[Stage]:
+    height, width = x_1CHW.shape[-2:]
+    for block, owners_1P in zip(watched.before_blocks, watched.merged_into, strict=True):
+        patches = owners_1P.shape[1]
+        rows = round(math.sqrt(patches * height / width))
+        if patches % rows:
+            raise ValueError(f"{name}: its {patches} patches are no grid over {width} x {height} pixels")
+        numbers: Any = owners_1P[0].cpu().numpy()
+        yield Stage(block, np.asarray(numbers, dtype=np.int64).reshape(rows, patches // rows))
