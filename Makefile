@@ -6,7 +6,7 @@ BIN    := $(VENV)/bin
 TESTS  := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-oldest lint format types imports docs package clean
+.PHONY: help install demo test test-slow browser test-oldest lint format types imports docs package clean
 
 help:  ## Show this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -32,6 +32,9 @@ test-slow: install  ## Run tests that start processes, kill runs, compile; timm'
 	$(TESTS) --dist loadfile tests/slow  # one at a time of those that want the same port
 	$(TESTS) integrations/timm
 	$(TESTS) integrations/torchao
+
+browser:  ## Install Chromium for the tests of pages, where it isn't there (Debian, as root)
+	command -v chromium > /dev/null || (apt-get update -q && apt-get install -q -y --no-install-recommends chromium)
 
 test-oldest: install  ## Run the tests with the oldest versions that pyproject.toml allows, in .venv-oldest
 	$(PYTHON) -m venv .venv-oldest

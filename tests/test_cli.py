@@ -93,18 +93,19 @@ def invoke(*arguments: str) -> Result:
 @pytest.mark.parametrize(
     ("verb", "arguments", "printed"),
     [
-        ("apply", (), "print_report: result of apply"),
+        ("apply", (), "print_report: result of apply\nThe page: runs/pruned/report.html"),
         ("plan", (), "print_plan: result of plan"),
         ("prefetch", (), "result\nprefetch"),
-        ("evaluate", ("runs/x",), "print_report: result of evaluate"),
+        ("evaluate", ("runs/x",), "print_report: result of evaluate\nThe page: runs/evaluate/report.html"),
     ],
 )
 def test_verbs(heavy: Heavy, verb: str, arguments: tuple[str, ...], printed: str) -> None:
     result = invoke(verb, *arguments, "recipe.yaml", "--set", "finetune.epochs=2", "--set", "data.name=a=b")
     assert (result.exit_code, result.stdout, result.stderr) == (0, printed + "\n", "")
-    (called, *given, recipe) = heavy.calls[0]
-    assert (called, tuple(given)) == (verb, arguments)
-    assert isinstance(recipe, Recipe)
+    called, *given = heavy.calls[0]
+    (recipe,) = (value for value in given if isinstance(value, Recipe))
+    output = (Path("runs/evaluate"),) if verb == "evaluate" else ()
+    assert (called, *given) == (verb, *arguments, recipe, *output)
     assert recipe.finetune
     assert (recipe.finetune.epochs, recipe.data.name) == (2.0, "a=b")
 

@@ -102,12 +102,13 @@ def _say(message: str) -> None:
     typer.echo(message, err=True)
 
 
-def _print(result: Result, show: Callable[[Result, Console], None]) -> None:
+def _print(result: Result, show: Callable[[Result, Console], None], page: Path) -> None:
     """By the main process alone."""
     from vitprune.runtime.distributed import destroy, init
 
     if init().is_main_process:
         show(result, Console())
+        typer.echo(f"The page: {page}")
     destroy()
 
 
@@ -133,7 +134,7 @@ def apply(
         from vitprune.reports.run_report import print_report
         from vitprune.runs.apply import apply as run
 
-        _print(run(settings, restart=restart), print_report)
+        _print(run(settings, restart=restart), print_report, Path(settings.output.path) / "report.html")
 
 
 def _launched(recipe: Path, overrides: Sequence[str], options: Sequence[str], *, restart: bool) -> int:
@@ -171,6 +172,7 @@ def prefetch(recipe: RecipePath, overrides: Overrides = None) -> None:
 def evaluate(
     checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a pruned checkpoint.")],
     recipe: RecipePath,
+    output: Annotated[Path, typer.Option(help="Folder for report.json and report.html.")] = Path("runs/evaluate"),
     overrides: Overrides = None,
 ) -> None:
     """Compare a pruned checkpoint with the dense model, on the recipe's data."""
@@ -178,7 +180,7 @@ def evaluate(
         from vitprune.reports.run_report import print_report
         from vitprune.runs.apply import evaluate as run
 
-        _print(run(checkpoint, settings), print_report)
+        _print(run(checkpoint, settings, output), print_report, output / "report.html")
 
 
 @app.command()

@@ -5,40 +5,19 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from made_up_report import CELL, STAGE
+from made_up_report import seen_image as seen
 from PIL import Image
 
 from vitprune.reports.token_pictures import (
     SHEET_SIDE,
     SIDE,
-    SeenImage,
     Stage,
     draw_image,
     draw_panel,
     draw_sheet,
     in_a_line,
 )
-
-# two rows of three patches: 0 alone, 1 and 2 in 2, 3 gone, 4 and 5 in 4
-MERGED = np.array([[0, 2, 2], [-1, 4, 4]])
-STAGE = Stage(2, MERGED)
-CELL = 40
-
-
-def seen(**changes: Any) -> SeenImage:
-    """Each patch of another brightness."""
-    levels = np.repeat(np.repeat(np.array([[20, 60, 100], [140, 180, 220]]), CELL, 0), CELL, 1)
-    picture = Image.fromarray(np.repeat(levels[..., None], 3, 2).astype(np.uint8))
-    fields: dict[str, Any] = {
-        "name": "an image",
-        "picture": picture,
-        "box": (0.0, 0.0, *map(float, picture.size)),
-        "stages": (STAGE,),
-        "dense_macs": 2e9,
-        "macs": 1e9,
-        "dense": "cat 90.0 %",
-        "pruned": "dog 51.0 %",
-    }
-    return SeenImage(**{**fields, **changes})
 
 
 def corners(panel: Image.Image, row: int, column: int, rows: int = 2, columns: int = 3) -> tuple[int, int, int]:

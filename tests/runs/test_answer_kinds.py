@@ -71,7 +71,12 @@ def test_several_labels_an_image(tmp_path: Path, finetune: str) -> None:
     back = vitprune.load(tmp_path / "out")
     assert is_pruned(back)
     assert back.config.problem_type == "multi_label_classification"
-    assert evaluate(str(tmp_path / "out"), load_recipe(tmp_path / "out" / "recipe.yaml")).comparison == result
+    assert (
+        evaluate(
+            str(tmp_path / "out"), load_recipe(tmp_path / "out" / "recipe.yaml"), tmp_path / "evaluated"
+        ).comparison
+        == result
+    )
 
 
 @pytest.mark.parametrize("finetune", ["", FINETUNE.replace("24", "8")], ids=["calibrated", "fine-tuned"])
@@ -93,7 +98,12 @@ def test_numbers(tmp_path: Path, finetune: str, outputs: int) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     assert "have a correlation of" in card
     assert "100.0 %" not in card.split("## Results")[1].split("MACs")[0]
-    assert evaluate(str(tmp_path / "out"), load_recipe(tmp_path / "out" / "recipe.yaml")).comparison == result
+    assert (
+        evaluate(
+            str(tmp_path / "out"), load_recipe(tmp_path / "out" / "recipe.yaml"), tmp_path / "evaluated"
+        ).comparison
+        == result
+    )
 
 
 def test_a_recipe_may_name_the_task(tmp_path: Path) -> None:

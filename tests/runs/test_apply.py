@@ -30,8 +30,12 @@ def test_a_recipe_becomes_a_checkpoint(tmp_path: Path, family: str, finetune: st
     asked = recipe(tmp_path, RECIPE + finetune, family)
     report = apply(asked)
     out = tmp_path / "out"
-    names = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml", "report.json"}
-    assert {file.name for file in out.iterdir()} == names
+    names = {"README.md", "config.json", "model.safetensors", "preprocessor_config.json", "recipe.yaml"}
+    assert {file.name for file in out.iterdir()} == names | {"report.json", "report.html", "assets"}
+    assert "(assets/images.png)" in (out / "README.md").read_text(encoding="utf-8")
+    assert "assets/images.png" in {f"assets/{file.name}" for file in (out / "assets").iterdir()}
+    for name in ("README.md", "report.html", "report.json"):
+        assert str(tmp_path) not in (out / name).read_text(encoding="utf-8"), "a local path went out"
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith(".")] == []
     assert Report.load(out / "report.json") == report
     assert set(report.comparison.metrics) == {"accuracy", "f1", "top-5-accuracy"}
@@ -42,9 +46,34 @@ def test_a_recipe_becomes_a_checkpoint(tmp_path: Path, family: str, finetune: st
     assert is_pruned(back)
     assert AutoImageProcessor.from_pretrained(out, backend="pil").size["height"] == 32
     # the resolved recipe is a recipe, and the checkpoint answers as reported
-    again = evaluate(str(out), load_recipe(out / "recipe.yaml"))
+    again = evaluate(str(out), load_recipe(out / "recipe.yaml"), tmp_path / "evaluated")
     assert again.comparison.metrics == report.comparison.metrics
     assert again.comparison.macs == report.comparison.macs
+    assert again.breakdown == report.breakdown
+    assert {file.name for file in (tmp_path / "evaluated").iterdir()} == {"report.json", "report.html"}
+
+
+def test_pictures_can_be_left_out(tmp_path: Path) -> None:
+    apply(recipe(tmp_path, RECIPE, "vit", "output.pictures=false"))
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "output.pictures in the recipe is false" in page
+    assert "data:image" not in page
+    assert not (tmp_path / "out" / "assets").exists()
+
+
+def test_streamed_images_are_compared_without_pictures(tmp_path: Path) -> None:
+    report = apply(recipe(tmp_path, RECIPE, "vit", "data.streaming=true"))
+    assert report.breakdown is not None
+    assert report.breakdown.easiest == ()
+    assert "images that are streamed" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_a_checkpoint_with_pictures_is_overwritten(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, RECIPE, "vit", "output.overwrite=true")
+    assert apply(asked).comparison == apply(asked).comparison
+    (tmp_path / "out" / "mine").mkdir()
+    with pytest.raises(ValueError, match="is no pruned checkpoint, so it isn't overwritten"):
+        apply(asked)
 
 
 MEAN_SCORE = "pruning.score=head-weighted-mean-attention"
@@ -136,14 +165,14 @@ def test_what_is_evaluated_has_to_be_pruned_and_have_the_same_classes(tmp_path: 
     asked = recipe(tmp_path)
     checkpoint = tmp_path / "checkpoint"
     with pytest.raises(ValueError, match=r"checkpoint isn't pruned; name a checkpoint that `vitprune apply` wrote"):
-        evaluate(str(checkpoint), asked)
+        evaluate(str(checkpoint), asked, tmp_path / "evaluated")
     model = vitprune.prune_(vitprune.load(checkpoint), {"before_blocks": [2, 4], "thresholds": [0.01, 0.01]})
     names = model.config.id2label
     assert names is not None
     model.config.id2label = dict(enumerate(reversed(names.values())))
     vitprune.save(model, tmp_path / "other")
     with pytest.raises(ValueError, match=r"other and model\.checkpoint .* have different classes"):
-        evaluate(str(tmp_path / "other"), asked)
+        evaluate(str(tmp_path / "other"), asked, tmp_path / "evaluated")
 
 
 def test_dropout_of_attention_is_refused_before_anything_is_done(tmp_path: Path) -> None:
@@ -201,7 +230,7 @@ def test_a_pruned_checkpoint_goes_on_to_another_budget(
     back = vitprune.load(tmp_path / "again")
     assert pruning_of(back).before_blocks == (1, 3)
     # against its own weights, without pruning
-    again = evaluate(str(tmp_path / "again"), load_recipe(tmp_path / "again" / "recipe.yaml"))
+    again = evaluate(str(tmp_path / "again"), load_recipe(tmp_path / "again" / "recipe.yaml"), tmp_path / "evaluated")
     assert again.comparison.macs == report.comparison.macs
     if select == "threshold" and not finetune:  # the stages share the work as before
         factors = pruning_of(back).levels / pruning_of(vitprune.load(tmp_path / "out")).levels
@@ -326,7 +355,9 @@ def test_a_latency_budget_is_met_and_checked(tmp_path: Path, clock: Clock, finet
     assert report.comparison.macs.ratio < 0.72
     assert Report.load(tmp_path / "out" / "report.json") == report
     assert "latency" not in (tmp_path / "out" / "config.json").read_text()
-    again = evaluate(str(tmp_path / "out"), load_recipe(tmp_path / "out" / "recipe.yaml")).latency
+    again = evaluate(
+        str(tmp_path / "out"), load_recipe(tmp_path / "out" / "recipe.yaml"), tmp_path / "evaluated"
+    ).latency
     assert again is not None
     assert again.predicted is None
     assert again.measured == found.measured

@@ -49,6 +49,10 @@ class AnswerKind(ABC):
         """Measure for each image, (B,) float32, how like two answers are: 1 is the same."""
 
     @abstractmethod
+    def difference(self, dense_BC: Tensor, pruned_BC: Tensor) -> Tensor:
+        """Measure for each image, (B,) float32, how far apart two answers are, 0 where they are the same."""
+
+    @abstractmethod
     def describe(self, answer_C: Tensor, names: Mapping[int, str]) -> str:
         """Say one image's answer in words; nothing where there are none for it. names: of classes by id."""
 
@@ -76,6 +80,10 @@ class SingleLabel(AnswerKind):
     def likeness(self, dense_BC: Tensor, pruned_BC: Tensor) -> Tensor:
         """Tell whether the likeliest class is the same."""
         return (dense_BC.argmax(-1) == pruned_BC.argmax(-1)).float()
+
+    def difference(self, dense_BC: Tensor, pruned_BC: Tensor) -> Tensor:
+        """Compute the total variation of the probabilities, from 0 to 1."""
+        return (dense_BC.float().softmax(-1) - pruned_BC.float().softmax(-1)).abs().sum(-1) / 2
 
     def describe(self, answer_C: Tensor, names: Mapping[int, str]) -> str:
         """Name the likeliest class, with its probability."""
@@ -111,6 +119,10 @@ class MultiLabel(AnswerKind):
         """Measure the part of the labels that both or neither give, at a probability of 0.5."""
         return ((dense_BC > 0) == (pruned_BC > 0)).float().mean(-1)
 
+    def difference(self, dense_BC: Tensor, pruned_BC: Tensor) -> Tensor:
+        """Compute the mean difference of the labels' probabilities."""
+        return (dense_BC.float().sigmoid() - pruned_BC.float().sigmoid()).abs().mean(-1)
+
     def describe(self, answer_C: Tensor, names: Mapping[int, str]) -> str:
         """Name the labels above a probability of 0.5."""
         return self.describe_label(answer_C.float().sigmoid().tolist(), names)
@@ -141,6 +153,10 @@ class Regression(AnswerKind):
         """Compute 1 − the squared difference."""
         return 1 - (dense_BC.float() - pruned_BC.float()).square().mean(-1)
 
+    def difference(self, dense_BC: Tensor, pruned_BC: Tensor) -> Tensor:
+        """Compute the squared difference."""
+        return 1 - self.likeness(dense_BC, pruned_BC)
+
     def describe(self, answer_C: Tensor, names: Mapping[int, str]) -> str:
         """Say the numbers."""
         return self.describe_label(answer_C.float().tolist(), names)
@@ -170,6 +186,10 @@ class Embedding(AnswerKind):
     def likeness(self, dense_BC: Tensor, pruned_BC: Tensor) -> Tensor:
         """Compute the cosine."""
         return F.cosine_similarity(dense_BC.float(), pruned_BC.float(), dim=-1)
+
+    def difference(self, dense_BC: Tensor, pruned_BC: Tensor) -> Tensor:
+        """Compute 1 − cosine."""
+        return 1 - self.likeness(dense_BC, pruned_BC)
 
     def describe(self, answer_C: Tensor, names: Mapping[int, str]) -> str:
         """Say nothing: a direction has no words."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,15 +17,17 @@ from torch import Tensor, nn
 from vitprune.data.batches import Batches, each, named
 from vitprune.data.images import Images
 from vitprune.measure.answers import AnswerKind
-from vitprune.measure.metrics import QualityMetric, correlation, metrics_of, recorded
-from vitprune.measure.outputs import ImageModel, require_same_kind, require_same_width
+from vitprune.measure.breakdown import Observed, break_down
+from vitprune.measure.metrics import QualityMetric, correlation, metrics_of
+from vitprune.measure.outputs import ImageModel, class_names, require_same_kind, require_same_width
 from vitprune.measure.statistics import paired_difference, part_interval
 from vitprune.measure.timing import placed
 from vitprune.models.module import pruning_of
-from vitprune.models.trace import Trace, eval_mode, trace
+from vitprune.models.trace import eval_mode, trace
 from vitprune.recipe.schema import EvaluateSpec
 from vitprune.recipe.values import as_spec
 from vitprune.reports.results import (
+    Breakdown,
     Comparison,
     Distribution,
     KeptPatches,
@@ -58,6 +59,18 @@ def compare(
     Raises ValueError where there is no image, `pruned` isn't pruned, or isn't made of `dense`, as their answers tell,
     or where a metric doesn't fit the model.
     """
+    return compare_closely(dense, pruned, images, spec, progress=progress)[0]
+
+
+def compare_closely(
+    dense: nn.Module,
+    pruned: nn.Module,
+    images: Batches,
+    spec: EvaluateSpec | Mapping[str, Any] = _DEFAULTS,
+    *,
+    progress: bool = True,
+) -> tuple[Comparison, Breakdown]:
+    """As `compare`, and what lies behind it: by class, and which images, of `Images` that aren't streamed."""
     dense_answers, pruned_answers = ImageModel.of(dense), ImageModel.of(pruned)
     require_same_kind(pruned_answers, dense_answers)
     kind = dense_answers.kind
@@ -69,7 +82,7 @@ def compare(
         own = images.share(state.process_index, state.num_processes)
         total = None if own.length is None else math.ceil(own.length / spec.batch_size)
     batches = map(named, each(own, spec.batch_size))
-    seen: list[_Seen] = []
+    seen: list[Observed] = []
     with eval_mode(dense, pruned), torch.no_grad():
         for batch in track(
             batches, "Comparing", total=total, console=Console(stderr=True), transient=True, disable=not progress
@@ -79,69 +92,25 @@ def compare(
             with trace(pruned) as watched:
                 after = pruned_answers(placed(x_BCHW, pruned))
             require_same_width(after, before)
-            seen.append(_Seen.of(kind, before, after, watched, batch.get("labels")))
-    everybodys = distributed.all_gather((seen, own.skipped)) if isinstance(own, Images) else [(seen, 0)]
-    together = [one for theirs, _ in everybodys for one in theirs]
-    if not together:
+            seen.append(Observed.of(kind, before, after, watched, batch.get("labels")))
+    found = (seen, own.skipped, own.whole) if isinstance(own, Images) else (seen, 0, None)
+    everybodys = distributed.all_gather(found) if isinstance(own, Images) else [found]
+    parts = [one for theirs, _, _ in everybodys for one in theirs]
+    if not parts:
         raise ValueError("data.eval: there is no image to compare the models on")
-    skipped = sum(count for _, count in everybodys)
-    return _comparison(kind, _Seen.together(together), pruning_of(pruned).before_blocks, metrics, skipped)
-
-
-@dataclass(frozen=True)
-class _Seen:
-    """What was seen of some images. A few numbers each, not logits: those of ImageNet would fill the memory.
-
-    likeness_B: of pruned and dense answers. answers: what metrics need of the dense ones and of the pruned ones; None
-    where there is no metric. kept_BS: patches left after each stage, of `patches`.
-    """
-
-    macs_B: Tensor
-    dense_macs_B: Tensor
-    kept_BS: Tensor
-    patches: int
-    likeness_B: Tensor
-    answers: tuple[Tensor, Tensor] | None
-    labels: Tensor | None
-    finite_B: tuple[Tensor, Tensor]
-
-    @classmethod
-    def of(cls, kind: AnswerKind, dense: Tensor, pruned: Tensor, watched: Trace, labels: Tensor | None) -> _Seen:
-        finite_B = (_are_finite(dense), _are_finite(pruned))
-        wanted = kind.name == "regression" or (labels is not None and kind.takes_labels)
-        return cls(
-            macs_B=watched.macs.cpu(),
-            dense_macs_B=watched.dense_macs.cpu(),
-            kept_BS=torch.stack([mask.sum(dim=1) for mask in watched.keep_masks], dim=1).cpu(),
-            patches=watched.keep_masks[0].shape[1],
-            likeness_B=kind.likeness(dense, pruned).cpu(),
-            answers=(recorded(kind, dense, finite_B[0]), recorded(kind, pruned, finite_B[1])) if wanted else None,
-            labels=labels if wanted else None,
-            finite_B=finite_B,
-        )
-
-    @classmethod
-    def together(cls, parts: Sequence[_Seen]) -> _Seen:
-        def pair(pairs: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-            return torch.cat([dense for dense, _ in pairs]), torch.cat([pruned for _, pruned in pairs])
-
-        answers = [part.answers for part in parts if part.answers is not None]
-        labels = [part.labels for part in parts if part.labels is not None]
-        return cls(
-            macs_B=torch.cat([part.macs_B for part in parts]),
-            dense_macs_B=torch.cat([part.dense_macs_B for part in parts]),
-            kept_BS=torch.cat([part.kept_BS for part in parts]),
-            patches=parts[0].patches,
-            likeness_B=torch.cat([part.likeness_B for part in parts]),
-            answers=pair(answers) if answers else None,
-            labels=torch.cat(labels) if labels else None,
-            finite_B=pair([part.finite_B for part in parts]),
-        )
+    skipped = sum(count for _, count, _ in everybodys)
+    rows = None if found[2] is None else [row for _, _, theirs in everybodys for row in theirs or ()]
+    names = class_names(dense_answers.model)
+    if not names and isinstance(images, Images):
+        names = dict(enumerate(images.class_names or ()))
+    together = Observed.together(parts)
+    comparison = _comparison(kind, together, pruning_of(pruned).before_blocks, metrics, skipped)
+    return comparison, break_down(kind, together, rows, names)
 
 
 def _comparison(
     kind: AnswerKind,
-    seen: _Seen,
+    seen: Observed,
     before_blocks: Sequence[int],
     metrics: Sequence[type[QualityMetric[Any]]],
     skipped: int,
@@ -162,7 +131,7 @@ def _comparison(
     )
 
 
-def _likeness(kind: AnswerKind, seen: _Seen, finite_B: Tensor) -> dict[str, Any]:
+def _likeness(kind: AnswerKind, seen: Observed, finite_B: Tensor) -> dict[str, Any]:
     """How like the dense model's answers are, by the field of a comparison that it has its place in."""
     if kind.name == "regression":
         assert seen.answers is not None
@@ -180,7 +149,7 @@ def _likeness(kind: AnswerKind, seen: _Seen, finite_B: Tensor) -> dict[str, Any]
 
 
 def _metrics(
-    kind: AnswerKind, seen: _Seen, finite_B: Tensor, metrics: Sequence[type[QualityMetric[Any]]]
+    kind: AnswerKind, seen: Observed, finite_B: Tensor, metrics: Sequence[type[QualityMetric[Any]]]
 ) -> dict[str, MetricPair]:
     if seen.answers is None or seen.labels is None:
         return {}
@@ -212,11 +181,6 @@ def _value(metric: type[QualityMetric[Any]], answers: Tensor, labels: Tensor) ->
     result = metric(keep_in_memory=True).compute(predictions=answers.tolist(), references=labels.tolist())
     assert result is not None  # as it is in the other processes of a distributed metric
     return result[metric.label]
-
-
-def _are_finite(answers: Tensor) -> Tensor:
-    """Whether all numbers of an image's answer are, (B,)."""
-    return answers.isfinite().flatten(1).all(1).cpu()
 
 
 def _distribution(values: Tensor) -> Distribution:

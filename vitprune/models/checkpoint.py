@@ -32,6 +32,9 @@ from vitprune.recipe.errors import first_line
 from vitprune.runtime.files import GIB, beside, contents, require_name_fits
 from vitprune.runtime.hub_cache import CONFIG, NO_SAFETENSORS, PROCESSOR, TOKENIZER, WEIGHTS, WEIGHTS_INDEX, absence
 
+ASSETS = "assets"
+"""Folder of a checkpoint's pictures."""
+
 
 def load_config(checkpoint: str, revision: str | None = None) -> PreTrainedConfig:
     """The config of a checkpoint on the Hub or in a folder. Raises ValueError naming the checkpoint and the way out."""
@@ -199,7 +202,7 @@ def require_free(path: Path, *, overwrite: bool) -> None:
 
 def _is_pruned_checkpoint(path: Path) -> bool:
     config = path / "config.json"
-    if not config.is_file() or any(entry.is_dir() for entry in contents(path)):
+    if not config.is_file() or any(entry.is_dir() and entry.name != ASSETS for entry in contents(path)):
         return False
     return f'"quant_method": "{SUBMODULE}"' in config.read_text(encoding="utf-8")
 
@@ -210,12 +213,13 @@ def save(
     *,
     processor: BaseImageProcessor | None = None,
     tokenizer: PreTrainedTokenizerBase | None = None,
-    files: Mapping[str, str] | None = None,
+    files: Mapping[str, str | bytes] | None = None,
     overwrite: bool = False,
 ) -> Path:
-    """Write a pruned model, its image processor and tokenizer and further text files to a folder, whole or not at all.
+    """Write a pruned model, its image processor and tokenizer and further files to a folder, whole or not at all.
 
-    Everything is written beside the path and renamed at the end.
+    files: text or bytes by name, which may lie in the folder `assets`. Everything is written beside the path and
+    renamed at the end.
 
     Raises:
         ValueError: the model isn't pruned, or the path is taken and `overwrite` is false.
@@ -232,8 +236,10 @@ def save(
         for reader in (processor, tokenizer):
             if reader is not None:
                 reader.save_pretrained(unfinished)
-        for name, text in (files or {}).items():
-            (unfinished / name).write_text(text, encoding="utf-8")
+        for name, content in (files or {}).items():
+            place = unfinished / name
+            place.parent.mkdir(exist_ok=True)
+            place.write_bytes(content if isinstance(content, bytes) else content.encode())
         _replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(_there(path)).free / GIB

@@ -180,6 +180,8 @@ class OutputSpec(Spec):
     """Folder for the checkpoint and its report, seen from where the command runs."""
     overwrite: bool = False
     """Whether a result that is already there may be replaced."""
+    pictures: bool = True
+    """Whether some of the evaluation images are shown in report.html and the model card."""
 
 
 def require_thresholds(pruning: PruningSpec, finetune: FinetuneSpec) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from huggingface_hub import EvalResult, ModelCardData
@@ -11,6 +13,7 @@ from vitprune.reports.results import Report
 from vitprune.reports.run_report import findings, tables_of
 from vitprune.reports.text import markdown_table, percent
 
+NO_PICTURES: Mapping[str, str] = MappingProxyType({})
 CARD = """
 # {name}
 
@@ -23,7 +26,7 @@ CARD = """
 ## Results
 
 {results}
-
+{pictures}
 ## Limits
 
 - Without `import vitprune` transformers warns and loads the weights as a dense model: nothing is dropped or faster.
@@ -31,47 +34,57 @@ CARD = """
 - How many tokens stay depends on the image: the budget holds on average over images like those it was calibrated on.
 - Evaluated on {images} images of {data} only.
 
-`report.json` has all figures, `recipe.yaml` what was asked for. Made with vitprune {environment.vitprune}, torch
-{environment.torch}, transformers {environment.transformers}.
+`report.html` shows all of this, `report.json` has all figures, `recipe.yaml` what was asked for. Made with
+vitprune {environment.vitprune}, torch {environment.torch}, transformers {environment.transformers}.
 """
 
 
 CLASSIFIER = """\
-```python
 import vitprune  # teaches transformers to load it pruned
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 model = AutoModelForImageClassification.from_pretrained("{name}")
 processor = AutoImageProcessor.from_pretrained("{name}")
-```
-
-`pipeline("image-classification", "{name}")` works too, after `import vitprune`."""
+"""
+ALSO_A_PIPELINE = '`pipeline("image-classification", "{name}")` works too, after `import vitprune`.'
 
 OTHER = """\
-```python
 import vitprune
 from transformers import AutoImageProcessor
 
 model = vitprune.load("{name}")
 processor = AutoImageProcessor.from_pretrained("{name}")
-```
+"""
+ALSO_ITS_CLASS = "The `from_pretrained` of the model's own class works too, after `import vitprune`."
 
-The `from_pretrained` of the model's own class works too, after `import vitprune`."""
 
+def model_card(report: Report, name: str, pictures: Mapping[str, str] = NO_PICTURES) -> str:
+    """A Markdown model card with YAML front matter.
 
-def model_card(report: Report, name: str) -> str:
-    """A Markdown model card with YAML front matter. `name`: how the model is to be loaded, a Hub id or a folder."""
+    name: how the model is to be loaded, a Hub id or a folder. pictures: files beside the card, by what they show.
+    """
     base, data = _asked(report.recipe, "model", "checkpoint"), _asked(report.recipe, "data", "path")
+    also = (ALSO_A_PIPELINE if _classifies(report) else ALSO_ITS_CLASS).format(name=name)
     body = CARD.format(
         name=name,
         introduction=_introduction(report, base),
-        usage=(CLASSIFIER if _task(report) == "image-classification" else OTHER).format(name=name),
+        usage=f"```python\n{usage_of(report, name)}```\n\n{also}",
         results=_results(report),
+        pictures="".join(f"\n**{shown}**\n\n![{shown}]({file})\n" for shown, file in pictures.items()),
         images=report.comparison.images,
         data=_shown_name(data) or "one data set",
         environment=report.environment,
     )
     return f"---\n{_front_matter(report, name, base, data).to_yaml()}\n---\n{body}"
+
+
+def usage_of(report: Report, name: str) -> str:
+    """The code that loads the checkpoint."""
+    return (CLASSIFIER if _classifies(report) else OTHER).format(name=name)
+
+
+def _classifies(report: Report) -> bool:
+    return _task(report) == "image-classification"
 
 
 def _introduction(report: Report, base: str | None) -> str:
@@ -125,7 +138,7 @@ def _asked(recipe: dict[str, Any], section: str, key: str) -> str | None:
 
 
 def _is_local(path: str) -> bool:
-    return Path(path).is_absolute() or Path(path).exists()
+    return path.startswith("./") or Path(path).is_absolute()
 
 
 def _shown_name(path: str | None) -> str | None:

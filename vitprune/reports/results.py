@@ -118,6 +118,40 @@ class Comparison(Result):
     kept: tuple[KeptPatches, ...]
 
 
+class Histogram(Result):
+    """How many images lie between each two neighbouring `edges`."""
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+class ClassResult(Result):
+    """The images of one class. Accuracies are None where the images have no labels; `ratio`: their MACs by dense."""
+
+    name: str
+    images: int
+    dense: float | None
+    pruned: float | None
+    agreement: float
+    ratio: float
+
+
+class Breakdown(Result):
+    """What lies behind a comparison.
+
+    macs: each image's MACs by those of the dense model. classes: with one class an image, `by` its label, or where
+    there are none by the dense answer. easiest, hardest: rows of the split whose images took the fewest and the most
+    MACs. apart: rows where pruned and dense differ most, the furthest first.
+    """
+
+    macs: Histogram
+    by: Literal["label", "dense answer"] = "label"
+    classes: tuple[ClassResult, ...] = ()
+    easiest: tuple[int, ...] = ()
+    hardest: tuple[int, ...] = ()
+    apart: tuple[int, ...] = ()
+
+
 class TriedSchedule(Result):
     """Stages before these blocks, sharing the work so, at the budget: `ratio` of the dense model's cost.
 
@@ -290,7 +324,7 @@ class Document(Result):
 
 class Report(Document):
     """Everything that a run found out. `calibrated`: the comparison before fine-tuning, `training`: of it, where there
-    was one.
+    was one. `breakdown`: of the comparison.
 
     `schedule`: how the stages were found, where the recipe leaves them open.
     `budget`: of MACs; `latency`: of time. One of them is what was asked for.
@@ -300,6 +334,7 @@ class Report(Document):
     recipe: dict[str, Any]
     budget: float | None
     comparison: Comparison
+    breakdown: Breakdown | None = None
     calibrated: Comparison | None = None
     training: Training | None = None
     schedule: ScheduleSearch | None = None

@@ -8,6 +8,7 @@ good, or never seen by the model, is faded.
 from __future__ import annotations
 
 import colorsys
+import io
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -97,6 +98,20 @@ def draw_image(image: SeenImage) -> Image.Image:
     return _framed(_stacked([head, body, _lines(facts, INK)]))
 
 
+def draw_stages(image: SeenImage, panels: int, side: int) -> Image.Image:
+    """Draw the image beside what is left of it after stages, so many pictures at most, the last stage among them.
+
+    What is between them is transparent.
+    """
+    some = min(panels - 1, len(image.stages))
+    chosen = [image.stages[math.ceil((place + 1) * len(image.stages) / some) - 1] for place in range(some)]
+    drawn = [draw_panel(image, stage, side) for stage in (None, *chosen)]
+    row = Image.new("RGBA", (sum(panel.width + 4 for panel in drawn) - 4, drawn[0].height))
+    for place, panel in enumerate(drawn):
+        row.paste(panel, (place * (panel.width + 4), 0))
+    return row
+
+
 def in_a_line(image: SeenImage) -> str:
     """What was found out about an image, for a terminal."""
     tokens = f"{image.stages[-1].tokens} of {image.patches} patches left"
@@ -116,6 +131,13 @@ def draw_sheet(images: Sequence[SeenImage], columns: int = 4) -> Image.Image:
     return _framed(_grid(cells, min(columns, len(cells)), gap=2 * GAP))
 
 
+def as_png(picture: Image.Image) -> bytes:
+    """Encode a picture."""
+    encoded = io.BytesIO()
+    picture.save(encoded, "png", optimize=True)
+    return encoded.getvalue()
+
+
 def draw_panel(image: SeenImage, stage: Stage | None, side: int = SIDE) -> Image.Image:
     """Draw one image in its own aspect ratio as it is after a stage; before any where that is None."""
     width, height = image.picture.size
@@ -131,7 +153,7 @@ def draw_panel(image: SeenImage, stage: Stage | None, side: int = SIDE) -> Image
         return Image.fromarray(shown.round().astype(np.uint8))
     owners = _by_pixel(stage.merged_into, (left, top, right, bottom), size)
     _paint_groups(shown, canvas, owners, stage.sizes)
-    _draw_borders(shown, owners)
+    _draw_borders(shown, owners, stage.sizes)
     drawn = Image.fromarray(shown.round().astype(np.uint8))
     _write_sizes(drawn, stage, (left, top, right, bottom))
     return drawn
@@ -168,11 +190,12 @@ def _colour(patch: int) -> NDArray[np.float64]:
     return 255 * np.array(colorsys.hsv_to_rgb(patch * 0.618034 % 1, 0.6, 0.8))
 
 
-def _draw_borders(shown: NDArray[np.float64], owners: NDArray[np.int64]) -> None:
-    """Between the patches of different tokens."""
+def _draw_borders(shown: NDArray[np.float64], owners: NDArray[np.int64], sizes: NDArray[np.int64]) -> None:
+    """Around patches that became one token; those that are tokens of their own are left as an image."""
+    groups = np.where((owners >= 0) & (sizes[owners.clip(min=0)] > 1), owners, -1)
     edges = np.zeros(owners.shape, dtype=bool)
-    edges[:, 1:] |= (owners[:, 1:] != owners[:, :-1]) & (owners[:, 1:] != OUTSIDE) & (owners[:, :-1] != OUTSIDE)
-    edges[1:] |= (owners[1:] != owners[:-1]) & (owners[1:] != OUTSIDE) & (owners[:-1] != OUTSIDE)
+    edges[:, 1:] |= groups[:, 1:] != groups[:, :-1]
+    edges[1:] |= groups[1:] != groups[:-1]
     shown[edges] = 0.45 * shown[edges] + 0.55 * LINE
 
 

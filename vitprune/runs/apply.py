@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import partial
@@ -21,18 +21,21 @@ from vitprune.data.images import Images
 from vitprune.finetuning.finetune import NonFiniteLoss, finetune
 from vitprune.finetuning.state import States
 from vitprune.finetuning.tracking import TrackerContext
-from vitprune.measure.compare import compare
+from vitprune.measure.compare import compare, compare_closely
+from vitprune.measure.seen import Named, look_at
 from vitprune.measure.throughput import describe_environment, measure_throughput
-from vitprune.models.checkpoint import require_room, save
+from vitprune.models.checkpoint import ASSETS, require_room, save
 from vitprune.models.module import Levels, pruning_of
 from vitprune.recipe.schema import Recipe
 from vitprune.reports.model_card import model_card
-from vitprune.reports.results import Comparison, Latency, Report, ScheduleSearch, Training, TriedSchedule
+from vitprune.reports.page import ShownImages, report_page
+from vitprune.reports.results import Breakdown, Comparison, Latency, Report, ScheduleSearch, Training, TriedSchedule
 from vitprune.reports.run_report import shortfall
-from vitprune.runs.inputs import RunInputs, flat, moved
+from vitprune.reports.token_pictures import SeenImage, as_png, draw_sheet
+from vitprune.runs.inputs import RunInputs, flat, for_readers, moved, without_paths
 from vitprune.runs.resume import RunFolder, require_output, was_saved
 from vitprune.runtime import distributed, signals
-from vitprune.runtime.files import sibling
+from vitprune.runtime.files import sibling, write_whole
 
 # different batches of the largest size that throughput is measured on
 TIMED_BATCHES = 3
@@ -69,8 +72,8 @@ def apply(recipe: Recipe, *, restart: bool = False) -> Report:
             if recipe.finetune is not None:
                 calibrated = folder.once("calibrated", Comparison, run.compare)
                 training = run.finetune(output, folder)
-            comparison = folder.once("comparison", Comparison, run.compare)
-            report = folder.once("report", Report, lambda: run.report(comparison, calibrated, search, training))
+            found = folder.once("comparison", tuple[Comparison, Breakdown], run.compare_closely)
+            report = folder.once("report", Report, lambda: run.report(*found, calibrated, search, training))
             if run.is_main:
                 run.save(report, output)
             folder.remove()
@@ -82,10 +85,19 @@ def _require_free(recipe: Recipe, output: Path) -> None:
     distributed.on_main(lambda: require_output(output, overwrite=recipe.output.overwrite))
 
 
-def evaluate(checkpoint: str, recipe: Recipe) -> Report:
-    """Compare a pruned checkpoint with the recipe's dense one on the recipe's images."""
+def evaluate(checkpoint: str, recipe: Recipe, output: Path) -> Report:
+    """Compare a pruned checkpoint with the recipe's dense one on the recipe's images.
+
+    Writes report.json and report.html to the folder `output`.
+    """
     run = _Run.load(recipe, pruned=checkpoint)
-    return run.report(run.compare())
+    report = run.report(*run.compare_closely())
+    if run.is_main:
+        page = report_page(report, Path(checkpoint).name, run.show(report))
+        output.mkdir(parents=True, exist_ok=True)
+        report.save(output / "report.json")
+        write_whole(output / "report.html", lambda unfinished: unfinished.write_text(page, encoding="utf-8"))
+    return report
 
 
 class _Run(RunInputs):
@@ -217,10 +229,19 @@ class _Run(RunInputs):
         return images.sample(TIMED_BATCHES * batch_size, self.recipe.seed).pixels()
 
     def save(self, report: Report, output: Path) -> None:
+        images = self.show(report)
+        sheets = {
+            "The easiest and the hardest images": (f"{ASSETS}/images.png", (*images.easiest, *images.hardest)),
+            "Images that pruned and dense answer differently": (f"{ASSETS}/differences.png", images.apart),
+        }
+        drawn = {file: as_png(draw_sheet(shown)) for file, shown in sheets.values() if shown}
+        captions = {caption: file for caption, (file, _) in sheets.items() if file in drawn}
         files = {
             "recipe.yaml": _with_versions(self.recipe, report),
             "report.json": report.model_dump_json(indent=2, by_alias=True) + "\n",
-            "README.md": model_card(report, output.name),
+            "report.html": report_page(report, output.name, images),
+            "README.md": model_card(report, output.name, captions),
+            **drawn,
         }
         overwrite = self.recipe.output.overwrite or was_saved(output)
         save(
@@ -235,9 +256,30 @@ class _Run(RunInputs):
     def compare(self) -> Comparison:
         return compare(*self.answers, self.eval, self.recipe.evaluate, progress=self.is_main)
 
+    def compare_closely(self) -> tuple[Comparison, Breakdown]:
+        return compare_closely(*self.answers, self.eval, self.recipe.evaluate, progress=self.is_main)
+
+    def show(self, report: Report) -> ShownImages:
+        """Look at the images that a report names."""
+        if not self.recipe.output.pictures:
+            return ShownImages(missing="Left out, as output.pictures in the recipe is false.")
+        if report.breakdown is None or self.eval.whole is None:
+            return ShownImages(missing="Left out: images that are streamed can't be asked for a second time.")
+
+        def look(rows: Sequence[int]) -> tuple[SeenImage, ...]:
+            named = []
+            for row in rows:
+                name, picture, label = self.eval.picture(row)
+                named.append(Named(f"row {name}", picture, label, row))
+            return tuple(look_at(named, *self.answers, self.processor, self.class_names))
+
+        found = report.breakdown
+        return ShownImages(look(found.easiest), look(found.hardest), look(found.apart))
+
     def report(
         self,
         comparison: Comparison,
+        breakdown: Breakdown | None = None,
         calibrated: Comparison | None = None,
         search: ScheduleSearch | None = None,
         training: Training | None = None,
@@ -262,15 +304,16 @@ class _Run(RunInputs):
         return Report(
             created=datetime.now(timezone.utc),
             environment=describe_environment(self.pruned),
-            recipe=self.recipe.model_dump(mode="json"),
+            recipe=for_readers(self.recipe),
             budget=self.recipe.budget.macs,
             comparison=comparison,
+            breakdown=breakdown,
             calibrated=calibrated,
             training=training,
             schedule=search,
             throughput=tuple(throughput),
             latency=latency,
-            notes=tuple(notes),
+            notes=tuple(without_paths(note, self.recipe) for note in notes),
         )
 
     def _check_latency(self) -> Latency | None:

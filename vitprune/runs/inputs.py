@@ -9,6 +9,8 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -90,6 +92,11 @@ class RunInputs:
             eval=compared,
             is_main=state.is_main_process,
         )
+
+    @property
+    def class_names(self) -> dict[int, str]:
+        """Names of the classes that both models answer with; in zero-shot those of the data."""
+        return class_names(self.dense) or dict(enumerate(self.eval.class_names or ()))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -218,6 +225,32 @@ def read_images(recipe: Recipe, processor: BaseImageProcessor, dense: PreTrained
         task="single-label" if kind.name == "embedding" else kind.name,
         seed=recipe.seed,
     )
+
+
+def for_readers(recipe: Recipe) -> dict[str, Any]:
+    """A recipe as others may see it: of local paths the last part alone, behind "./"."""
+    shown = recipe.model_dump(mode="json")
+    for section, key in _PATHS:
+        value = shown[section][key]
+        if isinstance(value, str) and is_local(value):
+            shown[section][key] = f"./{Path(value).name}"
+    return shown
+
+
+def without_paths(text: str, recipe: Recipe) -> str:
+    """What is said of a run, with no local path of its recipe in it."""
+    values = [recipe.model_dump(mode="json")[section][key] for section, key in _PATHS]
+    for path in sorted((v for v in values if isinstance(v, str) and is_local(v)), key=len, reverse=True):
+        text = text.replace(path, Path(path).name)
+    return text
+
+
+_PATHS = (("model", "checkpoint"), ("data", "path"), ("data", "label_names"), ("output", "path"))
+
+
+def is_local(path: str) -> bool:
+    """Whether a value of a recipe is a path, not a Hub id."""
+    return Path(path).is_absolute() or Path(path).exists() or path.startswith((".", "~"))
 
 
 def moved(model: PreTrainedModel, to: torch.device | torch.dtype | None) -> PreTrainedModel:

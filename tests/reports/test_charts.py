@@ -1,0 +1,39 @@
+"""Plots: round numbers, and everything inside the frame."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from vitprune.reports.charts import Line, Plot, nice
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (0, 100, [0, 25, 50, 75, 100]),
+        (0.31, 0.84, [0.2, 0.4, 0.6, 0.8, 1.0]),
+        (5, 5, [4.5, 4.75, 5.0, 5.25, 5.5]),
+        (0, 0, [-1, -0.5, 0, 0.5, 1]),
+        (-3e-5, 1e-5, [-3e-5, -2e-5, -1e-5, 0, 1e-5]),
+    ],
+)
+def test_ticks_are_round_and_reach_around(low: float, high: float, expected: list[float]) -> None:
+    assert nice(low, high) == pytest.approx(expected)
+
+
+def test_points_lie_where_they_should() -> None:
+    lines = [Line("ours", [(50, 0.9), (100, 1.0), (75, math.nan)]), Line("limit", [(50, 0.8), (100, 0.8)], dashed=True)]
+    plot = Plot.of(lines, "MACs", x_text=str, y_text=str)
+    ours, limit = plot.lines
+    assert [(point.x, point.y) for point in ours.points] == [(16.67, 50.0), (100.0, 100.0)]
+    assert [(point.x, point.y) for point in limit.points] == [(16.67, 0.0), (100.0, 0.0)]
+    assert [tick.at for tick in plot.y_ticks] == pytest.approx([0, 25, 50, 75, 100])
+    assert plot.described == "ours: 50: 0.9, 100: 1.0"
+
+
+def test_a_single_point_has_a_frame() -> None:
+    (line,) = Plot.of([Line("one", [(3, 7)])], "x", x_text=str, y_text=str).lines
+    assert 0 < line.points[0].x < 100
+    assert 0 < line.points[0].y < 100

@@ -1,0 +1,102 @@
+"""Lines over numbers, worked out in parts of a frame; templates draw them, and any screen stretches them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+TICKS = 5
+
+
+class Point(NamedTuple):
+    """In percent of the frame, from its lower left."""
+
+    x: float
+    y: float
+    title: str
+
+
+class Tick(NamedTuple):
+    """A place on an axis, in percent of it."""
+
+    at: float
+    label: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A named line through points (x, y). dashed: what it is compared with, without dots."""
+
+    name: str
+    values: Sequence[tuple[float, float]]
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A line in its frame."""
+
+    name: str
+    points: tuple[Point, ...]
+    dashed: bool
+
+
+@dataclass(frozen=True)
+class Plot:
+    """Lines in one frame, with what is written beside it. described: for those who don't see it."""
+
+    lines: tuple[Drawn, ...]
+    x_ticks: tuple[Tick, ...]
+    y_ticks: tuple[Tick, ...]
+    x_label: str
+    described: str
+
+    @classmethod
+    def of(
+        cls, lines: Sequence[Line], x_label: str, *, x_text: Callable[[float], str], y_text: Callable[[float], str]
+    ) -> Plot:
+        """Fit a frame around all lines, at least one of which has a point. Points that are no numbers are left out."""
+        whole = [[(x, y) for x, y in line.values if math.isfinite(x) and math.isfinite(y)] for line in lines]
+        xs, ys = ([value[axis] for values in whole for value in values] for axis in (0, 1))
+        x_ticks, y_ticks = nice(min(xs), max(xs)), nice(min(ys), max(ys))
+        left, right = min(*xs, x_ticks[0]), max(*xs, x_ticks[-1])
+        low, high = y_ticks[0], y_ticks[-1]
+
+        def x_at(x: float) -> float:
+            return round(100 * (x - left) / (right - left), 2)
+
+        def y_at(y: float) -> float:
+            return round(100 * (y - low) / (high - low), 2)
+
+        drawn = tuple(
+            Drawn(
+                line.name,
+                tuple(Point(x_at(x), y_at(y), f"{x_text(x)}: {y_text(y)}") for x, y in sorted(values)),
+                line.dashed,
+            )
+            for line, values in zip(lines, whole, strict=True)
+        )
+        described = "; ".join(
+            f"{line.name}: {', '.join(point.title for point in line.points)}" for line in drawn if not line.dashed
+        )
+        return cls(
+            drawn,
+            tuple(Tick(x_at(x), x_text(x)) for x in x_ticks),
+            tuple(Tick(y_at(y), y_text(y)) for y in y_ticks),
+            x_label,
+            described,
+        )
+
+
+def nice(low: float, high: float) -> list[float]:
+    """Round numbers around a range, a few, at even distances."""
+    if high <= low:
+        spread = abs(low) / 10 or 1.0
+        low, high = low - spread, high + spread
+    rough = (high - low) / (TICKS - 1)
+    size = 10.0 ** math.floor(math.log10(rough))
+    step = next(part * size for part in (1, 2, 2.5, 5, 10) if part * size >= rough * 0.999)
+    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+    return [round(number * step, 12) for number in range(first, last + 1)]

@@ -1,0 +1,195 @@
+"""A report as one HTML page: everything in it, pictures too, so that it can be sent and opened anywhere.
+
+Knows what is on the page; `templates/` has how it looks.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, NamedTuple
+
+import jinja2
+import yaml
+
+from vitprune.reports.charts import Line, Plot
+from vitprune.reports.model_card import usage_of
+from vitprune.reports.results import Breakdown, Comparison, Report
+from vitprune.reports.run_report import findings, tables_of
+from vitprune.reports.text import count, number, percent
+from vitprune.reports.token_pictures import SeenImage, draw_stages
+
+PANEL_SIDE = 140  # pixels of a picture's longer side on the page
+PANELS = 4  # of an image: as it came, and after so many stages less one
+QUALITY = 80  # of WebP
+
+
+@dataclass(frozen=True)
+class ShownImages:
+    """The images of a page. missing: why there are none, for the reader."""
+
+    easiest: tuple[SeenImage, ...] = ()
+    hardest: tuple[SeenImage, ...] = ()
+    apart: tuple[SeenImage, ...] = ()
+    missing: str | None = None
+
+
+class Tile(NamedTuple):
+    """One figure that is seen first."""
+
+    what: str
+    big: str
+    more: str
+    warns: bool = False
+
+
+def report_page(report: Report, name: str, images: ShownImages) -> str:
+    """Write a report as HTML. name: of the checkpoint, for the reader."""
+    comparison = report.comparison
+    made = "" if report.created is None else f" · {report.created:%Y-%m-%d %H:%M} UTC"
+    origin = f"Compared with the dense model on {comparison.images:,} images · vitprune {report.environment.vitprune}"
+    return _render(
+        "report.html",
+        name=name,
+        origin=f"{origin}{made}",
+        tiles=_tiles(report),
+        sentences=findings(report),
+        patches=comparison.kept[0].patches,
+        stages=_stages(comparison),
+        histogram=None if report.breakdown is None else _histogram(report.breakdown, comparison.macs.ratio),
+        galleries=_galleries(images),
+        tables=[(title, cells) for title, cells in tables_of(report) if not title.startswith("Patches kept")],
+        training=_training(report),
+        **_classes(report.breakdown),
+        usage=usage_of(report, name),
+        environment=[(key, value) for key, value in report.environment.model_dump().items() if value is not None],
+        recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
+    )
+
+
+@cache
+def _environment() -> jinja2.Environment:
+    loader = jinja2.PackageLoader("vitprune.reports")
+    return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+
+
+def _render(template: str, **values: Any) -> str:
+    text = _environment().get_template(template).render(values)
+    return text.replace(" %", "&nbsp;%")  # a number and its unit stay on one line
+
+
+def _tiles(report: Report) -> list[Tile]:
+    return [*_quality_tiles(report.comparison), _work_tile(report), *_speed_tiles(report)]
+
+
+def _quality_tiles(result: Comparison) -> list[Tile]:
+    tiles = []
+    for name, pair in [*result.metrics.items()][:1]:
+        shown = percent if pair.is_fraction else number
+        change = f"{100 * pair.difference:+.2f} points" if pair.is_fraction else f"{pair.difference:+.3g}"
+        sure = ""
+        if pair.interval is not None:
+            sure = f", 95 % interval {100 * pair.interval[0]:+.1f} to {100 * pair.interval[1]:+.1f}"
+        tiles.append(Tile(name, shown(pair.pruned), f"dense {shown(pair.dense)}: {change}{sure}"))
+    if result.agreement is not None:
+        between = result.agreement_interval
+        sure = "" if between is None else f"; 95 % interval {percent(between[0])} to {percent(between[1])}"
+        what = "labels as dense" if result.answers == "multi-label" else "same answer as dense"
+        tiles.append(Tile(what, percent(result.agreement), f"of {result.images:,} images{sure}"))
+    if result.similarity is not None:
+        tiles.append(Tile("cosine to dense", f"{result.similarity:.4f}", f"on average of {result.images:,} images"))
+    if result.correlation is not None:
+        tiles.append(Tile("correlation with dense", f"{result.correlation:.4f}", f"of {result.images:,} images"))
+    return tiles
+
+
+def _work_tile(report: Report) -> Tile:
+    macs = report.comparison.macs
+    asked = "" if report.budget is None else f"; asked for {percent(report.budget)}"
+    figures = f"{count(macs.pruned.mean)} of {count(macs.dense)} MACs{asked}"
+    return Tile("work", percent(macs.ratio), figures)
+
+
+def _speed_tiles(report: Report) -> list[Tile]:
+    rows = sorted(report.throughput, key=lambda row: row.speedup)
+    if not rows:
+        return []
+    worst, best = rows[0], rows[-1]
+    others = f"; {worst.speedup:.2f}x at {worst.batch_size}" if worst is not best else ""
+    return [Tile("speed", f"{best.speedup:.2f}x", f"at batch size {best.batch_size}{others}", best.speedup < 1)]
+
+
+def _stages(comparison: Comparison) -> list[dict[str, Any]]:
+    found = []
+    for stage in comparison.kept:
+        low, mean, high = (100 * n / stage.patches for n in (stage.kept.q05, stage.kept.mean, stage.kept.q95))
+        words = f"{stage.kept.mean:.0f} ({mean:.0f} %)"
+        described = f"{words} of {stage.patches} patches on average, 90 % of the images {low:.0f} to {high:.0f} %"
+        place = {"low": f"{low:.1f}", "wide": f"{high - low:.1f}", "mean": f"{mean:.1f}"}
+        found.append({"block": stage.before_block, "words": words, "described": described, **place})
+    return found
+
+
+def _histogram(breakdown: Breakdown, mean: float) -> dict[str, Any]:
+    edges, counts = breakdown.macs.edges, breakdown.macs.counts
+    bars = [
+        {"height": f"{100 * n / max(counts):.1f}", "title": f"{n} images, {percent(low)} to {percent(high)}"}
+        for n, low, high in zip(counts, edges, edges[1:], strict=False)
+    ]
+    described = f"from {percent(edges[0])} to {percent(edges[-1])} of the MACs, {percent(mean)} on average"
+    ends = {"low": percent(edges[0]), "high": percent(edges[-1]), "mean": f"mean {percent(mean)}"}
+    return {"bars": bars, "described": described, **ends}
+
+
+def _galleries(images: ShownImages) -> list[tuple[str, str, list[dict[str, Any]]]]:
+    if images.missing is not None:
+        return [("Images", images.missing, [])]
+    parts = [
+        ("Easiest images", "They took the fewest MACs. Patches that share a colour are one token.", images.easiest),
+        ("Hardest images", "They took the most.", images.hardest),
+        ("Where the answers differ", "The furthest apart first.", images.apart),
+    ]
+    return [(heading, note, [_shown(image) for image in shown]) for heading, note, shown in parts if shown]
+
+
+def _shown(image: SeenImage) -> dict[str, Any]:
+    picture = draw_stages(image, PANELS, PANEL_SIDE)
+    encoded = io.BytesIO()
+    picture.save(encoded, "webp", quality=QUALITY)
+    left = image.stages[-1].tokens
+    return {
+        "source": f"data:image/webp;base64,{base64.b64encode(encoded.getvalue()).decode()}",
+        "width": picture.width,
+        "height": picture.height,
+        "described": f"{image.name} and what is left of it after stages; {left} of {image.patches} patches at the end",
+        "name": image.name,
+        "work": f"{left} of {image.patches} patches left · {percent(image.ratio)} of the MACs",
+        "pruned": image.pruned,
+        "dense": image.dense,
+        "label": image.label,
+    }
+
+
+def _training(report: Report) -> Plot | None:
+    if report.training is None:
+        return None
+    checks = report.training.checks
+    lines = [Line("loss", [(check.step, check.loss) for check in checks])]
+    return Plot.of(lines, "step", x_text=lambda step: f"{step:.0f}", y_text=lambda loss: f"{loss:.3f}")
+
+
+def _classes(breakdown: Breakdown | None) -> dict[str, Any]:
+    """The table by class: of each cell what it is sorted by, and its text."""
+    if breakdown is None or not breakdown.classes:
+        return {"classes": None, "classes_note": ""}
+    labelled = breakdown.by == "label"
+    accuracies = ("dense", "pruned") if labelled else ()
+    rows: list[Sequence[Any]] = [("class", "images", *accuracies, "same answer", "MACs")]
+    for one in breakdown.classes:
+        parts = [*((one.dense, one.pruned) if labelled else ()), one.agreement, one.ratio]
+        rows.append([(one.name, one.name), (one.images, one.images), *((p or 0.0, percent(p or 0.0)) for p in parts)])
+    what = "By the images' labels; dense and pruned: accuracy." if labelled else "By the dense model's answers."
+    return {"classes": rows, "classes_note": what}
