@@ -61,6 +61,8 @@ def _kind(schema: dict[str, Any], field: dict[str, Any]) -> str:
         return " or ".join(dict.fromkeys(kinds))
     if "pattern" in field and "%" in field["pattern"]:
         return "a part, as 65%"
+    if "$ref" in field:
+        return "map"
     match field.get("type"):
         case "array":
             return f"list of: {_kind(schema, field.get('items', {}))}"

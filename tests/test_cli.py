@@ -138,15 +138,18 @@ def test_bench(heavy: Heavy) -> None:
 def test_show(heavy: Heavy) -> None:
     result = invoke("show", "runs/x", "a.png", "folder", "--dense", "facebook/deit", "--output", "here")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "here/a.png: RESULT OF SHOW\n", "")
-    rest = {"data": None, "split": "test", "rows": "0-9", "dense": "facebook/deit"}
+    rest = {"data": None, "split": "test", "rows": "0-9", "dense": "facebook/deit", "budget": None}
     assert heavy.calls == [("show", "runs/x", ["a.png", "folder"], rest)]
     heavy.error = ValueError("there is no image in folder")
-    failed = invoke("show", "runs/x", "--data", "mnist", "--split", "train", "--rows", "3,5")
+    failed = invoke("show", "runs/x", "--data", "mnist", "--split", "train", "--rows", "3,5", "--budget", "50%")
     assert (failed.exit_code, failed.stderr) == (
         1,
         "failed: there is no image in folder (VITPRUNE_DEBUG=1 shows where)\n",
     )
-    assert heavy.calls[1][2:] == ([], {"data": "mnist", "split": "train", "rows": "3,5", "dense": None})
+    assert heavy.calls[1][2:] == (
+        [],
+        {"data": "mnist", "split": "train", "rows": "3,5", "dense": None, "budget": "50%"},
+    )
 
 
 def test_bench_of_a_recipe_by_default(heavy: Heavy) -> None:

@@ -2,6 +2,7 @@ from .budget.calibration import calibrate as calibrate
 from .budget.calibration import scale_to_budget as scale_to_budget
 from .budget.latency import budget_latency as budget_latency
 from .budget.latency_measurement import measure_latency as measure_latency
+from .budget.points import find_points as find_points
 from .data.images import Images as Images
 from .data.images import load_images as load_images
 from .finetuning.finetune import finetune as finetune
@@ -16,6 +17,8 @@ from .models.checkpoint import save as save
 from .models.families import Family as Family
 from .models.families import register_family as register_family
 from .models.module import pruning_of as pruning_of
+from .models.points import points_of as points_of
+from .models.points import set_budget as set_budget
 from .models.prune import prune_ as prune_
 from .models.prune import restore_ as restore_
 from .models.trace import Trace as Trace

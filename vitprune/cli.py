@@ -18,7 +18,7 @@ import typer
 from rich.console import Console
 
 from vitprune import __version__
-from vitprune.bench.settings import BATCH_SIZES, BenchSettings, is_recipe, read_part, read_target
+from vitprune.bench.settings import BATCH_SIZES, TARGETS, BenchSettings, is_recipe, read_part, read_target
 from vitprune.recipe import shipped
 from vitprune.recipe.errors import did_you_mean
 from vitprune.recipe.schema import Recipe, RecipeError, json_schema, load_recipe, locate
@@ -195,6 +195,9 @@ def show(
     dense: Annotated[
         str | None, typer.Option(help="Dense checkpoint to show beside; the same weights, unpruned, if left out.")
     ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Of a checkpoint with several operating points, such as 50%.")
+    ] = None,
     output: Annotated[Path, typer.Option(help="Folder for the pictures.")] = Path("runs/show"),
 ) -> None:
     """Draw which patches of images stay after each stage, and both models' answers. Writes PNG files."""
@@ -202,9 +205,58 @@ def show(
         from vitprune.reports.token_pictures import in_a_line
         from vitprune.runs.show import show_files
 
-        found = show_files(checkpoint, images or [], data=data, split=split, rows=rows, dense=dense, output=output)
+        place = {"data": data, "split": split, "rows": rows}
+        found = show_files(checkpoint, images or [], **place, dense=dense, budget=budget, output=output)
         for seen, path in found:
             typer.echo(f"{path}: {in_a_line(seen)}")
+
+
+def _macs(text: str) -> float:
+    try:
+        return read_part(text)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
+class Baseline(str, Enum):
+    """What a sweep compares with."""
+
+    tome = "tome"
+    as_vit = "as-vit"
+    random = "random"
+
+
+@app.command()
+def sweep(
+    recipe: RecipePath,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[BUDGET]...", help="More budgets.")] = None,
+    budgets: Annotated[
+        list[str] | None, typer.Option("--budgets", metavar="BUDGET...", help="Such as 80% 65% 50% 35%, the default.")
+    ] = None,
+    baseline: Annotated[list[Baseline] | None, typer.Option(help="Also run another policy; can be repeated.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for sweep.json, sweep.html and a checkpoint a point.")] = Path(
+        "runs/sweep"
+    ),
+    overrides: Overrides = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew; otherwise what is done isn't done again.")
+    ] = False,
+) -> None:
+    """Run a recipe at several budgets: the curve of quality and speed over work, as a page. Resumes."""
+    parts = [_macs(text) for text in (*(budgets or ()), *(more or ()))] or [*TARGETS]
+    with _loaded(recipe, overrides) as settings:
+        from vitprune.reports.sweep_report import print_sweep
+        from vitprune.runs.sweep import SWEEP_PAGE
+        from vitprune.runs.sweep import sweep as run
+
+        others = [kind.value for kind in baseline or ()]
+        found = run(settings, parts, output=output, baselines=others, restart=restart, tell=_announce)
+        _print(found, print_sweep, output / SWEEP_PAGE)
+
+
+def _announce(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(text, err=True)
 
 
 class Dtype(str, Enum):
@@ -220,13 +272,6 @@ class BenchMode(str, Enum):
 
     eager = "eager"
     compiled = "compiled"
-
-
-def _macs(text: str) -> float:
-    try:
-        return read_part(text)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
 
 
 @app.command()

@@ -105,6 +105,14 @@ def test_every_policy_trains(tmp_path: Path, thresholds: str, score: str, mixed_
     assert all(p.isfinite().all() for p in pruned.parameters())
 
 
+def test_levels_of_several_budgets_hold_for_other_weights_alone(tmp_path: Path) -> None:
+    data = images(tmp_path)
+    dense, pruned = models(data)
+    assert vitprune.find_points(pruned, data, [0.8, 0.6], progress=False) == vitprune.points_of(pruned)
+    finetune(pruned, dense, data, SPEC.model_copy(update={"steps": 1}), BUDGET, progress=False)
+    assert vitprune.points_of(pruned) == ()
+
+
 def test_without_labels_the_teacher_is_enough(tmp_path: Path) -> None:
     data = images(tmp_path, labelled=False)
     dense, pruned = models(data)

@@ -137,6 +137,22 @@ BROKEN: dict[str, tuple[str | bytes, str, str]] = {
     "percent-as-text": (HEAD.replace("65%", "'65'"), ":4: budget.macs: ", "is 65; write 65% or 0.65"),
     "more-than-all": (HEAD.replace("65%", "120%"), ":4: budget.macs: ", "is 120%, should be above 0% and at most 100%"),
     "nothing-left": (HEAD.replace("65%", "0%"), ":4: budget.macs: ", "should be above 0% and at most 100%"),
+    "no-budget-in-a-list": (
+        HEAD.replace("65%", "[]"),
+        ":4: budget.macs: ",
+        "is an empty list; write a budget such as 65%",
+    ),
+    "a-budget-twice": (HEAD.replace("65%", "[50%, 0.5]"), ":4: budget.macs: ", "names the same budget twice"),
+    "a-budget-of-many-too-high": (
+        HEAD.replace("65%", "[50%, 120%]"),
+        ":4: budget.macs[1]: ",
+        "is 120%, should be above",
+    ),
+    "times-in-a-list": (
+        HEAD.replace("macs: 65%", "latency: [60%, 50%]"),
+        ":4: budget.latency: ",
+        "should be a number, not a list",
+    ),
     "no-part": (HEAD.replace("65%", "half"), ":4: budget.macs: ", "is 'half', should be a part such as 65% or 0.65"),
     "warmup-all-the-way": (HEAD + "finetune: {warmup: 100%}\n", ":5: finetune.warmup: ", "at least 0% and below 100%"),
     "unknown-choice": (
@@ -315,6 +331,13 @@ evaluate: {metrics: [], batch_sizes: []}
 @pytest.mark.parametrize("written", ["65%", "65 %", "'65%'", "0.65", "'0.65'", ".65", "6.5e-1", "65.0%"])
 def test_fractions(written: str) -> None:
     assert load(HEAD.replace("65%", written)).budget.macs == 0.65
+
+
+def test_several_budgets() -> None:
+    budget = load(HEAD.replace("65%", "[65%, 0.8, 50%]")).budget
+    assert budget.points == (0.65, 0.8, 0.5)
+    assert (budget.part, budget.strictest) == (0.65, 0.5)
+    assert load(HEAD).budget.points == (0.65,)
 
 
 def test_a_budget_of_time() -> None:

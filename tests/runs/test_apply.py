@@ -53,6 +53,27 @@ def test_a_recipe_becomes_a_checkpoint(tmp_path: Path, family: str, finetune: st
     assert {file.name for file in (tmp_path / "evaluated").iterdir()} == {"report.json", "report.html"}
 
 
+@pytest.mark.parametrize("finetune", ["", FINETUNE])
+def test_several_budgets_in_one_checkpoint(tmp_path: Path, finetune: str) -> None:
+    text = (RECIPE + finetune).replace("macs: 60%", "macs: [60%, 80%, 45%]")
+    report = apply(recipe(tmp_path, text))
+    assert [point.budget for point in report.points] == [0.8, 0.6, 0.45]
+    assert report.budget == 0.6
+    assert report.points[1].comparison == report.comparison
+    assert report.points[1].throughput == report.throughput
+    ratios = [point.ratio for point in report.points]
+    assert ratios == sorted(ratios, reverse=True)
+    back = vitprune.load(tmp_path / "out")
+    assert [point.budget for point in vitprune.points_of(back)] == [0.8, 0.6, 0.45]
+    again = evaluate(str(tmp_path / "out"), load_recipe(tmp_path / "out" / "recipe.yaml"), tmp_path / "evaluated")
+    assert [point.comparison for point in again.points] == [point.comparison for point in report.points]
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "Operating points" in page
+    assert "accuracy, by budget" in page
+    lower = vitprune.load(tmp_path / "out", budget=0.45)
+    assert pruning_of(lower).levels.tolist() == list(vitprune.points_of(back)[2].levels)
+
+
 def test_pictures_can_be_left_out(tmp_path: Path) -> None:
     apply(recipe(tmp_path, RECIPE, "vit", "output.pictures=false"))
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")

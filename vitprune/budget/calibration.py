@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
@@ -24,9 +23,8 @@ from vitprune.models.hooks import pruned_part
 from vitprune.models.module import Pruning, pruning_of
 from vitprune.models.structure import Inputs, first_image, run_on_images
 from vitprune.models.trace import Trace, eval_mode, trace, watching
-from vitprune.recipe.values import Fraction
+from vitprune.recipe.values import read_budget
 
-_FRACTION = TypeAdapter[float](Fraction)
 # how near the calibrated ratio of costs has to come to the budget
 TOLERANCE = 0.002
 MAX_PASSES = 10
@@ -71,9 +69,11 @@ def calibrate(model: nn.Module, batches: Batches, budget: float | str, *, progre
         ValueError: the model isn't pruned, there are no images, or no levels reach the budget.
     """
     pruning, model = pruning_of(model), pruned_part(model)
-    spec, first = pruning.spec, pruning.before_blocks
+    first = pruning.before_blocks
     batches = _listed(batches, model)
     budget = _checked(batches, budget)
+    pruning.keep_points(None)
+    spec = pruning.spec
     if pruning.spec.select != "threshold" and not pruning.spec.is_searched:
         batches = [first_image(batches[0])]  # the counts of one image are those of all
     with tqdm(desc="calibrating", unit="pass", disable=not progress, leave=False) as bar:
@@ -153,6 +153,7 @@ def scale_to_budget(model: nn.Module, batches: Batches, budget: float | str, *, 
     pruning, model = pruning_of(model), pruned_part(model)
     batches = _listed(batches, model)
     budget = _checked(batches, budget)
+    pruning.keep_points(None)
     with tqdm(desc="meeting the budget", unit="pass", disable=not progress, leave=False) as bar:
         return _scale(pruning, _Passes(model, batches, bar), budget)
 
@@ -176,15 +177,6 @@ def _checked(batches: Sequence[Inputs], budget: float | str) -> float:
     if not batches:
         raise ValueError("calibration needs at least one image")
     return read_budget(budget)
-
-
-def read_budget(budget: float | str) -> float:
-    """A part of the dense model's cost, as a number. Raises ValueError for what is none."""
-    try:
-        return _FRACTION.validate_python(budget)
-    except ValidationError:
-        text = f"budget is {budget!r}, should be a part of the dense MACs above 0 and at most 1, such as 0.65 or '65%'"
-        raise ValueError(text) from None
 
 
 @torch.no_grad()

@@ -18,7 +18,6 @@ from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulation
 from torch import nn
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from vitprune.budget.calibration import read_budget
 from vitprune.data.images import Images
 from vitprune.data.training_batches import Share, TrainingBatches
 from vitprune.finetuning.held_out import HeldOut
@@ -35,7 +34,7 @@ from vitprune.models.detection import find_backbone
 from vitprune.models.module import pruning_of
 from vitprune.pruning.packed_attention import require_no_dropout
 from vitprune.recipe.schema import FinetuneSpec, require_thresholds
-from vitprune.recipe.values import as_spec
+from vitprune.recipe.values import as_spec, read_budget
 from vitprune.reports.results import Training
 from vitprune.runtime import distributed
 
@@ -120,6 +119,7 @@ def finetune(
     require_trainable(images, spec, model, takes_labels=answers.kind.takes_labels)
     if not pruning_of(model).levels.isfinite().all():
         raise ValueError("thresholds have no start to learn from; call calibrate first, or give them in the spec")
+    pruning_of(model).keep_points(None)  # levels that were found for other weights
     state = distributed.init()
     accelerator = _accelerator(spec, tracker_context)
     torch.manual_seed(seed + state.process_index)

@@ -12,12 +12,13 @@ import transformers
 from torch import Tensor, nn
 from transformers import TrainerControl, TrainerState, TrainingArguments
 
-from vitprune.budget.calibration import read_budget, scale_to_budget
+from vitprune.budget.calibration import scale_to_budget
 from vitprune.data.batches import Batches
 from vitprune.finetuning.thresholds import ThresholdTraining
 from vitprune.models.module import pruning_of
 from vitprune.models.trace import Trace
 from vitprune.recipe.schema import Execution, FinetuneSpec, ThresholdMode
+from vitprune.recipe.values import read_budget
 from vitprune.runtime import distributed
 
 _DEFAULTS = FinetuneSpec()

@@ -27,6 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_CLASSIFICATIO
 from vitprune.models.families import supported
 from vitprune.models.hooks import SUBMODULE
 from vitprune.models.module import is_pruned
+from vitprune.models.points import set_budget
 from vitprune.models.structure import Structure, examine
 from vitprune.recipe.errors import first_line
 from vitprune.runtime.files import GIB, beside, contents, require_name_fits
@@ -106,13 +107,21 @@ def load_tokenizer(checkpoint: str, revision: str | None = None) -> PreTrainedTo
         raise ValueError(f"model.checkpoint {checkpoint}: {reason}") from error
 
 
-def load(checkpoint: str | Path, *, dtype: torch.dtype = torch.float32, revision: str | None = None) -> PreTrainedModel:
+def load(
+    checkpoint: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    revision: str | None = None,
+    budget: float | str | None = None,
+) -> PreTrainedModel:
     """Load a dense or pruned model in eval mode, from a folder or the Hub; safetensors only, nothing is unpickled.
 
     A pruned checkpoint comes back pruned, as it does through `AutoModelForImageClassification.from_pretrained`.
 
+    budget: turns one with several operating points to it, as `set_budget` does; the one that it was saved with if None.
+
     Raises:
-        ValueError: no such checkpoint, no safetensors, or no plain ViT.
+        ValueError: no such checkpoint, no safetensors, or no plain ViT; a budget that it has no levels for.
     """
     checkpoint = str(checkpoint)
     config = load_config(checkpoint, revision)
@@ -125,6 +134,8 @@ def load(checkpoint: str | Path, *, dtype: torch.dtype = torch.float32, revision
     if missing:
         shown = ", ".join(missing[:5]) + (", …" if len(missing) > 5 else "")
         raise ValueError(f"{checkpoint}: lacks weights of {cls.__name__} ({shown}); name a checkpoint that has them")
+    if budget is not None:
+        set_budget(model, budget)
     return model.eval()
 
 

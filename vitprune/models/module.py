@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig
 from vitprune.models.structure import Structure
 from vitprune.pruning.costs import Costs
 from vitprune.pruning.selection import Policy
-from vitprune.recipe.pruning_spec import FORMAT, METHOD
+from vitprune.recipe.pruning_spec import FORMAT, METHOD, OperatingPoint
 from vitprune.recipe.schema import Execution, PruningSpec
 
 PUBLISHED_TEMPERATURE = 1e-4
@@ -52,10 +52,10 @@ class Pruning(nn.Module):
         """Those of the spec; where they are to be calibrated, such that everything stays."""
         spec, count = self.spec, len(self.before_blocks)
         if spec.select == "threshold":
-            given = [KEEPS_ALL] * count if spec.thresholds == "calibrated" else list(spec.thresholds)
+            given = [self.keeps_all] * count if spec.thresholds == "calibrated" else list(spec.thresholds)
             self.thresholds = nn.Parameter(torch.tensor(given, dtype=torch.float32, device=device))
         else:
-            given = [1.0] * count if spec.keep_ratios == "calibrated" else list(spec.keep_ratios)
+            given = [self.keeps_all] * count if spec.keep_ratios == "calibrated" else list(spec.keep_ratios)
             self.register_buffer("keep_ratios", torch.tensor(given, dtype=torch.float32, device=device))
         temperature = spec.temperature or PUBLISHED_TEMPERATURE
         self.register_buffer("temperatures", torch.full((count,), temperature, dtype=torch.float32, device=device))
@@ -71,12 +71,22 @@ class Pruning(nn.Module):
         if found:
             self.adopt(self.spec.model_copy(update=found), before_blocks or self.before_blocks)
 
+    def keep_points(self, points: tuple[OperatingPoint, ...] | None) -> None:
+        """Take over the levels of several budgets in place of those that are there; None: they hold no longer."""
+        if points != self.spec.points:
+            self.spec = self.spec.model_copy(update={"points": points})
+
     def adopt(self, spec: PruningSpec, before_blocks: tuple[int, ...]) -> None:
         """Another spec in place of this one, which may prune before other blocks."""
         self.spec = spec
         if before_blocks != self.before_blocks:
             self.before_blocks = before_blocks
             self._make_levels(self.levels.device)
+
+    @property
+    def keeps_all(self) -> float:
+        """The level at which a stage drops nothing."""
+        return KEEPS_ALL if self.spec.select == "threshold" else 1.0
 
     @property
     def is_forgotten(self) -> bool:
@@ -140,7 +150,8 @@ def as_config(spec: PruningSpec, part: str = "") -> dict[str, object]:
 
     part: path of the module that is pruned, where that is a part of a larger model.
     """
-    entry = {"quant_method": METHOD, "format": FORMAT, "pruning": spec.model_dump(mode="json")}
+    unused = {"points"} if spec.points is None else None  # which earlier versions don't know
+    entry = {"quant_method": METHOD, "format": FORMAT, "pruning": spec.model_dump(mode="json", exclude=unused)}
     return {**entry, "part": part} if part else entry
 
 
@@ -163,33 +174,37 @@ def quantization_method(config: PreTrainedConfig) -> str | None:
 class Levels:
     """What a `Pruning` has learned: where it prunes, levels and temperatures, (stages,) float32 each.
 
-    patches: of a dense image they were found at, where they depend on it.
+    patches: of a dense image they were found at, where they depend on it. points: of other budgets.
     """
 
     before_blocks: tuple[int, ...]
     levels: Tensor
     temperatures: Tensor
     patches: int | None = None
+    points: tuple[OperatingPoint, ...] | None = None
 
     @classmethod
     def of(cls, pruning: Pruning) -> Levels:
         levels, temperatures = pruning.levels.detach().cpu().clone(), pruning.temperatures.cpu().clone()
-        return cls(pruning.before_blocks, levels, temperatures, pruning.spec.patches)
+        return cls(pruning.before_blocks, levels, temperatures, pruning.spec.patches, pruning.spec.points)
 
     @classmethod
     def from_lists(cls, lists: Mapping[str, Any]) -> Levels:
         """Of what `to_lists` gave, exactly."""
         levels, temperatures = (torch.tensor(lists[name], dtype=torch.float32) for name in ("levels", "temperatures"))
-        return cls(tuple(lists["before_blocks"]), levels, temperatures, lists["patches"])
+        points = tuple(OperatingPoint.model_validate(point) for point in lists.get("points", ())) or None
+        return cls(tuple(lists["before_blocks"]), levels, temperatures, lists["patches"], points)
 
     def to_lists(self) -> dict[str, Any]:
         numbers = {"levels": self.levels.tolist(), "temperatures": self.temperatures.tolist()}
-        return {"before_blocks": list(self.before_blocks), "patches": self.patches, **numbers}
+        points = [point.model_dump(mode="json") for point in self.points or ()]
+        return {"before_blocks": list(self.before_blocks), "patches": self.patches, **numbers, "points": points}
 
     @torch.no_grad()
     def give(self, pruning: Pruning) -> None:
         """Make them those of `pruning`."""
         pruning.settle(before_blocks=self.before_blocks, patches=self.patches)
+        pruning.keep_points(self.points)
         pruning.levels.copy_(self.levels)
         pruning.temperatures.copy_(self.temperatures)
 

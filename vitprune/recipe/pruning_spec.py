@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import PositiveInt, ValidationInfo
 from pydantic import field_validator as check
 
 from vitprune.recipe.errors import Problem, RecipeError
-from vitprune.recipe.values import Blocks, KeepRatios, NonNegative, Positive, Spec, Thresholds
+from vitprune.recipe.values import LISTS_TOO, Blocks, Fraction, KeepRatios, NonNegative, Positive, Spec, Thresholds
 
 ScoreName = Literal["head-weighted-class-attention", "head-weighted-mean-attention", "redundancy"]
 
@@ -29,6 +29,19 @@ FIRST_DEPTHS = (1 / 12, 4 / 12, 7 / 12)
 def at_depths(depths: Iterable[float], num_blocks: int) -> tuple[int, ...]:
     """The blocks at such parts of the depth; from 1 on, no block twice."""
     return tuple(sorted({min(max(round(depth * num_blocks), 1), num_blocks - 1) for depth in depths}))
+
+
+class OperatingPoint(Spec):
+    """Levels of every stage for one budget. ratio: MACs of pruned ÷ dense on the images that they were found on."""
+
+    budget: Fraction
+    """Part of the dense model's MACs that was asked for."""
+    ratio: Positive
+    """Part that was got when it was calibrated."""
+    levels: Annotated[tuple[float, ...], LISTS_TOO]
+    """One per stage: thresholds, or keep ratios."""
+    temperatures: Annotated[tuple[float, ...], LISTS_TOO]
+    """One per stage."""
 
 
 class PruningSpec(Spec):
@@ -56,6 +69,8 @@ class PruningSpec(Spec):
     """Softness of the threshold in training; if left out 1e-4, or fitted to the scores where those are calibrated."""
     patches: PositiveInt | None = None
     """Of an image at which the thresholds were found; scores of attention are scaled to it at other image sizes."""
+    points: Annotated[tuple[OperatingPoint, ...], LISTS_TOO] | None = None
+    """Levels for several budgets, which calibration finds (budget.macs with a list); the highest first."""
 
     @check("before_blocks")
     @classmethod

@@ -26,7 +26,7 @@ from vitprune.recipe.finetune_spec import FinetuneSpec as FinetuneSpec
 from vitprune.recipe.finetune_spec import LossWeights as LossWeights
 from vitprune.recipe.finetune_spec import ThresholdMode as ThresholdMode
 from vitprune.recipe.pruning_spec import PruningSpec as PruningSpec
-from vitprune.recipe.values import LISTS_TOO, Fraction, HubOrLocal, LocalFile, LocalPath, Spec, Text
+from vitprune.recipe.values import LISTS_TOO, Fraction, Fractions, HubOrLocal, LocalFile, LocalPath, Spec, Text
 from vitprune.recipe.yaml_source import Source, dump
 
 Task = Literal["single-label", "multi-label", "regression"]
@@ -114,8 +114,9 @@ class BudgetSpec(Spec):
 
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["macs"]}, {"required": ["latency"]}]})
 
-    macs: Fraction | None = None
-    """Multiply-accumulates, as a part of the dense model's, averaged over images: 65% or 0.65."""
+    macs: Fractions | None = None
+    """Multiply-accumulates, as a part of the dense model's, averaged over images: 65% or 0.65. With a list, such as
+    [80%, 65%, 50%], the checkpoint has several operating points; it comes with the first."""
     latency: Fraction | None = None
     """Time, as a part of the dense model's, measured where the recipe runs: 60% or 0.6."""
     device: Literal["cpu", "cuda", "mps", "xpu"] | None = None
@@ -130,6 +131,14 @@ class BudgetSpec(Spec):
             raise ValueError("has a meaning with budget.latency only; leave it out, or write latency: 60% for macs")
         return value
 
+    @check("macs")
+    @classmethod
+    def _points(cls, value: object) -> object:
+        if isinstance(value, tuple) and (not value or len(set(value)) < len(value)):
+            trouble = "names the same budget twice" if value else "is an empty list"
+            raise ValueError(f"{trouble}; write a budget such as 65%, or several such as [80%, 65%, 50%]")
+        return value
+
     @model_validator(mode="after")
     def _one_of_them(self) -> BudgetSpec:
         if self.macs is None and self.latency is None:
@@ -141,9 +150,19 @@ class BudgetSpec(Spec):
     @property
     def part(self) -> float:
         """What is asked for, of the dense model's MACs or time."""
-        part = self.latency if self.macs is None else self.macs
-        assert part is not None
-        return part
+        return self.points[0]
+
+    @property
+    def points(self) -> tuple[float, ...]:
+        """All budgets that are asked for, the one that the checkpoint comes with first."""
+        asked = self.latency if self.macs is None else self.macs
+        assert asked is not None
+        return tuple(asked) if isinstance(asked, Sequence) else (asked,)
+
+    @property
+    def strictest(self) -> float:
+        """The lowest of them, at which stages are searched and weights are trained."""
+        return min(self.points)
 
     @property
     def timed_batch(self) -> int:

@@ -18,6 +18,7 @@ from pydantic import (
     PositiveInt,
     StringConstraints,
     Tag,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     WithJsonSchema,
@@ -113,6 +114,10 @@ Fraction = Annotated[
     float, _part(lambda part: 0 < part <= 1, "above 0% and at most 100%"), WithJsonSchema(_PERCENT_OR_PART)
 ]
 """A part of a whole, not nothing: 65%, "65 %" or 0.65."""
+_One = Annotated[Fraction, Tag(WORD)]
+_Several = Annotated[Sequence[Fraction], AfterValidator(tuple), Tag(LIST)]
+Fractions = Annotated[_One | _Several, Discriminator(lambda value: LIST if isinstance(value, list | tuple) else WORD)]
+"""One such part, or a list of them."""
 Part = Annotated[
     float, _part(lambda part: 0 <= part < 1, "at least 0% and below 100%"), WithJsonSchema(_PERCENT_OR_PART)
 ]
@@ -168,6 +173,16 @@ Thresholds = Annotated[_Numbers | _Calibrated, _either("calibrated", form="with 
 KeepRatios = Annotated[_Fractions | _Calibrated, _either("calibrated", form="with a part such as 65% for every stage")]
 
 
+def read_budget(budget: float | str) -> float:
+    """A part of the dense model's cost, as a number. Raises ValueError for what is none."""
+    try:
+        return _FRACTION.validate_python(budget)
+    except ValidationError:
+        text = f"budget is {budget!r}, should be a part of the dense MACs above 0 and at most 1, such as 0.65 or '65%'"
+        raise ValueError(text) from None
+
+
+_FRACTION = TypeAdapter[float](Fraction)
 AnySpec = TypeVar("AnySpec", bound=Spec)
 
 

@@ -1,4 +1,4 @@
-"""A report as one HTML page: everything in it, pictures too, so that it can be sent and opened anywhere.
+"""A report, or a sweep, as one HTML page: everything in it, pictures too, so that it can be sent and opened anywhere.
 
 Knows what is on the page; `templates/` has how it looks.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, NamedTuple
@@ -17,8 +17,9 @@ import yaml
 
 from vitprune.reports.charts import Line, Plot
 from vitprune.reports.model_card import usage_of
-from vitprune.reports.results import Breakdown, Comparison, Report
+from vitprune.reports.results import Breakdown, Comparison, Environment, PointResult, Report
 from vitprune.reports.run_report import findings, tables_of
+from vitprune.reports.sweep_report import AGREEMENT, LIKENESS, Sweep, sweep_cells, sweep_findings
 from vitprune.reports.text import count, number, percent
 from vitprune.reports.token_pictures import SeenImage, draw_stages
 
@@ -51,7 +52,7 @@ def report_page(report: Report, name: str, images: ShownImages) -> str:
     comparison = report.comparison
     made = "" if report.created is None else f" · {report.created:%Y-%m-%d %H:%M} UTC"
     origin = f"Compared with the dense model on {comparison.images:,} images · vitprune {report.environment.vitprune}"
-    return _render(
+    return render(
         "report.html",
         name=name,
         origin=f"{origin}{made}",
@@ -63,9 +64,10 @@ def report_page(report: Report, name: str, images: ShownImages) -> str:
         galleries=_galleries(images),
         tables=[(title, cells) for title, cells in tables_of(report) if not title.startswith("Patches kept")],
         training=_training(report),
+        curves=[*_curves({"pruned": report.points})],
         **_classes(report.breakdown),
         usage=usage_of(report, name),
-        environment=[(key, value) for key, value in report.environment.model_dump().items() if value is not None],
+        environment=_known(report.environment),
         recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
     )
 
@@ -76,9 +78,15 @@ def _environment() -> jinja2.Environment:
     return jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
 
 
-def _render(template: str, **values: Any) -> str:
+def render(template: str, **values: Any) -> str:
+    """Fill in a template; what is filled in is text, never HTML."""
     text = _environment().get_template(template).render(values)
     return text.replace(" %", "&nbsp;%")  # a number and its unit stay on one line
+
+
+def _known(environment: Environment | None) -> list[tuple[str, Any]]:
+    values = {} if environment is None else environment.model_dump()
+    return [(key, value) for key, value in values.items() if value is not None]
 
 
 def _tiles(report: Report) -> list[Tile]:
@@ -193,3 +201,65 @@ def _classes(breakdown: Breakdown | None) -> dict[str, Any]:
         rows.append([(one.name, one.name), (one.images, one.images), *((p or 0.0, percent(p or 0.0)) for p in parts)])
     what = "By the images' labels; dense and pruned: accuracy." if labelled else "By the dense model's answers."
     return {"classes": rows, "classes_note": what}
+
+
+def sweep_page(sweep: Sweep, name: str) -> str:
+    """Write a sweep as HTML, in one file."""
+    made = "" if sweep.created is None else f" · {sweep.created:%Y-%m-%d %H:%M} UTC"
+    images = (
+        f"Compared with the dense model on {sweep.points[0].comparison.images:,} images" if sweep.points else "No point"
+    )
+    return render(
+        "sweep.html",
+        name=name,
+        origin=f"Compared with the dense model on {images}{made}",
+        sentences=sweep_findings(sweep),
+        charts=[*_curves(sweep.methods)],
+        cells=sweep_cells(sweep),
+        pages=[
+            (f"{point.method}, {percent(point.budget, 0)}", f"{point.folder}/report.html") for point in sweep.points
+        ],
+        environment=_known(sweep.environment),
+    )
+
+
+def _curves(methods: Mapping[str, Sequence[PointResult]]) -> Iterator[tuple[str, str, Plot]]:
+    """Title, note and lines over MACs: quality, likeness, speed."""
+    points = [point for several in methods.values() for point in several]
+    if not points:
+        return
+    first = points[0].comparison
+    for metric, pair in [*first.metrics.items()][:1]:
+        lines = _lines(methods, lambda point, metric=metric: point.comparison.metrics[metric].pruned)
+        ends = [min(point.ratio for point in points), 1.0]
+        level = Line("dense", [(end, pair.dense) for end in ends], dashed=True)
+        yield metric, "The dashed line is the dense model.", _plot([*lines, level], pair.is_fraction)
+    for name, value in LIKENESS.items():
+        if value(first) is not None:
+            lines = _lines(methods, lambda point, value=value: value(point.comparison) or 0.0)
+            yield name, "How like the dense model's answers are.", _plot(lines, name == AGREEMENT)
+    sizes = sorted({row.batch_size for point in points for row in point.throughput})
+    for size in sizes[-1:]:
+        lines = _lines(methods, lambda point, size=size: _speed(point, size))
+        least = min(point.ratio for point in points)
+        steps = [least + (1 - least) * step / 40 for step in range(41)]
+        limit = Line("what the MACs allow", [(ratio, 1 / ratio) for ratio in steps], dashed=True)
+        plot = Plot.of([*lines, limit], "MACs, of dense", x_text=_percent, y_text=lambda speed: f"{speed:.2f}x")
+        yield f"speed-up at batch size {size}", "Measured; the dashed line is what the MACs would allow.", plot
+
+
+def _lines(methods: Mapping[str, Sequence[PointResult]], value: Callable[[PointResult], float]) -> list[Line]:
+    return [Line(method, [(p.ratio, value(p)) for p in points]) for method, points in methods.items()]
+
+
+def _speed(point: PointResult, batch_size: int) -> float:
+    return next((row.speedup for row in point.throughput if row.batch_size == batch_size), float("nan"))
+
+
+def _percent(part: float) -> str:
+    return percent(part, 0)
+
+
+def _plot(lines: Sequence[Line], is_fraction: bool) -> Plot:
+    shown = (lambda value: percent(value)) if is_fraction else number
+    return Plot.of(lines, "MACs, of dense", x_text=_percent, y_text=shown)

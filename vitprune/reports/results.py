@@ -248,6 +248,19 @@ class Throughput(PairedTiming):
         return self.speedup / self.ideal_speedup
 
 
+class PointResult(Result):
+    """One of several budgets: both models on the same images, and on the same batches."""
+
+    budget: float
+    comparison: Comparison
+    throughput: tuple[Throughput, ...] = ()
+
+    @property
+    def ratio(self) -> float:
+        """MACs that were got, as a part of the dense model's."""
+        return self.comparison.macs.ratio
+
+
 class MeasuredCosts(Result):
     """A cost table as values; `latency_table.CostTable` says what they are."""
 
@@ -324,7 +337,8 @@ class Document(Result):
 
 class Report(Document):
     """Everything that a run found out. `calibrated`: the comparison before fine-tuning, `training`: of it, where there
-    was one. `breakdown`: of the comparison.
+    was one. `breakdown`: of the comparison. `points`: all budgets that the checkpoint has levels for, where it is more
+    than one, the highest first; everything else is about the one that it comes with.
 
     `schedule`: how the stages were found, where the recipe leaves them open.
     `budget`: of MACs; `latency`: of time. One of them is what was asked for.
@@ -339,6 +353,7 @@ class Report(Document):
     training: Training | None = None
     schedule: ScheduleSearch | None = None
     throughput: tuple[Throughput, ...] = ()
+    points: tuple[PointResult, ...] = ()
     latency: Latency | None = None
     notes: tuple[str, ...] = ()
 

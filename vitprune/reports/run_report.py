@@ -20,6 +20,7 @@ from vitprune.reports.results import (
     Throughput,
     Training,
 )
+from vitprune.reports.sweep_report import point_cells
 from vitprune.reports.text import Cells, count, number, percent, rich_table
 
 PAYS = 1.05  # a speed-up worth having: less is lost in the noise
@@ -47,10 +48,16 @@ def findings(report: Report) -> list[str]:
             f"Pruned takes {percent(ratio)} of the dense model's multiply-accumulates (MACs): the budget of "
             f"{percent(report.budget)} is {met}."
         )
+    if report.points:
+        budgets = ", ".join(percent(point.budget, 0) for point in report.points)
+        sentences.append(
+            f"It has levels for budgets of {budgets}; `vitprune.set_budget(model, budget)` turns it to one of them, or "
+            f"to one between. What is said here is of {percent(report.budget or 1.0, 0)}, with which it is loaded."
+        )
     if report.latency is not None:
         sentences.append(_latency(report.latency))
     if report.schedule is not None:
-        sentences.append(_schedule(report.schedule))
+        sentences.append(_schedule(report.schedule, "the lowest budget" if report.points else "the budget"))
     if report.training is not None:
         sentences.append(_training(report.training))
     sentences += [_quality(name, pair, result.images) for name, pair in result.metrics.items()]
@@ -70,11 +77,11 @@ def _latency(latency: Latency) -> str:
     )
 
 
-def _schedule(search: ScheduleSearch) -> str:
+def _schedule(search: ScheduleSearch, at: str) -> str:
     taken, *others = search.tried
     blocks = ", ".join(map(str, taken.before_blocks))
     sentence = (
-        f"Pruning before blocks {blocks} was chosen among {len(search.tried)} schedules at the budget: its answers to "
+        f"Pruning before blocks {blocks} was chosen among {len(search.tried)} schedules at {at}: its answers to "
         f"{search.images} calibration images are nearest to the dense model's ({search.measure} {taken.distance:.2g}"
     )
     if not others:
@@ -180,6 +187,8 @@ def tables_of(report: Report) -> list[tuple[str, Cells]]:
     where = f"{machine.cpu if machine.device == 'cpu' else machine.device}, {machine.threads} threads, {machine.dtype}"
     tables = [(f"Quality and work, {report.comparison.images} images", _quality_cells(report))]
     tables.append(("Patches kept", _kept_cells(report.comparison)))
+    if report.points:
+        tables.append(("Operating points", point_cells(report.points)))
     if report.schedule is not None:
         title = f"Schedules tried, {report.schedule.measure} to dense on {report.schedule.images} calibration images"
         tables.append((title, _schedule_cells(report.schedule)))

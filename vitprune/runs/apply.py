@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from datetime import datetime, timezone
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vitprune.budget.calibration import calibrate, scale_to_budget
 from vitprune.budget.latency import budget_latency, check_latency, meet_latency
 from vitprune.budget.latency_measurement import measure_latency
 from vitprune.budget.latency_table import CostTable
+from vitprune.budget.points import find_points
 from vitprune.data.augmentation import pixel_scale
 from vitprune.data.images import Images
 from vitprune.finetuning.finetune import NonFiniteLoss, finetune
@@ -26,10 +28,21 @@ from vitprune.measure.seen import Named, look_at
 from vitprune.measure.throughput import describe_environment, measure_throughput
 from vitprune.models.checkpoint import ASSETS, require_room, save
 from vitprune.models.module import Levels, pruning_of
+from vitprune.models.points import points_of, set_budget
 from vitprune.recipe.schema import Recipe
 from vitprune.reports.model_card import model_card
 from vitprune.reports.page import ShownImages, report_page
-from vitprune.reports.results import Breakdown, Comparison, Latency, Report, ScheduleSearch, Training, TriedSchedule
+from vitprune.reports.results import (
+    Breakdown,
+    Comparison,
+    Latency,
+    PointResult,
+    Report,
+    ScheduleSearch,
+    Throughput,
+    Training,
+    TriedSchedule,
+)
 from vitprune.reports.run_report import shortfall
 from vitprune.reports.token_pictures import SeenImage, as_png, draw_sheet
 from vitprune.runs.inputs import RunInputs, flat, for_readers, moved, without_paths
@@ -41,6 +54,10 @@ from vitprune.runtime.files import sibling, write_whole
 TIMED_BATCHES = 3
 # images whose kept tokens trackers are shown
 SHOWN = 8
+
+
+Points = Sequence[tuple[float, Comparison]]
+"""Budgets that a checkpoint has levels for, and what was found at each."""
 
 
 def apply(recipe: Recipe, *, restart: bool = False) -> Report:
@@ -72,8 +89,11 @@ def apply(recipe: Recipe, *, restart: bool = False) -> Report:
             if recipe.finetune is not None:
                 calibrated = folder.once("calibrated", Comparison, run.compare)
                 training = run.finetune(output, folder)
+            if len(recipe.budget.points) > 1:
+                run.find_points(folder)
             found = folder.once("comparison", tuple[Comparison, Breakdown], run.compare_closely)
-            report = folder.once("report", Report, lambda: run.report(*found, calibrated, search, training))
+            points = run.compare_points(found[0], folder.once)
+            report = folder.once("report", Report, lambda: run.report(*found, points, calibrated, search, training))
             if run.is_main:
                 run.save(report, output)
             folder.remove()
@@ -91,7 +111,8 @@ def evaluate(checkpoint: str, recipe: Recipe, output: Path) -> Report:
     Writes report.json and report.html to the folder `output`.
     """
     run = _Run.load(recipe, pruned=checkpoint)
-    report = run.report(*run.compare_closely())
+    found = run.compare_closely()
+    report = run.report(*found, run.compare_points(found[0], lambda name, kind, compute: compute()))
     if run.is_main:
         page = report_page(report, Path(checkpoint).name, run.show(report))
         output.mkdir(parents=True, exist_ok=True)
@@ -150,7 +171,7 @@ class _Run(RunInputs):
 
     @property
     def _part(self) -> float:
-        return self.recipe.budget.part
+        return self.recipe.budget.strictest
 
     @property
     def _calibration_batches(self) -> list[Tensor]:
@@ -164,7 +185,7 @@ class _Run(RunInputs):
         assert recipe.finetune is not None
         assert self.train is not None
         assert self.holdout is not None
-        budget = recipe.budget.part
+        budget = self._part
         try:
             dense, pruned = self.answers
             states = States.of(recipe.finetune, folder.path)
@@ -259,6 +280,32 @@ class _Run(RunInputs):
     def compare_closely(self) -> tuple[Comparison, Breakdown]:
         return compare_closely(*self.answers, self.eval, self.recipe.evaluate, progress=self.is_main)
 
+    def find_points(self, folder: RunFolder) -> None:
+        """Find levels for each budget, on images that nothing was trained on where something was."""
+        batch_size = self.recipe.calibration.batch_size
+        batches = self._calibration_batches if self.holdout is None else self._batches(self.holdout, batch_size)
+        find = partial(find_points, self.pruned, batches, self.recipe.budget.points, progress=self.is_main)
+        self._settle(folder, "points", find)
+
+    def compare_points(
+        self, found: Comparison, once: Callable[[str, Any, Callable[[], Comparison]], Comparison]
+    ) -> Points:
+        """Compare at each budget that there are levels for, if there are several; `found` is at the present levels."""
+        compared = []
+        for point, is_present in self._each_point(point.budget for point in points_of(self.pruned)):
+            name = f"comparison-{100 * point:g}"
+            compared.append((point, found if is_present else once(name, Comparison, self.compare)))
+        return compared
+
+    def _each_point(self, budgets: Iterable[float]) -> Iterator[tuple[float, bool]]:
+        """Turn the model to one budget after the other, and back again in the end; with whether it was there before."""
+        pruning = pruning_of(self.pruned)
+        began = Levels.of(pruning)
+        for budget in budgets:
+            set_budget(self.pruned, budget)
+            yield budget, torch.equal(pruning.levels.cpu(), began.levels)
+        began.give(pruning)
+
     def show(self, report: Report) -> ShownImages:
         """Look at the images that a report names."""
         if not self.recipe.output.pictures:
@@ -280,18 +327,17 @@ class _Run(RunInputs):
         self,
         comparison: Comparison,
         breakdown: Breakdown | None = None,
+        points: Points = (),
         calibrated: Comparison | None = None,
         search: ScheduleSearch | None = None,
         training: Training | None = None,
     ) -> Report:
         """Measure throughput on images by chance and put everything together."""
-        spec = self.recipe.evaluate
-        throughput = []
-        if spec.batch_sizes:
-            images = self._timed(self.eval, max(spec.batch_sizes))
-            throughput = distributed.on_main(
-                lambda: measure_throughput(*self.answers, images, spec.batch_sizes, spec.repeats)
-            )
+        throughput = self._measure_throughput()
+        by_budget, results = dict(points), []
+        for budget, is_present in self._each_point(by_budget):
+            timed = throughput if is_present else self._measure_throughput()
+            results.append(PointResult(budget=budget, comparison=by_budget[budget], throughput=timed))
         latency = self._check_latency()
         missed = None if latency is None else shortfall(latency)
         notes = [*self.eval.notes] if missed is None else [*self.eval.notes, missed]
@@ -305,15 +351,25 @@ class _Run(RunInputs):
             created=datetime.now(timezone.utc),
             environment=describe_environment(self.pruned),
             recipe=for_readers(self.recipe),
-            budget=self.recipe.budget.macs,
+            budget=None if self.recipe.budget.macs is None else self.recipe.budget.part,
             comparison=comparison,
             breakdown=breakdown,
             calibrated=calibrated,
             training=training,
             schedule=search,
-            throughput=tuple(throughput),
+            throughput=throughput,
+            points=tuple(results),
             latency=latency,
             notes=tuple(without_paths(note, self.recipe) for note in notes),
+        )
+
+    def _measure_throughput(self) -> tuple[Throughput, ...]:
+        spec = self.recipe.evaluate
+        if not spec.batch_sizes:
+            return ()
+        images = self._timed(self.eval, max(spec.batch_sizes))
+        return distributed.on_main(
+            lambda: tuple(measure_throughput(*self.answers, images, spec.batch_sizes, spec.repeats))
         )
 
     def _check_latency(self) -> Latency | None:

@@ -74,7 +74,8 @@ class RunInputs:
         tokenizer = load_tokenizer(spec.checkpoint, spec.revision) if is_two_towers(dense) else None
         read = partial(read_images, recipe, processor, dense)
         train = holdout = None
-        if pruned is None and (recipe.finetune is not None or recipe.pruning.is_calibrated):
+        several = len(recipe.budget.points) > 1
+        if pruned is None and (recipe.finetune is not None or recipe.pruning.is_calibrated or several):
             train = read(recipe.data.train)
             if recipe.finetune is not None:
                 train, holdout = require_training_images(recipe, dense, train)

@@ -47,7 +47,7 @@ def plan(recipe: Recipe) -> Plan:
     if recipe.budget.macs is not None and _meets_budget(recipe):  # what takes some time is known when it was measured
         schedule = Schedule.even(stages)
         _require_reachable(recipe, schedule, cost, patches, prefix)
-        strength = schedule.strength(cost, patches, prefix, recipe.budget.macs)
+        strength = schedule.strength(cost, patches, prefix, recipe.budget.part)
         expected = [*schedule.tokens(strength, len(cost.linear), patches, prefix)]
     _require_data(recipe, model, processor)
     rows = tuple(
@@ -98,8 +98,7 @@ def _obstacle(output: Path, overwrite: bool) -> str | None:
 
 def _require_reachable(recipe: Recipe, first: Schedule, cost: CostModel, patches: int, prefix: int) -> None:
     """Raise ValueError for a budget that would take more than all patches but those that always stay."""
-    budget, least = recipe.budget.macs, recipe.pruning.min_tokens
-    assert budget is not None
+    budget, least = recipe.budget.strictest, recipe.pruning.min_tokens
     schedule = Schedule.even((1,)) if recipe.pruning.is_searched else first
     # by ToMe half of them stay at each stage
     stays = ANCHORS if recipe.pruning.select == "tome" else 0.0

@@ -20,6 +20,7 @@ from vitprune.measure.outputs import ImageModel, class_names, has_head, require_
 from vitprune.measure.seen import Named, look_at
 from vitprune.models.checkpoint import load, load_processor
 from vitprune.models.module import is_pruned
+from vitprune.models.points import set_budget
 from vitprune.models.prune import restore_
 from vitprune.models.structure import examine, require_images
 from vitprune.recipe.schema import DataSpec, SplitSpec
@@ -38,19 +39,20 @@ def show(
     *,
     processor: BaseImageProcessor | None = None,
     dense: PreTrainedModel | str | Path | None = None,
+    budget: float | str | None = None,
 ) -> PIL.Image.Image:
     """Draw which patches of images a pruned model keeps after each stage, with tokens, MACs and the answers.
 
     model: pruned, or the folder or Hub id of a checkpoint. images: pictures, files, or folders of files. processor:
     the checkpoint's if None. dense: whose answers are shown beside; the pruned model's own weights without pruning if
-    None.
+    None. budget: of a checkpoint with several operating points, as for `load`.
 
     Returns one image with all its stages, or a contact sheet of several. A notebook shows it as it is.
 
     Raises:
         ValueError: the model isn't pruned or takes no images, or there is no image.
     """
-    viewer = Viewer.of(model, processor, dense)
+    viewer = Viewer.of(model, processor, dense, budget)
     several = [images] if isinstance(images, str | Path | PIL.Image.Image) else images
     seen = [*viewer.look(_opened(several))]
     if not seen:
@@ -66,6 +68,7 @@ def show_files(
     split: str = "test",
     rows: str = "0-9",
     dense: str | None = None,
+    budget: str | None = None,
     output: Path,
 ) -> Iterator[tuple[SeenImage, Path]]:
     """Write a PNG for each image, and a contact sheet of several; give each image with its file.
@@ -77,7 +80,7 @@ def show_files(
     """
     if bool(images) == (data is not None):
         raise ValueError("name images, or a data set by --data with --rows; one of the two")
-    viewer = Viewer.of(checkpoint, None, dense)
+    viewer = Viewer.of(checkpoint, None, dense, budget)
     if data is None:
         files = [*_files(images)]
         if not files:
@@ -113,8 +116,11 @@ class Viewer:
         model: PreTrainedModel | str | Path,
         processor: BaseImageProcessor | None,
         dense: PreTrainedModel | str | Path | None,
+        budget: float | str | None,
     ) -> Viewer:
         pruned = model if isinstance(model, PreTrainedModel) else load(model)
+        if budget is not None:
+            set_budget(pruned, budget)
         name = str(pruned.name_or_path if isinstance(model, PreTrainedModel) else model)
         if not is_pruned(pruned):
             raise ValueError(f"{name or type(pruned).__name__} isn't pruned; take one that `vitprune apply` wrote")

@@ -1,0 +1,134 @@
+"""A recipe at several budgets, and baselines beside it: `sweep`. Each point is a run of `apply` of its own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from vitprune.models.checkpoint import load_config, model_class, outline
+from vitprune.recipe.errors import first_line
+from vitprune.recipe.pruning_spec import at_depths
+from vitprune.recipe.schema import BudgetSpec, PruningSpec, Recipe
+from vitprune.reports.page import sweep_page
+from vitprune.reports.results import Report
+from vitprune.reports.sweep_report import Missed, Sweep, SweepPoint
+from vitprune.reports.text import percent
+from vitprune.runs.apply import apply
+from vitprune.runtime import distributed
+from vitprune.runtime.files import write_whole
+
+BASELINES = ("tome", "as-vit", "random")
+SWEEP_JSON, SWEEP_PAGE = "sweep.json", "sweep.html"
+OWN = "vitprune"
+PUBLISHED_DEPTHS = (4 / 12, 7 / 12, 10 / 12)  # of AS-ViT's stages
+
+
+def sweep(
+    recipe: Recipe,
+    budgets: Sequence[float],
+    *,
+    output: Path,
+    baselines: Sequence[str] = (),
+    restart: bool = False,
+    tell: Callable[[str], object] = lambda text: None,
+) -> Sweep:
+    """Run a recipe at each budget, and baselines at the same ones.
+
+    Writes sweep.json, sweep.html and a folder for each point, with its checkpoint and report. What is done isn't done
+    again, unless `restart`. A point that can't be had is listed with its reason.
+
+    baselines: of `BASELINES`. tell: is told what begins.
+
+    Raises:
+        ValueError: the output holds a sweep of another recipe, or of none; names the way out.
+    """
+    asked = _fingerprint(recipe)
+    found = distributed.on_main(lambda: _begun(output, asked, restart=restart))
+    for method, budget, part in _points(recipe, sorted(budgets, reverse=True), baselines):
+        if found.has(method, budget):
+            continue
+        name = f"{method}-{100 * budget:g}"
+        tell(f"{method} at {percent(budget, 0)}")
+        spec = part.output.model_copy(update={"path": str(output / name), "overwrite": True})
+        try:
+            report = apply(part.model_copy(update={"output": spec}), restart=restart)
+        except ValueError as error:
+            if found.points or found.missed:
+                missed = Missed(method=method, budget=budget, reason=first_line(error))
+                found = _kept(found.model_copy(update={"missed": (*found.missed, missed)}), output)
+                continue
+            raise  # nothing worked yet: a mistake in the recipe, most likely
+        found = _kept(_with(found, SweepPoint.of(method, budget, name, report), report), output)
+    return found
+
+
+def _with(found: Sweep, point: SweepPoint, report: Report) -> Sweep:
+    now = datetime.now(timezone.utc)
+    return found.model_copy(
+        update={"points": (*found.points, point), "environment": report.environment, "created": now}
+    )
+
+
+def _kept(found: Sweep, output: Path) -> Sweep:
+    if distributed.init().is_main_process:
+        output.mkdir(parents=True, exist_ok=True)
+        found.save(output / SWEEP_JSON)
+        page = sweep_page(found, output.name)
+        write_whole(output / SWEEP_PAGE, lambda unfinished: unfinished.write_text(page, encoding="utf-8"))
+    return found
+
+
+def _begun(output: Path, asked: str, *, restart: bool) -> Sweep:
+    """The sweep that the output holds, or a new one."""
+    place = output / SWEEP_JSON
+    if not place.is_file():
+        if output.exists() and any(output.iterdir()) and not any(output.glob(".*.run")):
+            raise ValueError(f"--output {output} holds something that is no sweep; choose another folder")
+        return Sweep(asked=asked)
+    if restart:
+        return Sweep(asked=asked)
+    found = Sweep.load(place)
+    if found.asked != asked:
+        raise ValueError(
+            f"--output {output} holds a sweep of another recipe, or of this one as it was; choose another folder, or "
+            "begin anew with --restart"
+        )
+    return found
+
+
+def _fingerprint(recipe: Recipe) -> str:
+    """What the points of a sweep share."""
+    shared = recipe.model_dump(mode="json", exclude={"output": True, "budget": True})
+    return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _points(recipe: Recipe, budgets: Sequence[float], baselines: Sequence[str]) -> Iterator[tuple[str, float, Recipe]]:
+    """Method, budget and what to apply."""
+    for method, own in ((OWN, recipe), *((name, _baseline(recipe, name)) for name in baselines)):
+        for budget in budgets:
+            key = "macs" if recipe.budget.macs is not None else "latency"
+            spec = BudgetSpec.model_validate({**recipe.budget.model_dump(), key: budget})
+            yield method, budget, own.model_copy(update={"budget": spec})
+
+
+def _baseline(recipe: Recipe, name: str) -> Recipe:
+    """The same run with another policy. Thresholds that would learn are held: most baselines have none."""
+    if name not in BASELINES:
+        raise ValueError(f"there is no baseline {name!r}; there are {', '.join(BASELINES)}")
+    config = load_config(recipe.model.checkpoint, recipe.model.revision)
+    _, structure = outline(model_class(recipe.model.checkpoint, config), config)
+    blocks = len(structure.blocks)
+    published = at_depths(PUBLISHED_DEPTHS, blocks)
+    score = "head-weighted-class-attention" if structure.has_class_token else "head-weighted-mean-attention"
+    settings: dict[str, dict[str, object]] = {
+        "tome": {"select": "tome", "before_blocks": "every"},
+        "as-vit": {"score": score, "before_blocks": published, "dropped": "leave"},
+        "random": {"select": "random", "before_blocks": published},
+    }
+    pruning, finetune = PruningSpec.model_validate(settings[name], strict=False), recipe.finetune
+    if finetune is not None and finetune.thresholds == "learned" and pruning.select != "threshold":
+        finetune = finetune.model_copy(update={"thresholds": "calibrated"})
+    return recipe.model_copy(update={"pruning": pruning, "finetune": finetune})
