@@ -135,6 +135,27 @@ def test_bench(heavy: Heavy) -> None:
     assert settings.recipe.pruning.dropped == "leave"
 
 
+class Reported(str):
+    """Stands in for a report."""
+
+    def model_dump_json(self, **options: object) -> str:
+        return json.dumps({"report": self})
+
+
+@pytest.mark.parametrize("verb", [("apply",), ("evaluate", "runs/x")])
+def test_json_and_nothing_else_or_nothing_at_all(
+    heavy: Heavy, verb: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = heavy.run
+    monkeypatch.setattr(heavy, "run", lambda *arguments: Reported(run(*arguments)))
+    result = invoke(*verb, "recipe.yaml", "--json")
+    assert json.loads(result.stdout) == {"report": f"result of {verb[0]}"}
+    assert result.stderr == ""
+    assert (invoke(*verb, "recipe.yaml", "--quiet").output, heavy.calls[1][0]) == ("", verb[0])
+    heavy.error = ValueError("no data")
+    assert invoke(*verb, "recipe.yaml", "-q").stderr == "failed: no data (VITPRUNE_DEBUG=1 shows where)\n"
+
+
 def test_show(heavy: Heavy) -> None:
     result = invoke("show", "runs/x", "a.png", "folder", "--dense", "facebook/deit", "--output", "here")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "here/a.png: RESULT OF SHOW\n", "")

@@ -10,9 +10,10 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -24,7 +25,8 @@ from vitprune.recipe.errors import did_you_mean
 from vitprune.recipe.schema import Recipe, RecipeError, json_schema, load_recipe, locate
 from vitprune.runtime.signals import FAILED, INTERRUPTED, TERMINATED, USAGE, Terminated
 
-Result = TypeVar("Result")
+if TYPE_CHECKING:
+    from vitprune.reports.results import Document
 
 app = typer.Typer(
     help="Prune tokens of Vision Transformers to a compute budget, as a recipe says.",
@@ -102,14 +104,43 @@ def _say(message: str) -> None:
     typer.echo(message, err=True)
 
 
-def _print(result: Result, show: Callable[[Result, Console], None], page: Path) -> None:
-    """By the main process alone."""
-    from vitprune.runtime.distributed import destroy, init
+@dataclass(frozen=True)
+class _Talk:
+    """How much a command says: tables and progress, JSON for scripts, or nothing but errors."""
 
-    if init().is_main_process:
-        show(result, Console())
-        typer.echo(f"The page: {page}")
-    destroy()
+    quiet: bool
+    as_json: bool
+
+    @contextmanager
+    def progress(self) -> Iterator[None]:
+        """Show progress of the work inside, and what was slow at its end."""
+        from vitprune.runtime.progress import display
+
+        with display(quiet=self.quiet or os.environ.get("RANK", "0") != "0") as shown:
+            yield
+        if shown.took and not shown.quiet:
+            typer.echo(shown.summary(), err=True)
+
+    def tell(self, result: Document, show: Callable[[Any, Console], None], page: Path) -> None:
+        """The result, by the main process alone."""
+        from vitprune.runtime.distributed import destroy, init
+
+        if init().is_main_process:
+            if self.as_json:
+                typer.echo(result.model_dump_json(indent=2, by_alias=True))
+            elif not self.quiet:
+                show(result, Console())
+                typer.echo(f"The page: {page}")
+        destroy()
+
+    @property
+    def options(self) -> list[str]:
+        """As they were given."""
+        return [option for option, given in (("--quiet", self.quiet), ("--json", self.as_json)) if given]
+
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to stdout.")]
 
 
 @app.command()
@@ -126,26 +157,31 @@ def apply(
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew where a run was interrupted; otherwise it is resumed.")
     ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Prune, fine-tune, evaluate and save a checkpoint. Resumes an interrupted run."""
+    talk = _Talk(quiet, as_json)
     if launcher:
-        raise typer.Exit(_launched(recipe, overrides or [], launcher, restart=restart))
+        given = [*talk.options, *(["--restart"] if restart else [])]
+        raise typer.Exit(_launched(recipe, overrides or [], launcher, given))
     with _loaded(recipe, overrides) as settings:
         from vitprune.reports.run_report import print_report
         from vitprune.runs.apply import apply as run
 
-        _print(run(settings, restart=restart), print_report, Path(settings.output.path) / "report.html")
+        with talk.progress():
+            report = run(settings, restart=restart)
+        talk.tell(report, print_report, Path(settings.output.path) / "report.html")
 
 
-def _launched(recipe: Path, overrides: Sequence[str], options: Sequence[str], *, restart: bool) -> int:
+def _launched(recipe: Path, overrides: Sequence[str], options: Sequence[str], given: Sequence[str]) -> int:
     if not options[0].startswith("-"):
         raise typer.BadParameter(f"unexpected {options[0]!r}; options of the launcher come behind --")
     with _loaded(recipe, overrides):  # a mistake in it is better told once
         from vitprune.runs.launch import launch
 
     changes = [part for override in overrides for part in ("--set", override)]
-    changes += ["--restart"] if restart else []
-    return launch(["apply", str(recipe), *changes], options)
+    return launch(["apply", str(recipe), *changes, *given], options)
 
 
 @app.command()
@@ -174,13 +210,18 @@ def evaluate(
     recipe: RecipePath,
     output: Annotated[Path, typer.Option(help="Folder for report.json and report.html.")] = Path("runs/evaluate"),
     overrides: Overrides = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare a pruned checkpoint with the dense model, on the recipe's data."""
+    talk = _Talk(quiet, as_json)
     with _loaded(recipe, overrides) as settings:
         from vitprune.reports.run_report import print_report
         from vitprune.runs.apply import evaluate as run
 
-        _print(run(checkpoint, settings, output), print_report, output / "report.html")
+        with talk.progress():
+            report = run(checkpoint, settings, output)
+        talk.tell(report, print_report, output / "report.html")
 
 
 @app.command()
@@ -207,8 +248,9 @@ def show(
 
         place = {"data": data, "split": split, "rows": rows}
         found = show_files(checkpoint, images or [], **place, dense=dense, budget=budget, output=output)
-        for seen, path in found:
-            typer.echo(f"{path}: {in_a_line(seen)}")
+        with _Talk(quiet=False, as_json=False).progress():
+            for seen, path in found:
+                typer.echo(f"{path}: {in_a_line(seen)}")
 
 
 def _macs(text: str) -> float:
@@ -241,8 +283,11 @@ def sweep(
     restart: Annotated[
         bool, typer.Option("--restart", help="Begin anew; otherwise what is done isn't done again.")
     ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Run a recipe at several budgets: the curve of quality and speed over work, as a page. Resumes."""
+    talk = _Talk(quiet, as_json)
     parts = [_macs(text) for text in (*(budgets or ()), *(more or ()))] or [*TARGETS]
     with _loaded(recipe, overrides) as settings:
         from vitprune.reports.sweep_report import print_sweep
@@ -250,13 +295,14 @@ def sweep(
         from vitprune.runs.sweep import sweep as run
 
         others = [kind.value for kind in baseline or ()]
-        found = run(settings, parts, output=output, baselines=others, restart=restart, tell=_announce)
-        _print(found, print_sweep, output / SWEEP_PAGE)
 
+        def announce(text: str) -> None:
+            if not quiet and os.environ.get("RANK", "0") == "0":
+                typer.echo(text, err=True)
 
-def _announce(text: str) -> None:
-    if os.environ.get("RANK", "0") == "0":
-        typer.echo(text, err=True)
+        with talk.progress():
+            found = run(settings, parts, output=output, baselines=others, restart=restart, tell=announce)
+        talk.tell(found, print_sweep, output / SWEEP_PAGE)
 
 
 class Dtype(str, Enum):
@@ -290,6 +336,8 @@ def bench(
     training_batch_size: Annotated[int, typer.Option(min=1, help="Images of such a step.")] = 16,
     output: Annotated[Path, typer.Option(help="Folder for bench.json and pictures.")] = Path("runs/bench"),
     overrides: Overrides = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
 ) -> None:
     """Measure speed and memory against the dense model on this machine. Options that take several can be repeated."""
     path = Path(target)
@@ -310,9 +358,13 @@ def bench(
         from vitprune.bench.sweep import bench as run
         from vitprune.reports.bench_report import print_benchmark, print_files
 
-        benchmark = run(settings, output=output)
-        print_benchmark(benchmark, Console())
-        print_files(benchmark, output, Console())
+        with _Talk(quiet, as_json).progress():
+            benchmark = run(settings, output=output)
+        if as_json:
+            typer.echo(benchmark.model_dump_json(indent=2, by_alias=True))
+        elif not quiet:
+            print_benchmark(benchmark, Console())
+            print_files(benchmark, output, Console())
 
 
 @app.command()

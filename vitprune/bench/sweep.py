@@ -13,7 +13,6 @@ from pathlib import Path
 
 import torch
 from accelerate import PartialState
-from tqdm.auto import tqdm
 
 from vitprune.bench.images import RANDOM_PIXELS, BenchImages, random_images, real_images
 from vitprune.bench.inference import Lineup
@@ -27,6 +26,7 @@ from vitprune.models.structure import examine, require_images
 from vitprune.recipe.errors import first_line
 from vitprune.reports.bench_results import Benchmark, Case, Failure, Setting, TrainingStep
 from vitprune.reports.results import Environment
+from vitprune.runtime.progress import Task, task
 
 BENCH_JSON = "bench.json"
 FEWEST_TIMED = 48  # images, so that small batches are different ones
@@ -53,8 +53,8 @@ def bench(settings: BenchSettings, *, output: Path | None = None, progress: bool
 
     Raises ValueError for a checkpoint, data or image size that can't be had; names the place and the way out.
     """
-    sweep = _Sweep.start(settings, output, progress)
-    with sweep.bar:
+    sweep = _Sweep.start(settings, output)
+    with task("measuring", total=sweep.steps, unit="step", steady=True, shown=progress) as sweep.task:
         for dtype in sweep.dtypes:
             sweep.run(dtype)
     return sweep.benchmark()
@@ -72,14 +72,15 @@ class _Sweep:
     environment: Environment
     pruning: dict[str, object]
     output: Path | None
-    bar: tqdm
+    steps: int
+    task: Task | None = None
     cases: list[Case] = field(default_factory=list)
     training: list[TrainingStep] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
     other_sizes: dict[int, int] = field(default_factory=dict)
 
     @classmethod
-    def start(cls, settings: BenchSettings, output: Path | None, progress: bool) -> _Sweep:
+    def start(cls, settings: BenchSettings, output: Path | None) -> _Sweep:
         """Load model and images once, to know what there is to do."""
         if output is not None and output.exists() and not output.is_dir():
             raise ValueError(f"{output} is no folder; name one for what is measured")
@@ -110,7 +111,7 @@ class _Sweep:
             environment=describe_environment(subjects.dense).model_copy(update={"dtype": ", ".join(dtypes)}),
             pruning=subjects.spec.model_dump(mode="json"),
             output=output,
-            bar=tqdm(total=each * sizes * len(dtypes), unit="step", leave=False, disable=not progress),
+            steps=each * sizes * len(dtypes),
         )
 
     def benchmark(self) -> Benchmark:
@@ -198,7 +199,8 @@ class _Sweep:
     ) -> Iterator[None]:
         """One step of the sweep; running out of memory, and errors that are `also` expected, become a `Failure`."""
         size = "" if batch_size is None else f", batch size {batch_size}"
-        self.bar.set_description(f"{setting.image_size} px, {setting.dtype}, {setting.mode}, {what}{size}")
+        assert self.task is not None
+        self.task.note(f"{setting.image_size} px, {setting.dtype}, {setting.mode}, {what}{size}")
         try:
             yield
         except Exception as error:
@@ -210,7 +212,7 @@ class _Sweep:
             self.failures.append(failure)
         if self.device.type == "cuda":  # what a case that ran out of memory leaves behind would be the next one's lack
             torch.cuda.empty_cache()
-        self.bar.update()
+        self.task.advance()
         if self.output is not None:
             self.benchmark().save(self.output / BENCH_JSON)
 

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from vitprune.budget.schedule import STRONGEST, Schedule, Tried, search, unreachable
@@ -24,6 +23,7 @@ from vitprune.models.module import Pruning, pruning_of
 from vitprune.models.structure import Inputs, first_image, run_on_images
 from vitprune.models.trace import Trace, eval_mode, trace, watching
 from vitprune.recipe.values import read_budget
+from vitprune.runtime.progress import Task, task
 
 # how near the calibrated ratio of costs has to come to the budget
 TOLERANCE = 0.002
@@ -76,7 +76,7 @@ def calibrate(model: nn.Module, batches: Batches, budget: float | str, *, progre
     spec = pruning.spec
     if pruning.spec.select != "threshold" and not pruning.spec.is_searched:
         batches = [first_image(batches[0])]  # the counts of one image are those of all
-    with tqdm(desc="calibrating", unit="pass", disable=not progress, leave=False) as bar:
+    with task("calibrating", unit="pass", shown=progress) as bar:
         passes = _Passes(model, batches, bar)
         patches = passes.patches()
         if pruning.spec.select == "threshold":
@@ -116,7 +116,7 @@ def find_schedule(passes: _Passes, patches: int, budget: float) -> tuple[list[Tr
     model, bar = passes.model, passes.bar
     pruning, answers = pruning_of(model), ImageModel.of(model)
     prefix, num_blocks = pruning.num_prefix_tokens, len(pruning.cost.linear)
-    bar.set_description("looking for a schedule")
+    bar.rename("looking for a schedule")
     pruning.settle(before_blocks=pruning.before_blocks)
     dense = passes.answers(Trace(pruning, pruning.before_blocks), answers)
     # how far the formula is off, which other schedules will be, too
@@ -141,7 +141,7 @@ def find_schedule(passes: _Passes, patches: int, budget: float) -> tuple[list[Tr
         return Tried(schedule, ratio, distance)
 
     tried = search(try_, num_blocks)
-    bar.set_description("calibrating")
+    bar.rename("calibrating")
     return tried, answers.kind.unit
 
 
@@ -154,7 +154,7 @@ def scale_to_budget(model: nn.Module, batches: Batches, budget: float | str, *, 
     batches = _listed(batches, model)
     budget = _checked(batches, budget)
     pruning.keep_points(None)
-    with tqdm(desc="meeting the budget", unit="pass", disable=not progress, leave=False) as bar:
+    with task("meeting the budget", unit="pass", shown=progress) as bar:
         return _scale(pruning, _Passes(model, batches, bar), budget)
 
 
@@ -198,7 +198,7 @@ class _Passes:
 
     model: nn.Module
     batches: Sequence[Inputs]
-    bar: tqdm
+    bar: Task
     count: int = 0
 
     @property
@@ -229,8 +229,8 @@ class _Passes:
             for inputs in self.batches:
                 call(inputs)
         self.count += 1
-        self.bar.update()
-        self.bar.set_postfix_str(f"{watched.ratio:.1%}")
+        self.bar.advance()
+        self.bar.note(f"{watched.ratio:.1%}")
 
 
 @dataclass(eq=False)
@@ -278,7 +278,7 @@ def _temperature(scores: Tensor, place: Tensor) -> Tensor:
 
 def set_rate(model: nn.Module, batches: Sequence[Inputs], rate: float) -> None:
     """Give a pruned model the levels at which the part `rate` of its patches leaves at each stage, in place."""
-    with tqdm(disable=True) as bar:
+    with task("", shown=False) as bar:
         pruning = pruning_of(model)
         _set_rates(pruning, _Passes(model, batches, bar), (rate,) * len(pruning.before_blocks))
 

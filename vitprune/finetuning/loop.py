@@ -12,7 +12,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
-from tqdm.auto import tqdm
 
 from vitprune.data.training_batches import Position, TrainingBatches
 from vitprune.finetuning.held_out import HeldOut
@@ -24,6 +23,7 @@ from vitprune.finetuning.tracking import Tracking
 from vitprune.measure.memory import is_out_of_memory
 from vitprune.recipe.schema import FinetuneSpec
 from vitprune.reports.results import Check, Training
+from vitprune.runtime.progress import Task, task
 from vitprune.runtime.signals import Terminated, deferred
 
 
@@ -66,7 +66,7 @@ class Loop:
     def run(self, steps: int, *, progress: bool) -> None:
         """Raise Terminated after keeping the state, where SIGTERM came."""
         with (
-            tqdm(total=steps, initial=self.step, desc="fine-tuning", unit="step", disable=not progress) as bar,
+            task("fine-tuning", total=steps, done=self.step, unit="step", shown=progress) as bar,
             deferred() as notice,
             self._tracked() as tracking,
         ):
@@ -74,9 +74,9 @@ class Loop:
                 self._check(bar)
             while self.step < steps:
                 record = self._next_record()
-                bar.update()
+                bar.advance()
                 check = self._check(bar) if self._is_check(steps) else None
-                bar.set_postfix_str(_summary(record))
+                bar.note(_summary(record))
                 if tracking is not None:
                     tracking.log_step(record, self._rates(), self.step, check)
                     if self.step % self._epoch(steps) == 0 or self.step == steps:
@@ -96,12 +96,12 @@ class Loop:
         checks = self.update.spec.checks
         return self.step * checks // steps > (self.step - 1) * checks // steps
 
-    def _check(self, bar: tqdm) -> Check | None:
+    def _check(self, bar: Task) -> Check | None:
         """Look at the held-out images, and keep the state if it is the best."""
         held = self.held_out
         if held is None:
             return None
-        bar.set_postfix_str("looking at held-out images")
+        bar.note("looking at held-out images")
         began = time.perf_counter()
         with self._clear_of_memory():
             is_best = held.look(self.update, self.step)
@@ -200,4 +200,4 @@ def _require_some(position: Position, images_per_step: int) -> None:
 
 
 def _summary(record: dict[str, float]) -> str:
-    return f"loss {record['loss']:.3f}, ratio {record['ratio']:.1%}, kept {record['kept']:.1%}, lr {record['lr']:.1e}"
+    return f"loss {record['loss']:.3f}, ratio {record['ratio']:.1%}, kept {record['kept']:.1%}"

@@ -10,8 +10,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from vitprune.data.batches import Batches, each, named
@@ -36,6 +34,7 @@ from vitprune.reports.results import (
     NotFinite,
 )
 from vitprune.runtime import distributed
+from vitprune.runtime.progress import track
 
 _DEFAULTS = EvaluateSpec()
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
@@ -84,9 +83,7 @@ def compare_closely(
     batches = map(named, each(own, spec.batch_size))
     seen: list[Observed] = []
     with eval_mode(dense, pruned), torch.no_grad():
-        for batch in track(
-            batches, "Comparing", total=total, console=Console(stderr=True), transient=True, disable=not progress
-        ):
+        for batch in track(batches, "comparing", total=total, unit="batch", shown=progress):
             x_BCHW = batch["pixel_values"]
             before = dense_answers(placed(x_BCHW, dense))
             with trace(pruned) as watched:

@@ -9,8 +9,6 @@ from pathlib import Path
 
 import torch
 import transformers
-from rich.console import Console
-from rich.progress import track
 from torch import Tensor, nn
 
 from vitprune.measure.outputs import ImageModel
@@ -21,6 +19,7 @@ from vitprune.reports.results import (
     Environment,
     Throughput,
 )
+from vitprune.runtime.progress import track
 
 
 def measure_throughput(
@@ -39,12 +38,13 @@ def measure_throughput(
 
     Raises ValueError where `pruned` isn't pruned.
     """
-    console = Console(stderr=True)
     answers = ImageModel.of(dense), ImageModel.of(pruned)
     with eval_mode(dense, pruned), torch.no_grad():
         return [
             _throughput(*answers, whole_batches(images, size), repeats)
-            for size in track(batch_sizes, "Timing", console=console, transient=True, disable=not progress)
+            for size in track(
+                batch_sizes, "timing", total=len(batch_sizes), unit="batch size", steady=True, shown=progress
+            )
         ]
 
 

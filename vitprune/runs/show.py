@@ -9,8 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import PIL.Image
-from rich.console import Console
-from rich.progress import track
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -27,6 +25,7 @@ from vitprune.recipe.schema import DataSpec, SplitSpec
 from vitprune.recipe.values import as_spec
 from vitprune.reports.token_pictures import SeenImage, draw_image, draw_sheet
 from vitprune.runtime.files import write_whole
+from vitprune.runtime.progress import track
 
 OnePicture = str | Path | PIL.Image.Image
 MOST_ON_SHEET = 40
@@ -92,8 +91,7 @@ def show_files(
     output.mkdir(parents=True, exist_ok=True)
     first: list[SeenImage] = []
     taken: set[str] = set()
-    looked = track(viewer.look(named), "Looking", total=total, console=Console(stderr=True), transient=True)
-    for seen in looked:
+    for seen in track(viewer.look(named), "looking", total=total, unit="image"):
         path = output / _file_name(seen.name, taken)
         _save(draw_image(seen), path)
         first += [seen] if len(first) < MOST_ON_SHEET else []
