@@ -32,6 +32,7 @@ from .recipe.schema import SplitSpec as SplitSpec
 from .recipe.schema import load_recipe as load_recipe
 from .runs.apply import apply as apply
 from .runs.plan import plan as plan
+from .runs.push import push as push
 from .runs.show import show as show
 
 __all__: list[str]

@@ -253,6 +253,19 @@ def show(
                 typer.echo(f"{path}: {in_a_line(seen)}")
 
 
+@app.command()
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint that apply wrote.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the Hub, such as user/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private where it isn't there yet.")] = False,
+) -> None:
+    """Upload a checkpoint to the Hub, with its card, pictures, results and recipe."""
+    with _clear_messages(lambda error: error):
+        from vitprune.runs.push import push as run
+
+        typer.echo(run(checkpoint, repo, private=private))
+
+
 def _macs(text: str) -> float:
     try:
         return read_part(text)

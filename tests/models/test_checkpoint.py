@@ -209,7 +209,7 @@ def test_a_failure_while_saving_leaves_nothing(
         raise OSError("No space left on device")
 
     before = {file.name: file.read_bytes() for file in path.iterdir()}
-    monkeypatch.setattr(Path, "write_text", disk_full)
+    monkeypatch.setattr(Path, "write_bytes", disk_full)
     for target in (path, path.with_name("new")):
         with pytest.raises(OSError, match="No space left"):
             vitprune.save(model, target, files={"report.json": "{}"}, overwrite=True)

@@ -130,7 +130,7 @@ def test_what_is_refused(
     (tmp_path / "empty").mkdir()
     (tmp_path / "broken.png").write_bytes(b"no picture")
     with pytest.raises(ValueError, match=said):
-        [*show_files(str(checkpoint), **options, output=tmp_path / "out")]  # pyright: ignore[reportArgumentType]
+        next(show_files(str(checkpoint), **options, output=tmp_path / "out"))  # pyright: ignore[reportArgumentType]
 
 
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:

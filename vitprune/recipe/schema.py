@@ -201,6 +201,17 @@ class OutputSpec(Spec):
     """Whether a result that is already there may be replaced."""
     pictures: bool = True
     """Whether some of the evaluation images are shown in report.html and the model card."""
+    push_to_hub: Text | None = None
+    """Repository on the Hub that the checkpoint is uploaded to as well, such as user/name; only locally if left out."""
+    private: bool = False
+    """Whether that is made private where it isn't there yet."""
+
+    @check("private")
+    @classmethod
+    def _of_what_is_pushed(cls, private: bool, info: ValidationInfo) -> bool:
+        if private and info.data.get("push_to_hub", "") is None:
+            raise ValueError("has a meaning with output.push_to_hub only; leave it out, or name a repository")
+        return private
 
 
 def require_thresholds(pruning: PruningSpec, finetune: FinetuneSpec) -> None:

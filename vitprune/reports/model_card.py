@@ -13,6 +13,13 @@ from vitprune.reports.results import Report
 from vitprune.reports.run_report import findings, tables_of
 from vitprune.reports.text import markdown_table, percent
 
+PICTURES = MappingProxyType(
+    {
+        "The easiest and the hardest images": "assets/images.png",
+        "Images that pruned and dense answer differently": "assets/differences.png",
+    }
+)
+"""A checkpoint's pictures, by what they show."""
 NO_PICTURES: Mapping[str, str] = MappingProxyType({})
 CARD = """
 # {name}

@@ -26,11 +26,12 @@ from vitprune.finetuning.tracking import TrackerContext
 from vitprune.measure.compare import compare, compare_closely
 from vitprune.measure.seen import Named, look_at
 from vitprune.measure.throughput import describe_environment, measure_throughput
-from vitprune.models.checkpoint import ASSETS, require_room, save
+from vitprune.models.checkpoint import require_room, save
 from vitprune.models.module import Levels, pruning_of
 from vitprune.models.points import points_of, set_budget
+from vitprune.recipe.errors import Problem, RecipeError
 from vitprune.recipe.schema import Recipe
-from vitprune.reports.model_card import model_card
+from vitprune.reports.model_card import PICTURES, model_card
 from vitprune.reports.page import ShownImages, report_page
 from vitprune.reports.results import (
     Breakdown,
@@ -46,9 +47,11 @@ from vitprune.reports.results import (
 from vitprune.reports.run_report import shortfall
 from vitprune.reports.token_pictures import SeenImage, as_png, draw_sheet
 from vitprune.runs.inputs import RunInputs, flat, for_readers, moved, without_paths
+from vitprune.runs.push import push
 from vitprune.runs.resume import RunFolder, require_output, was_saved
 from vitprune.runtime import distributed, signals
 from vitprune.runtime.files import sibling, write_whole
+from vitprune.runtime.hub_upload import require_rights
 
 # different batches of the largest size that throughput is measured on
 TIMED_BATCHES = 3
@@ -74,6 +77,7 @@ def apply(recipe: Recipe, *, restart: bool = False) -> Report:
     output = Path(recipe.output.path).resolve()
     with signals.watch():
         _require_free(recipe, output)
+        _require_rights(recipe)
         run = _Run.load(recipe)
         recipe = run.recipe
         require_room(output, run.pruned)
@@ -97,12 +101,33 @@ def apply(recipe: Recipe, *, restart: bool = False) -> Report:
             if run.is_main:
                 run.save(report, output)
             folder.remove()
+    if run.is_main and (repo := recipe.output.push_to_hub) is not None:
+        _push(output, repo, private=recipe.output.private)
     return report
 
 
 def _require_free(recipe: Recipe, output: Path) -> None:
     """Before anything is loaded. What the main process has written may be no obstacle to others that are late."""
     distributed.on_main(lambda: require_output(output, overwrite=recipe.output.overwrite))
+
+
+def _require_rights(recipe: Recipe) -> None:
+    """Better now than after hours."""
+    repo = recipe.output.push_to_hub
+    if repo is None:
+        return
+    try:
+        distributed.on_main(lambda: require_rights(repo))
+    except ValueError as error:
+        raise RecipeError([Problem(("output", "push_to_hub"), str(error))]) from error
+
+
+def _push(output: Path, repo: str, *, private: bool) -> None:
+    try:
+        push(output, repo, private=private)
+    except (ValueError, OSError) as error:
+        way_out = f"the checkpoint is in {output}; `vitprune push {output} {repo}` tries again"
+        raise OSError(f"output.push_to_hub: {error}; {way_out}") from error
 
 
 def evaluate(checkpoint: str, recipe: Recipe, output: Path) -> Report:
@@ -251,17 +276,16 @@ class _Run(RunInputs):
 
     def save(self, report: Report, output: Path) -> None:
         images = self.show(report)
-        sheets = {
-            "The easiest and the hardest images": (f"{ASSETS}/images.png", (*images.easiest, *images.hardest)),
-            "Images that pruned and dense answer differently": (f"{ASSETS}/differences.png", images.apart),
-        }
-        drawn = {file: as_png(draw_sheet(shown)) for file, shown in sheets.values() if shown}
-        captions = {caption: file for caption, (file, _) in sheets.items() if file in drawn}
+        shown = ((*images.easiest, *images.hardest), images.apart)
+        sheets = dict(zip(PICTURES.items(), shown, strict=True))
+        drawn = {file: as_png(draw_sheet(some)) for (_, file), some in sheets.items() if some}
+        captions = {caption: file for caption, file in PICTURES.items() if file in drawn}
+        name = self.recipe.output.push_to_hub or output.name
         files = {
             "recipe.yaml": _with_versions(self.recipe, report),
             "report.json": report.model_dump_json(indent=2, by_alias=True) + "\n",
-            "report.html": report_page(report, output.name, images),
-            "README.md": model_card(report, output.name, captions),
+            "report.html": report_page(report, name, images),
+            "README.md": model_card(report, name, captions),
             **drawn,
         }
         overwrite = self.recipe.output.overwrite or was_saved(output)
