@@ -98,7 +98,7 @@ def test_everything_goes_and_no_local_path(checkpoint: Path, hub: Hub) -> None:
     assert push(checkpoint, "ada/vit", private=True).endswith("/ada/vit")
     (created,) = hub.created
     assert created["name"] == "vit"
-    assert created["private"] is True or created.get("visibility") == "private"
+    assert created.get("private") is True or created.get("visibility") == "private"
     local = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
     assert set(hub.files) == local
     assert hub.files["model.safetensors"] == (checkpoint / "model.safetensors").read_bytes()
