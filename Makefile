@@ -28,10 +28,11 @@ demo: install  ## Prune, fine-tune, compare and save a small ViT; offline, under
 test: install  ## Run the tests, but for the slow ones
 	$(TESTS) --ignore tests/slow
 
-test-slow: install  ## Run tests that start processes, kill runs, compile; timm's and torchao's
+test-slow: install  ## Run tests that start processes, kill runs, compile; timm's, torchao's and gradio's
 	$(TESTS) --dist loadfile tests/slow  # one at a time of those that want the same port
 	$(TESTS) integrations/timm
 	$(TESTS) integrations/torchao
+	$(TESTS) integrations/gradio
 
 browser:  ## Install Chromium for the tests of pages, where it isn't there (Debian, as root)
 	command -v chromium > /dev/null || (apt-get update -q && apt-get install -q -y --no-install-recommends chromium)

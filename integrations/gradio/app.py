@@ -1,0 +1,122 @@
+"""A page to play with: upload an image, slide the budget, see which patches stay and what both models answer.
+
+    python integrations/gradio/app.py [CHECKPOINT]
+
+CHECKPOINT: folder or Hub id of a pruned checkpoint with several operating points (`budget: {macs: [80%, 65%, 50%]}`).
+Without one the recipe quickstart's small ViT is pruned first, which takes half a minute. Runs on this machine alone.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import gradio as gr
+import torch
+from PIL.Image import Image
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+import vitprune
+
+QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
+BUDGETS = ["90%", "75%", "60%", "45%", "35%"]
+IMAGES = 64  # to find levels on
+REPEATS = 3  # forwards, of which the median time counts
+
+
+class Space:
+    """A pruned model, the dense one beside it, and the page."""
+
+    def __init__(self, pruned: PreTrainedModel, dense: PreTrainedModel, processor: BaseImageProcessor) -> None:
+        points = vitprune.points_of(pruned)
+        if not points:
+            raise ValueError("the checkpoint has one budget alone; make one with budget: {macs: [80%, 65%, 50%]}")
+        self.pruned, self.dense, self.processor = pruned.eval(), dense.eval(), processor
+        self.highest, self.lowest = points[0].budget, points[-1].budget
+
+    @torch.no_grad()
+    def look(self, image: Image | None, percent: float) -> tuple[Image | None, str]:
+        """The picture of an image's patches, and a table of both models, as Markdown."""
+        if image is None:
+            return None, "Upload an image."
+        image = image.convert("RGB")
+        expected = vitprune.set_budget(self.pruned, percent / 100)
+        x: Any = self.processor(image, return_tensors="pt")["pixel_values"]
+        with vitprune.trace(self.pruned) as seen:
+            self.pruned(x)
+        rows = [
+            f"| dense | {answer(self.dense, x)} | 100 % | {milliseconds(self.dense, x):.0f} ms |",
+            f"| pruned | {answer(self.pruned, x)} | {seen.ratio:.1%} | {milliseconds(self.pruned, x):.0f} ms |",
+        ]
+        table = "\n".join(["| model | answer | MACs of this image | time |", "|---|---|---|---|", *rows])
+        note = f"On average over images {expected:.0%} of the MACs are expected at this budget."
+        return vitprune.show(self.pruned, image, processor=self.processor, dense=self.dense), f"{table}\n\n{note}"
+
+    def page(self) -> gr.Blocks:
+        with gr.Blocks(title="vitprune") as page:
+            gr.Markdown("# Which patches does it need?\nEach image keeps its own number of tokens; slide the budget.")
+            with gr.Row():
+                with gr.Column(scale=1):
+                    image = gr.Image(type="pil", label="Image", height=260)
+                    lowest, highest = round(100 * self.lowest), round(100 * self.highest)
+                    budget = gr.Slider(lowest, highest, value=min(60, highest), step=1, label="Budget, % of the MACs")
+                with gr.Column(scale=2):
+                    tokens = gr.Image(
+                        label="Patches after each stage", show_label=True, interactive=False, format="png"
+                    )
+                    told = gr.Markdown()
+            for change in (image.change, budget.change):
+                look = {"show_progress": "minimal", "trigger_mode": "always_last"}  # of a slide that goes on
+                change(self.look, [image, budget], [tokens, told], **look)
+        return page
+
+
+def quickstart() -> Space:
+    """The quickstart's ViT with levels for several budgets."""
+    checkpoint = str(QUICKSTART / "checkpoint")
+    dense, processor = vitprune.load(checkpoint), vitprune.load_processor(checkpoint)
+    data, split = vitprune.DataSpec(path=str(QUICKSTART / "data")), vitprune.SplitSpec(split="train", limit=IMAGES)
+    images = vitprune.load_images(data, split, processor, id2label=None, labelled=False)
+    pruned = vitprune.prune_(copy.deepcopy(dense), {"before_blocks": [1, 5, 8]})
+    vitprune.find_points(pruned, images, BUDGETS)
+    return Space(pruned, dense, processor)
+
+
+def of_checkpoint(checkpoint: str) -> Space:
+    pruned = vitprune.load(checkpoint)
+    return Space(pruned, vitprune.restore_(copy.deepcopy(pruned)), vitprune.load_processor(checkpoint))
+
+
+def answer(model: PreTrainedModel, x: torch.Tensor) -> str:
+    probabilities = model(x).logits[0].softmax(-1)
+    best = int(probabilities.argmax())
+    return f"{(model.config.id2label or {}).get(best, best)} ({probabilities[best]:.1%})"
+
+
+def milliseconds(model: nn.Module, x: torch.Tensor) -> float:
+    """The median of a few forwards."""
+    found = []
+    for _ in range(REPEATS):
+        began = time.perf_counter()
+        model(x)
+        found.append(time.perf_counter() - began)
+    return 1000 * statistics.median(found)
+
+
+THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none from afar
+
+if __name__ == "__main__":
+    try:
+        space = of_checkpoint(sys.argv[1]) if len(sys.argv) > 1 else quickstart()
+    except ValueError as error:
+        sys.exit(str(error))
+    space.page().launch(theme=THEME)
