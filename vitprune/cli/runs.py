@@ -1,0 +1,148 @@
+"""Verbs that make checkpoints, and say what they are worth."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from vitprune.bench.settings import TARGETS
+from vitprune.cli.talk import AsJson, Overrides, Quiet, RecipePath, Talk, clear_messages, loaded, read_macs
+
+
+def apply(
+    recipe: RecipePath,
+    launcher: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[-- LAUNCHER OPTIONS]",
+            help="Options of `accelerate launch`, such as -- --num_processes 4, which then runs this.",
+        ),
+    ] = None,
+    overrides: Overrides = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew where a run was interrupted; otherwise it is resumed.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Prune, fine-tune, evaluate and save a checkpoint. Resumes an interrupted run."""
+    talk = Talk(quiet, as_json)
+    if launcher:
+        given = [*talk.options, *(["--restart"] if restart else [])]
+        raise typer.Exit(_launched(recipe, overrides or [], launcher, given))
+    with loaded(recipe, overrides) as settings:
+        from vitprune.reports.run_report import print_report
+        from vitprune.runs.apply import apply as run
+
+        with talk.progress():
+            report = run(settings, restart=restart)
+        talk.tell(report, print_report, Path(settings.output.path) / "report.html")
+
+
+def _launched(recipe: Path, overrides: Sequence[str], options: Sequence[str], given: Sequence[str]) -> int:
+    if not options[0].startswith("-"):
+        raise typer.BadParameter(f"unexpected {options[0]!r}; options of the launcher come behind --")
+    with loaded(recipe, overrides):  # a mistake in it is better told once
+        from vitprune.runs.launch import launch
+
+    changes = [part for override in overrides for part in ("--set", override)]
+    return launch(["apply", str(recipe), *changes, *given], options)
+
+
+def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Show what apply would do: stages, tokens and MACs per block, steps. Runs nothing."""
+    with loaded(recipe, overrides) as settings:
+        from vitprune.reports.run_report import print_plan
+        from vitprune.runs.plan import plan as run
+
+        print_plan(run(settings), Console())
+
+
+def prefetch(recipe: RecipePath, overrides: Overrides = None) -> None:
+    """Bring what apply needs into the cache, checkpoint and data, so that it runs without a network."""
+    with loaded(recipe, overrides) as settings:
+        from vitprune.runs.prefetch import prefetch as run
+
+        for piece in run(settings):
+            typer.echo(piece)
+
+
+def evaluate(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a pruned checkpoint.")],
+    recipe: RecipePath,
+    output: Annotated[Path, typer.Option(help="Folder for report.json and report.html.")] = Path("runs/evaluate"),
+    overrides: Overrides = None,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Compare a pruned checkpoint with the dense model, on the recipe's data."""
+    talk = Talk(quiet, as_json)
+    with loaded(recipe, overrides) as settings:
+        from vitprune.reports.run_report import print_report
+        from vitprune.runs.apply import evaluate as run
+
+        with talk.progress():
+            report = run(checkpoint, settings, output)
+        talk.tell(report, print_report, output / "report.html")
+
+
+def push(
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a checkpoint that apply wrote.")],
+    repo: Annotated[str, typer.Argument(help="Repository on the Hub, such as user/name.")],
+    private: Annotated[bool, typer.Option("--private", help="Make it private where it isn't there yet.")] = False,
+) -> None:
+    """Upload a checkpoint to the Hub, with its card, pictures, results and recipe."""
+    with clear_messages(lambda error: error):
+        from vitprune.runs.push import push as run
+
+        typer.echo(run(checkpoint, repo, private=private))
+
+
+class Baseline(str, Enum):
+    """What a sweep compares with."""
+
+    tome = "tome"
+    as_vit = "as-vit"
+    random = "random"
+
+
+def sweep(
+    recipe: RecipePath,
+    more: Annotated[list[str] | None, typer.Argument(metavar="[BUDGET]...", help="More budgets.")] = None,
+    budgets: Annotated[
+        list[str] | None, typer.Option("--budgets", metavar="BUDGET...", help="Such as 80% 65% 50% 35%, the default.")
+    ] = None,
+    baseline: Annotated[list[Baseline] | None, typer.Option(help="Also run another policy; can be repeated.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder for sweep.json, sweep.html and a checkpoint a point.")] = Path(
+        "runs/sweep"
+    ),
+    overrides: Overrides = None,
+    restart: Annotated[
+        bool, typer.Option("--restart", help="Begin anew; otherwise what is done isn't done again.")
+    ] = False,
+    quiet: Quiet = False,
+    as_json: AsJson = False,
+) -> None:
+    """Run a recipe at several budgets: the curve of quality and speed over work, as a page. Resumes."""
+    talk = Talk(quiet, as_json)
+    parts = [read_macs(text) for text in (*(budgets or ()), *(more or ()))] or [*TARGETS]
+    with loaded(recipe, overrides) as settings:
+        from vitprune.reports.sweep_report import print_sweep
+        from vitprune.runs.sweep import SWEEP_PAGE
+        from vitprune.runs.sweep import sweep as run
+
+        others = [kind.value for kind in baseline or ()]
+
+        def announce(text: str) -> None:
+            if not quiet and os.environ.get("RANK", "0") == "0":
+                typer.echo(text, err=True)
+
+        with talk.progress():
+            found = run(settings, parts, output=output, baselines=others, restart=restart, tell=announce)
+        talk.tell(found, print_sweep, output / SWEEP_PAGE)
