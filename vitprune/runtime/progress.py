@@ -188,7 +188,8 @@ class Display:
                     self.took[name] = self.took.get(name, 0.0) + seconds
                 if self.keeps:
                     ended = "" if not counted.count else f": {counted.count}"
-                    named = " and ".join(counted.parts)
+                    least = WORTH_SAYING * counted.seconds
+                    named = " and ".join(name for name, took in counted.parts.items() if took >= least)
                     self.console.print(f"{named}{ended} in {duration(counted.seconds)}", highlight=False)
         finally:
             self._depth -= 1
