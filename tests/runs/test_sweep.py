@@ -32,6 +32,7 @@ def test_each_budget_is_a_checkpoint_and_the_curve_falls(tmp_path: Path) -> None
         assert (tmp_path / "sweep" / point.folder / "report.html").is_file()
         assert f"{point.folder}/report.html" in page
     assert str(tmp_path) not in page
+    assert page.count("Compared with the dense model on") == 1
     own = vitprune.load(tmp_path / "sweep" / "vitprune-50")
     assert vitprune.pruning_of(own).spec.score == "head-weighted-class-attention"
     assert vitprune.pruning_of(vitprune.load(tmp_path / "sweep" / "tome-50")).spec.select == "tome"

@@ -206,9 +206,7 @@ def _classes(breakdown: Breakdown | None) -> dict[str, Any]:
 def sweep_page(sweep: Sweep, name: str) -> str:
     """Write a sweep as HTML, in one file."""
     made = "" if sweep.created is None else f" · {sweep.created:%Y-%m-%d %H:%M} UTC"
-    images = (
-        f"Compared with the dense model on {sweep.points[0].comparison.images:,} images" if sweep.points else "No point"
-    )
+    images = f"{sweep.points[0].comparison.images:,} images" if sweep.points else "no images"
     return render(
         "sweep.html",
         name=name,

@@ -188,7 +188,7 @@ def tables_of(report: Report) -> list[tuple[str, Cells]]:
     tables = [(f"Quality and work, {report.comparison.images} images", _quality_cells(report))]
     tables.append(("Patches kept", _kept_cells(report.comparison)))
     if report.points:
-        tables.append(("Operating points", point_cells(report.points)))
+        tables.append(("Operating points, with speed-ups at batch sizes", point_cells(report.points)))
     if report.schedule is not None:
         title = f"Schedules tried, {report.schedule.measure} to dense on {report.schedule.images} calibration images"
         tables.append((title, _schedule_cells(report.schedule)))

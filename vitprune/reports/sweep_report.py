@@ -57,7 +57,7 @@ class Sweep(Document):
 
 def print_sweep(sweep: Sweep, console: Console) -> None:
     """A table, then in words."""
-    console.print(rich_table("Sweep", sweep_cells(sweep)))
+    console.print(rich_table("Sweep, with speed-ups at batch sizes", sweep_cells(sweep)))
     for sentence in sweep_findings(sweep):
         console.print(f"- {escape(sentence)}")
 
@@ -74,7 +74,7 @@ def point_cells(points: Sequence[PointResult]) -> Cells:
     metrics = list(dict.fromkeys(name for point in points for name in point.comparison.metrics))
     sizes = sorted({row.batch_size for point in points for row in point.throughput})
     likeness = [name for name, value in LIKENESS.items() if any(value(p.comparison) is not None for p in points)]
-    cells: Cells = [("budget", "MACs", *metrics, *likeness, *(f"speed at {size}" for size in sizes))]
+    cells: Cells = [("budget", "MACs", *metrics, *likeness, *(f"at {size}" for size in sizes))]
     dense = (_metric(points[0].comparison, name, "dense") for name in metrics)
     cells.append(("", percent(1.0), *dense, *("" for _ in (*likeness, *sizes))))
     for point in points:
