@@ -14,6 +14,7 @@ from vitprune.data.images import load_images
 from vitprune.measure.answers import KINDS, Embedding
 from vitprune.measure.breakdown import APART, BINS, SHOWN, Observed, break_down
 from vitprune.measure.compare import compare_closely
+from vitprune.measure.metrics import NO_CLASS
 from vitprune.recipe.schema import DataSpec, SplitSpec
 
 
@@ -66,7 +67,18 @@ def test_the_histogram_has_every_image() -> None:
     assert sum(found.counts) == 5
     assert len(found.counts) == BINS == len(found.edges) - 1
     assert (found.edges[0], found.edges[-1]) == (pytest.approx(0.4), pytest.approx(0.8))
-    assert sum(break_down(Embedding(), observed([50, 50], [0, 0], [0, 0], None), None, {}).macs.counts) == 2
+
+
+def test_where_all_images_take_the_same_none_is_the_easiest() -> None:
+    found = break_down(Embedding(), observed([50, 50], [0, 1], [0, 0], None), [4, 5], {})
+    assert (found.macs.counts, found.macs.edges) == ((2,), (0.5, 0.5))
+    assert (found.easiest, found.hardest, found.apart) == ((), (), (5,))
+
+
+def test_no_answer_is_no_agreement() -> None:
+    seen = observed([50, 60], [NO_CLASS, 1], [NO_CLASS, 1], [0, 0])
+    (only,) = break_down(KINDS["single-label"], seen, None, {}).classes
+    assert only.agreement == 0.5
 
 
 def test_an_answer_that_is_no_number_is_the_furthest_apart() -> None:

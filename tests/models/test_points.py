@@ -127,3 +127,12 @@ def test_budgets_that_come_to_the_same_are_refused() -> None:
     model = vitprune.prune_(tiny.build("vit"), {"before_blocks": [1, 3, 4]})
     with pytest.raises(ValueError, match=r"come to the same work"):
         vitprune.find_points(model, images(), [0.6, 0.6], progress=False)
+    with pytest.raises(ValueError, match=r"100% needs no levels"):
+        vitprune.find_points(model, images(), [1, 0.6], progress=False)
+
+
+def test_turned_to_dropping_nothing_it_is_saved_and_comes_back(tmp_path: Path) -> None:
+    model = pointed()
+    vitprune.set_budget(model, 1)
+    back = vitprune.load(vitprune.save(model, tmp_path / "out"))
+    assert vitprune.set_budget(back, 0.5) == pytest.approx(0.5, abs=GOT)

@@ -142,6 +142,11 @@ BROKEN: dict[str, tuple[str | bytes, str, str]] = {
         ":4: budget.macs: ",
         "is an empty list; write a budget such as 65%",
     ),
+    "all-of-it-among-others": (
+        HEAD.replace("65%", "[100%, 50%]"),
+        ":4: budget.macs: ",
+        "has 100% among others; leave it",
+    ),
     "a-budget-twice": (HEAD.replace("65%", "[50%, 0.5]"), ":4: budget.macs: ", "names the same budget twice"),
     "a-budget-of-many-too-high": (
         HEAD.replace("65%", "[50%, 120%]"),

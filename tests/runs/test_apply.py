@@ -82,6 +82,16 @@ def test_pictures_can_be_left_out(tmp_path: Path) -> None:
     assert not (tmp_path / "out" / "assets").exists()
 
 
+def test_a_picture_that_can_not_be_drawn_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: object) -> None:
+        raise ValueError("no grid")
+
+    monkeypatch.setattr("vitprune.runs.apply.look_at", broken)
+    apply(recipe(tmp_path))
+    assert "Left out: no grid." in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert is_pruned(vitprune.load(tmp_path / "out"))
+
+
 def test_streamed_images_are_compared_without_pictures(tmp_path: Path) -> None:
     report = apply(recipe(tmp_path, RECIPE, "vit", "data.streaming=true"))
     assert report.breakdown is not None

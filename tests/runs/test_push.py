@@ -108,6 +108,7 @@ def test_everything_goes_and_no_local_path(checkpoint: Path, hub: Hub) -> None:
     card, text = hub.files["README.md"].decode(), hub.files["recipe.yaml"].decode()
     assert 'from_pretrained("ada/vit")' in card
     assert "(assets/images.png)" in card
+    assert "from_pretrained(&#34;ada/vit&#34;)" in hub.files["report.html"].decode()
     assert text.startswith("# made with vitprune")
     assert "checkpoint: ./checkpoint" in text
 

@@ -76,6 +76,27 @@ def test_a_budget_that_can_not_be_met_is_listed(tmp_path: Path) -> None:
     assert missed.budget == 0.01
     assert "1.0% can't be met by pruning before blocks [2, 4]" in missed.reason
     assert any(missed.reason in sentence for sentence in sweep_findings(found))
+    assert str(tmp_path) not in missed.reason
+    assert sweep(asked, [0.7, 0.01], output=tmp_path / "sweep").missed == (missed,), "it is tried again"
+
+
+def test_the_points_of_a_sweep_are_not_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vitprune.runs.apply.push", None)
+    asked = recipe(tmp_path, FAST, "vit", "output.push_to_hub=ada/vit")
+    assert len(sweep(asked, [0.7], output=tmp_path / "sweep").points) == 1
+
+
+def test_a_budget_of_time_is_another_sweep(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, FAST)
+    by_time = recipe(tmp_path, FAST.replace("macs: 60%", "latency: 60%"))
+    assert module._fingerprint(asked) != module._fingerprint(by_time)
+    assert module._fingerprint(asked) == module._fingerprint(recipe(tmp_path, FAST.replace("60%", "50%")))
+
+
+def test_what_a_killed_sweep_left_is_no_obstacle(tmp_path: Path) -> None:
+    (tmp_path / "sweep" / ".vitprune-70.run").mkdir(parents=True)
+    (tmp_path / "sweep" / "vitprune-90").mkdir()
+    assert len(sweep(recipe(tmp_path, FAST), [0.7], output=tmp_path / "sweep").points) == 1
 
 
 def test_the_first_failure_is_an_error(tmp_path: Path) -> None:

@@ -41,9 +41,11 @@ def test_a_mount_point_is_written_into(mount: Path) -> None:
     folder = RunFolder.open(mount, lambda: {"a": 1}, restart=False)
     assert folder.path.parent == mount
     model = vitprune.prune_(tiny.build("vit"), tiny.POLICIES["as-vit-merge"])
-    vitprune.save(model, mount, files={"recipe.yaml": "version: 1\n"})
+    for _ in range(2):  # a folder isn't replaced by another
+        files = {"recipe.yaml": "version: 1\n", "assets/images.png": b"png"}
+        vitprune.save(model, mount, files=files, overwrite=True)
     folder.remove()
-    assert {entry.name for entry in contents(mount)} == {"config.json", "model.safetensors", "recipe.yaml"}
+    assert {entry.name for entry in contents(mount)} == {"config.json", "model.safetensors", "recipe.yaml", "assets"}
     assert {entry.name for entry in mount.iterdir()} - {"lost+found"} == {entry.name for entry in contents(mount)}
     vitprune.save(model, mount, overwrite=True)
     assert vitprune.load(mount)(images(2)).logits.equal(model.eval()(images(2)).logits)

@@ -28,6 +28,10 @@ def find_points(
         ValueError: as `calibrate`; or two budgets have the same levels.
     """
     pruning, parts = pruning_of(model), [read_budget(budget) for budget in budgets]
+    if 1.0 in parts:
+        raise ValueError(
+            "budget.macs: 100% needs no levels; leave it out, as vitprune.set_budget(model, 1) drops nothing"
+        )
     if not isinstance(batches, Images | Tensor):
         batches = [*each(batches)]
     if not pruning.levels.isfinite().all():

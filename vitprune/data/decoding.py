@@ -61,9 +61,10 @@ class Reader:
     def picture(self, row: Mapping[str, Any], number: str) -> tuple[PIL.Image.Image, int | list[float] | None]:
         """The picture of a row as it is, and its label. Raises BrokenImageError."""
         try:
-            return decode(row[self.source.image_column]), self._label(row, number)
+            picture = decode(row[self.source.image_column])
         except Exception as error:  # as above
             raise self._broken(row, number, error) from error
+        return picture, self._label(row, number)
 
     def _broken(self, row: Mapping[str, Any], number: str, error: Exception) -> BrokenImageError:
         value = row[self.source.image_column]

@@ -18,6 +18,7 @@ from vitprune.models.trace import Trace
 from vitprune.reports.results import Breakdown, ClassResult, Histogram
 
 BINS = 24
+SAME = 1e-9  # parts of the MACs that differ by less are the same
 SHOWN = 6  # images of the easiest, and of the hardest
 APART = 12
 
@@ -80,10 +81,13 @@ class Observed:
 def break_down(kind: AnswerKind, seen: Observed, rows: Sequence[int] | None, names: Mapping[int, str]) -> Breakdown:
     """What lies behind a comparison. rows: of each image in its split, if that is known."""
     ratio_B = (seen.macs_B / seen.dense_macs_B).double()
-    counts, edges = np.histogram(ratio_B.numpy(), bins=BINS)
+    differ = bool(ratio_B.max() - ratio_B.min() > SAME)
+    counts, edges = np.array([len(ratio_B)]), ratio_B[[0, 0]].numpy()
+    if differ:
+        counts, edges = np.histogram(ratio_B.numpy(), bins=BINS)
     classes = _by_class(seen, ratio_B, names) if kind.name == "single-label" else ()
     found = Breakdown(
-        macs=Histogram(edges=edges.tolist(), counts=counts.tolist()),
+        macs=Histogram(edges=tuple(edges.tolist()), counts=tuple(counts.tolist())),
         by="label" if seen.labels is not None else "dense answer",
         classes=tuple(sorted(classes, key=lambda one: one.agreement)),
     )
@@ -97,7 +101,8 @@ def break_down(kind: AnswerKind, seen: Observed, rows: Sequence[int] | None, nam
     order_B, differs_B = ratio_B.argsort(stable=True), seen.likeness_B < 1
     furthest_B = seen.difference_B.double().nan_to_num(torch.inf).argsort(descending=True, stable=True)
     apart_B = furthest_B[differs_B[furthest_B] | ~(seen.finite_B[0] & seen.finite_B[1])[furthest_B]]
-    picked = {"easiest": (order_B, SHOWN), "hardest": (order_B.flip(0), SHOWN), "apart": (apart_B, APART)}
+    extremes = {"easiest": (order_B, SHOWN), "hardest": (order_B.flip(0), SHOWN)} if differ else {}
+    picked = {**extremes, "apart": (apart_B, APART)}
     return found.model_copy(update={name: numbers(*which) for name, which in picked.items()})
 
 
@@ -118,7 +123,7 @@ def _by_class(seen: Observed, ratio_B: Tensor, names: Mapping[int, str]) -> list
                 images=int(own_B.sum()),
                 dense=right(dense_B),
                 pruned=right(pruned_B),
-                agreement=float((dense_B == pruned_B)[own_B].double().mean()),
+                agreement=float(((dense_B == pruned_B) & (dense_B >= 0))[own_B].double().mean()),
                 ratio=float(ratio_B[own_B].mean()),
             )
         )

@@ -15,7 +15,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from vitprune.data.decoding import in_colours, mode_of
 from vitprune.data.pictures import seen_box
-from vitprune.measure.outputs import ImageModel, class_names
+from vitprune.measure.outputs import ImageModel, class_names, require_same_width
 from vitprune.measure.timing import placed
 from vitprune.models.trace import Trace, eval_mode, trace
 from vitprune.reports.token_pictures import SeenImage, Stage
@@ -52,12 +52,13 @@ def look_at(
             before = dense(placed(x_1CHW, dense))
             with trace(pruned) as watched:
                 after = pruned(placed(x_1CHW, pruned))
+            require_same_width(after, before)
             likeness = kind.likeness(before, after).item()
             yield SeenImage(
                 name=one.name,
                 picture=picture.convert("RGB"),
                 box=seen_box(processor, picture.size),
-                stages=tuple(_stages(one.name, watched, x_1CHW)),
+                stages=tuple(_stages(one.name, watched, x_1CHW, pruned.model.config)),
                 dense_macs=watched.dense_macs.item(),
                 macs=watched.macs.item(),
                 dense=kind.describe(before[0], names),
@@ -68,11 +69,12 @@ def look_at(
             )
 
 
-def _stages(name: str, watched: Trace, x_1CHW: Tensor) -> Iterator[Stage]:
+def _stages(name: str, watched: Trace, x_1CHW: Tensor, config: Any) -> Iterator[Stage]:
     height, width = x_1CHW.shape[-2:]
+    size = getattr(getattr(config, "vision_config", config), "patch_size", None)
     for block, owners_1P in zip(watched.before_blocks, watched.merged_into, strict=True):
         patches = owners_1P.shape[1]
-        rows = round(math.sqrt(patches * height / width))
+        rows = height // size[0] if isinstance(size, list | tuple) else round(math.sqrt(patches * height / width))
         if patches % rows:
             raise ValueError(f"{name}: its {patches} patches are no grid over {width} x {height} pixels")
         numbers: Any = owners_1P[0].cpu().numpy()

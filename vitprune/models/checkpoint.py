@@ -286,6 +286,7 @@ def _replace(new: Path, path: Path) -> None:
     if path.is_mount():  # config.json, by which it is a checkpoint, goes first and comes last
         for name in CONFIG:
             (path / name).unlink(missing_ok=True)
+        shutil.rmtree(path / ASSETS, ignore_errors=True)  # a folder isn't replaced by another
         for file in sorted(new.iterdir(), key=lambda file: file.name in CONFIG):
             file.replace(path / file.name)
         return

@@ -92,6 +92,8 @@ class Pruning(nn.Module):
     def is_forgotten(self) -> bool:
         """Whether thresholds were to be calibrated and nobody did it, so that everything is kept."""
         spec = self.spec
+        if spec.points:  # it may be turned to dropping nothing
+            return False
         awaits = spec.select == "threshold" and spec.thresholds == "calibrated" and not self.levels.is_meta
         return awaits and bool((self.levels == KEEPS_ALL).all())
 

@@ -38,7 +38,7 @@ def set_budget(model: nn.Module, budget: float | str) -> float:
             "the model has levels for one budget alone; find them for several: budget: {macs: [80%, 65%, 50%]} in a "
             "recipe, or vitprune.find_points(model, batches, ['80%', '65%', '50%'])"
         )
-    if budget == 1:
+    if budget == 1:  # which is no point: every such model has it
         pruning.levels.fill_(pruning.keeps_all)
         return _kept_whole(pruning)
     for point in points:

@@ -137,6 +137,8 @@ class BudgetSpec(Spec):
         if isinstance(value, tuple) and (not value or len(set(value)) < len(value)):
             trouble = "names the same budget twice" if value else "is an empty list"
             raise ValueError(f"{trouble}; write a budget such as 65%, or several such as [80%, 65%, 50%]")
+        if isinstance(value, tuple) and 1.0 in value and len(value) > 1:
+            raise ValueError("has 100% among others; leave it out, as vitprune.set_budget(model, 1) drops nothing")
         return value
 
     @model_validator(mode="after")

@@ -60,7 +60,7 @@ def report_page(report: Report, name: str, images: ShownImages) -> str:
         sentences=findings(report),
         patches=comparison.kept[0].patches,
         stages=_stages(comparison),
-        histogram=None if report.breakdown is None else _histogram(report.breakdown, comparison.macs.ratio),
+        histogram=_histogram(report.breakdown, comparison.macs.ratio),
         galleries=_galleries(images),
         tables=[(title, cells) for title, cells in tables_of(report) if not title.startswith("Patches kept")],
         training=_training(report),
@@ -141,7 +141,10 @@ def _stages(comparison: Comparison) -> list[dict[str, Any]]:
     return found
 
 
-def _histogram(breakdown: Breakdown, mean: float) -> dict[str, Any]:
+def _histogram(breakdown: Breakdown | None, mean: float) -> dict[str, Any] | None:
+    """Nothing where all images take the same."""
+    if breakdown is None or len(breakdown.macs.counts) < 2:
+        return None
     edges, counts = breakdown.macs.edges, breakdown.macs.counts
     bars = [
         {"height": f"{100 * n / max(counts):.1f}", "title": f"{n} images, {percent(low)} to {percent(high)}"}
@@ -228,7 +231,7 @@ def _curves(methods: Mapping[str, Sequence[PointResult]]) -> Iterator[tuple[str,
         return
     first = points[0].comparison
     for metric, pair in [*first.metrics.items()][:1]:
-        lines = _lines(methods, lambda point, metric=metric: point.comparison.metrics[metric].pruned)
+        lines = _lines(methods, lambda point, metric=metric: _value(point, metric))
         ends = [min(point.ratio for point in points), 1.0]
         level = Line("dense", [(end, pair.dense) for end in ends], dashed=True)
         yield metric, "The dashed line is the dense model.", _plot([*lines, level], pair.is_fraction)
@@ -248,6 +251,11 @@ def _curves(methods: Mapping[str, Sequence[PointResult]]) -> Iterator[tuple[str,
 
 def _lines(methods: Mapping[str, Sequence[PointResult]], value: Callable[[PointResult], float]) -> list[Line]:
     return [Line(method, [(p.ratio, value(p)) for p in points]) for method, points in methods.items()]
+
+
+def _value(point: PointResult, metric: str) -> float:
+    pair = point.comparison.metrics.get(metric)
+    return float("nan") if pair is None else pair.pruned
 
 
 def _speed(point: PointResult, batch_size: int) -> float:

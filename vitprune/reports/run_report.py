@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from rich.console import Console
@@ -52,7 +53,7 @@ def findings(report: Report) -> list[str]:
         budgets = ", ".join(percent(point.budget, 0) for point in report.points)
         sentences.append(
             f"It has levels for budgets of {budgets}; `vitprune.set_budget(model, budget)` turns it to one of them, or "
-            f"to one between. What is said here is of {percent(report.budget or 1.0, 0)}, with which it is loaded."
+            "to one between. All else that is said here is of the one that it is loaded with."
         )
     if report.latency is not None:
         sentences.append(_latency(report.latency))
@@ -207,7 +208,7 @@ def _quality_cells(report: Report) -> Cells:
     result = report.comparison
     cells: Cells = [("", "dense", *(name for name, _ in shown), "difference")]
     for metric, pair in result.metrics.items():
-        values = [comparison.metrics[metric].pruned for _, comparison in shown]
+        values = [found.metrics[metric].pruned if metric in found.metrics else math.nan for _, found in shown]
         if pair.is_fraction:
             percents = (percent(value, 2) for value in values)
             cells.append((metric, percent(pair.dense, 2), *percents, f"{100 * pair.difference:+.2f} points"))

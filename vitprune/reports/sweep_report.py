@@ -44,7 +44,12 @@ class Sweep(Document):
 
     def has(self, method: str, budget: float) -> bool:
         """Whether a point is done."""
-        return any((one.method, one.budget) == (method, budget) for one in (*self.points, *self.missed))
+        return any((one.method, one.budget) == (method, budget) for one in self.points)
+
+    def without(self, missed: Missed) -> Sweep:
+        """The sweep with a point that couldn't be had, this time."""
+        others = (one for one in self.missed if (one.method, one.budget) != (missed.method, missed.budget))
+        return self.model_copy(update={"missed": (*others, missed)})
 
     @property
     def methods(self) -> dict[str, list[SweepPoint]]:

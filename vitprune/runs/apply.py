@@ -29,7 +29,7 @@ from vitprune.measure.throughput import describe_environment, measure_throughput
 from vitprune.models.checkpoint import require_room, save
 from vitprune.models.module import Levels, pruning_of
 from vitprune.models.points import points_of, set_budget
-from vitprune.recipe.errors import Problem, RecipeError
+from vitprune.recipe.errors import Problem, RecipeError, first_line
 from vitprune.recipe.schema import Recipe
 from vitprune.reports.model_card import PICTURES, model_card
 from vitprune.reports.page import ShownImages, report_page
@@ -139,7 +139,8 @@ def evaluate(checkpoint: str, recipe: Recipe, output: Path) -> Report:
     found = run.compare_closely()
     report = run.report(*found, run.compare_points(found[0], lambda name, kind, compute: compute()))
     if run.is_main:
-        page = report_page(report, Path(checkpoint).name, run.show(report))
+        name = Path(checkpoint).name if Path(checkpoint).exists() else checkpoint
+        page = report_page(report, name, run.show(report))
         output.mkdir(parents=True, exist_ok=True)
         report.save(output / "report.json")
         write_whole(output / "report.html", lambda unfinished: unfinished.write_text(page, encoding="utf-8"))
@@ -345,7 +346,10 @@ class _Run(RunInputs):
             return tuple(look_at(named, *self.answers, self.processor, self.class_names))
 
         found = report.breakdown
-        return ShownImages(look(found.easiest), look(found.hardest), look(found.apart))
+        try:
+            return ShownImages(look(found.easiest), look(found.hardest), look(found.apart))
+        except (ValueError, OSError) as error:  # no reason to lose what was found out
+            return ShownImages(missing=without_paths(f"Left out: {first_line(error)}.", self.recipe))
 
     def report(
         self,

@@ -151,7 +151,7 @@ def with_policy_of(recipe: Recipe, config: PreTrainedConfig) -> Recipe:
     if spec is None or "pruning" in recipe.model_fields_set:
         return recipe
     levels = "thresholds" if spec.select == "threshold" else "keep_ratios"
-    return recipe.model_copy(update={"pruning": spec.model_copy(update={levels: "calibrated"})})
+    return recipe.model_copy(update={"pruning": spec.model_copy(update={levels: "calibrated", "points": None})})
 
 
 def _require_same_names(pruned: str, model: PreTrainedModel, checkpoint: str, dense: PreTrainedModel) -> None:

@@ -10,6 +10,7 @@ from vitprune.reports.model_card import PICTURES, model_card
 from vitprune.reports.results import Report
 from vitprune.runtime.hub_upload import require_rights, upload
 
+PAGE = "report.html"
 REPORT, RECIPE, CARD = "report.json", "recipe.yaml", "README.md"
 
 
@@ -32,6 +33,9 @@ def push(checkpoint: str | Path, repo: str, *, private: bool = False) -> str:
     instead = {CARD: model_card(report, repo, there)}
     if (folder / RECIPE).is_file():
         instead[RECIPE] = _without_paths(folder / RECIPE, report)
+    if (folder / PAGE).is_file():  # whose code names the folder
+        page = (folder / PAGE).read_text(encoding="utf-8")
+        instead[PAGE] = page.replace(f"(&#34;{folder.resolve().name}&#34;)", f"(&#34;{repo}&#34;)")
     return upload(folder, repo, private=private, instead=instead, message="Upload a checkpoint pruned by vitprune")
 
 

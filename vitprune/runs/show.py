@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import PIL.Image
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -118,6 +119,7 @@ class Viewer:
     ) -> Viewer:
         pruned = model if isinstance(model, PreTrainedModel) else load(model)
         if budget is not None:
+            pruned = copy.deepcopy(pruned) if pruned is model else pruned  # theirs stays at its budget
             set_budget(pruned, budget)
         name = str(pruned.name_or_path if isinstance(model, PreTrainedModel) else model)
         if not is_pruned(pruned):
@@ -127,6 +129,7 @@ class Viewer:
             dense = restore_(copy.deepcopy(pruned))
         elif not isinstance(dense, PreTrainedModel):
             dense = load(dense)
+            nn.Module.to(dense, pruned.device)
         beside = ImageModel.of(dense)
         answers = ImageModel.of(pruned)
         require_same_kind(answers, beside)

@@ -17,12 +17,14 @@ from vitprune.reports.results import Report
 from vitprune.reports.sweep_report import Missed, Sweep, SweepPoint
 from vitprune.reports.text import percent
 from vitprune.runs.apply import apply
+from vitprune.runs.inputs import without_paths
 from vitprune.runtime import distributed
 from vitprune.runtime.files import write_whole
 
 BASELINES = ("tome", "as-vit", "random")
 SWEEP_JSON, SWEEP_PAGE = "sweep.json", "sweep.html"
 OWN = "vitprune"
+_STEMS = (SWEEP_PAGE, *(f"{method}-" for method in (OWN, *BASELINES)))
 PUBLISHED_DEPTHS = (4 / 12, 7 / 12, 10 / 12)  # of AS-ViT's stages
 
 
@@ -52,24 +54,25 @@ def sweep(
             continue
         name = f"{method}-{100 * budget:g}"
         tell(f"{method} at {percent(budget, 0)}")
-        spec = part.output.model_copy(update={"path": str(output / name), "overwrite": True})
+        own = {"path": str(output / name), "overwrite": True, "push_to_hub": None, "private": False}
+        spec = part.output.model_copy(update=own)
         try:
             report = apply(part.model_copy(update={"output": spec}), restart=restart)
         except ValueError as error:
-            if found.points or found.missed:
-                missed = Missed(method=method, budget=budget, reason=first_line(error))
-                found = _kept(found.model_copy(update={"missed": (*found.missed, missed)}), output)
-                continue
-            raise  # nothing worked yet: a mistake in the recipe, most likely
+            if not found.points or distributed.init().num_processes > 1:
+                raise  # a mistake in the recipe, most likely; of several processes the others wait for this one
+            reason = without_paths(first_line(error), recipe)
+            found = _kept(found.without(Missed(method=method, budget=budget, reason=reason)), output)
+            continue
         found = _kept(_with(found, SweepPoint.of(method, budget, name, report), report), output)
     return found
 
 
 def _with(found: Sweep, point: SweepPoint, report: Report) -> Sweep:
     now = datetime.now(timezone.utc)
-    return found.model_copy(
-        update={"points": (*found.points, point), "environment": report.environment, "created": now}
-    )
+    missed = tuple(one for one in found.missed if (one.method, one.budget) != (point.method, point.budget))
+    news = {"points": (*found.points, point), "missed": missed, "environment": report.environment, "created": now}
+    return found.model_copy(update=news)
 
 
 def _kept(found: Sweep, output: Path) -> Sweep:
@@ -84,11 +87,12 @@ def _kept(found: Sweep, output: Path) -> Sweep:
 def _begun(output: Path, asked: str, *, restart: bool) -> Sweep:
     """The sweep that the output holds, or a new one."""
     place = output / SWEEP_JSON
-    if not place.is_file():
-        if output.exists() and any(output.iterdir()) and not any(output.glob(".*.run")):
-            raise ValueError(f"--output {output} holds something that is no sweep; choose another folder")
-        return Sweep(asked=asked)
     if restart:
+        place.unlink(missing_ok=True)
+    if not place.is_file():
+        others = output.iterdir() if output.exists() else ()
+        if not all(other.name.lstrip(".").startswith(_STEMS) for other in others):
+            raise ValueError(f"--output {output} holds something that is no sweep; choose another folder")
         return Sweep(asked=asked)
     found = Sweep.load(place)
     if found.asked != asked:
@@ -101,7 +105,8 @@ def _begun(output: Path, asked: str, *, restart: bool) -> Sweep:
 
 def _fingerprint(recipe: Recipe) -> str:
     """What the points of a sweep share."""
-    shared = recipe.model_dump(mode="json", exclude={"output": True, "budget": True})
+    shared = recipe.model_dump(mode="json", exclude={"output": True, "budget": {"macs", "latency"}})
+    shared["counts"] = "time" if recipe.budget.macs is None else "MACs"
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
 
 
