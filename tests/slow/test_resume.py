@@ -227,7 +227,7 @@ def test_sigterm_keeps_the_state_and_has_an_exit_code_of_its_own(
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     assert process.stderr is not None
     seen = ""
-    while "step/s, loss" not in seen:  # in the midst of fine-tuning
+    while "steps, looking at held-out images" not in seen:  # in the midst of fine-tuning
         seen += process.stderr.read(1)
         assert process.poll() is None, seen
     process.send_signal(signal.SIGTERM)

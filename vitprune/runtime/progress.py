@@ -227,12 +227,12 @@ class Display:
 
     @contextmanager
     def _in_lines(self, counted: _Counted, *, steady: bool) -> Iterator[None]:
-        """A line every few seconds, without control characters."""
-        last = counted.began
+        """A line when there is something to say, and every few seconds, without control characters."""
+        last = counted.began - EVERY
 
         def say(one: _Counted) -> None:
             nonlocal last
-            if time.monotonic() - last >= EVERY:
+            if time.monotonic() - last >= EVERY and one.done != one.total:
                 last = time.monotonic()
                 remark = f", {one.remark}" if one.remark else ""
                 print(f"{one.description}: {one.count}{remark} ({duration(one.seconds)})", file=sys.stderr, flush=True)
