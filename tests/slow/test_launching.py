@@ -50,10 +50,13 @@ def run(command: list[str], **more: str) -> tuple[int, str, str]:
     return process.returncode, out, error
 
 
+PROGRESS = ("calibrating", "comparing", "fine-tuning", "meeting the budget", "timing", "Took ")
+
+
 def said(error: str) -> list[str]:
     """The lines of an error that are no progress."""
     lines = (line.rpartition("\r")[2].strip() for line in error.splitlines())
-    return [line for line in lines if line and "%|" not in line and "pass" not in line]
+    return [line for line in lines if line and not line.startswith(PROGRESS)]
 
 
 def result(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
