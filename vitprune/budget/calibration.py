@@ -210,7 +210,7 @@ class _Passes:
         """Patches of an image of this size."""
         with trace(self.model) as watched, eval_mode(self.model):
             run_on_images(self.model, first_image(self.batches[0]))
-        return watched.keep_masks[0].shape[1]
+        return watched.merged_into[0].shape[1]
 
     def run(self, watched: Trace) -> float:
         """The ratio of costs over all images."""

@@ -70,10 +70,11 @@ class Student(nn.Module):
         pruning = pruning_of(self.answers)
         with self.thresholds.watched(pruning) as seen, taken(self.final) as tokens:
             answers = self.answers(pixel_values)
-        kept_BS = torch.stack([mask.float().mean(1) for mask in seen.keep_masks], dim=1)
+        masks = seen.keep_masks
+        kept_BS = torch.stack([mask.float().mean(1) for mask in masks], dim=1)
         there_BN = None
         if tokens:
-            there_BN = F.pad(seen.keep_masks[-1], (pruning.num_prefix_tokens, 0), value=True)
+            there_BN = F.pad(masks[-1], (pruning.num_prefix_tokens, 0), value=True)
         return Seen(answers, seen.costs, seen.dense_costs, kept_BS, tokens[0] if tokens else None, there_BN)
 
 

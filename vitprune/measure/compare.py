@@ -17,7 +17,7 @@ from vitprune.data.images import Images
 from vitprune.measure.answers import AnswerKind
 from vitprune.measure.breakdown import Observed, break_down
 from vitprune.measure.metrics import QualityMetric, correlation, metrics_of
-from vitprune.measure.outputs import ImageModel, class_names, require_same_kind, require_same_width
+from vitprune.measure.outputs import ImageModel, names_of_answers, require_same_kind, require_same_width
 from vitprune.measure.statistics import paired_difference, part_interval
 from vitprune.measure.timing import placed
 from vitprune.models.module import pruning_of
@@ -97,9 +97,7 @@ def compare_closely(
         raise ValueError("data.eval: there is no image to compare the models on")
     skipped = sum(count for _, count, _ in everybodys)
     rows = None if found[2] is None else [row for _, _, theirs in everybodys for row in theirs or ()]
-    names = class_names(dense_answers.model)
-    if not names and isinstance(images, Images):
-        names = dict(enumerate(images.class_names or ()))
+    names = names_of_answers(dense_answers.model, images.class_names if isinstance(images, Images) else None)
     together = Observed.together(parts)
     comparison = _comparison(kind, together, pruning_of(pruned).before_blocks, metrics, skipped)
     return comparison, break_down(kind, together, rows, names)

@@ -93,6 +93,11 @@ def class_names(model: PreTrainedModel) -> dict[int, str]:
     return {int(index): str(name) for index, name in (model.config.id2label or {}).items()} if has_head(model) else {}
 
 
+def names_of_answers(model: PreTrainedModel, of_data: Sequence[str] | None) -> dict[int, str]:
+    """Names of the classes that a model answers with: its own; in zero-shot, without a head, those of the data."""
+    return class_names(model) or dict(enumerate(of_data or ()))
+
+
 def declare_task(model: PreTrainedModel, task: Task) -> None:
     """Write into a model's config, in place, what its head is for. Raises ValueError for a model without one."""
     if not has_head(model):

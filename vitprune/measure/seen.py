@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers.image_processing_utils import BaseImageProcessor
 
 from vitprune.data.decoding import in_colours, mode_of
+from vitprune.data.images import Images
 from vitprune.data.pictures import seen_box
 from vitprune.measure.outputs import ImageModel, class_names, require_same_width
 from vitprune.measure.timing import placed
@@ -28,7 +29,13 @@ class Named:
     name: str
     picture: PIL.Image.Image
     label: int | list[float] | None = None
-    row: int | None = None
+
+
+def named_rows(images: Images, numbers: Iterable[int]) -> Iterator[Named]:
+    """Pictures of a split by the numbers of their rows; as `Images.picture`."""
+    for number in numbers:
+        name, picture, label = images.picture(number)
+        yield Named(f"row {name}", picture, label)
 
 
 @torch.no_grad()
@@ -64,7 +71,6 @@ def look_at(
                 dense=kind.describe(before[0], names),
                 pruned=kind.describe(after[0], names) or f"cosine {likeness:.4f} to dense",
                 label=None if one.label is None else kind.describe_label(one.label, names),
-                row=one.row,
                 likeness=likeness,
             )
 

@@ -267,5 +267,5 @@ def _percent(part: float) -> str:
 
 
 def _plot(lines: Sequence[Line], is_fraction: bool) -> Plot:
-    shown = (lambda value: percent(value)) if is_fraction else number
+    shown = percent if is_fraction else number
     return Plot.of(lines, "MACs, of dense", x_text=_percent, y_text=shown)

@@ -23,7 +23,7 @@ from pydantic import (
 from typing_extensions import Self
 
 from vitprune.recipe.schema import Task
-from vitprune.runtime.files import write_whole
+from vitprune.runtime.files import write_text_whole
 
 LATENCY_TOLERANCE = 0.05  # of the latency that was asked for
 
@@ -323,7 +323,7 @@ class Document(Result):
     def save(self, path: str | Path) -> None:
         """Write JSON: beside `path` first, so that there is never half a file."""
         text = self.model_dump_json(indent=2, by_alias=True) + "\n"
-        write_whole(Path(path), lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+        write_text_whole(Path(path), text)
 
     @classmethod
     def load(cls, path: str | Path) -> Self:

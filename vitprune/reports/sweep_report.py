@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from datetime import datetime
 
 from rich.console import Console
 from rich.markup import escape
@@ -46,10 +47,17 @@ class Sweep(Document):
         """Whether a point is done."""
         return any((one.method, one.budget) == (method, budget) for one in self.points)
 
+    def with_(self, point: SweepPoint, *, environment: Environment, created: datetime) -> Sweep:
+        """The sweep with another point."""
+        news = {"points": (*self.points, point), "environment": environment, "created": created}
+        return self.model_copy(update={**news, "missed": self._missed_but(point)})
+
     def without(self, missed: Missed) -> Sweep:
         """The sweep with a point that couldn't be had, this time."""
-        others = (one for one in self.missed if (one.method, one.budget) != (missed.method, missed.budget))
-        return self.model_copy(update={"missed": (*others, missed)})
+        return self.model_copy(update={"missed": (*self._missed_but(missed), missed)})
+
+    def _missed_but(self, now: SweepPoint | Missed) -> tuple[Missed, ...]:
+        return tuple(one for one in self.missed if (one.method, one.budget) != (now.method, now.budget))
 
     @property
     def methods(self) -> dict[str, list[SweepPoint]]:

@@ -60,7 +60,7 @@ class SeenImage:
     """One image on its way through a pruned model.
 
     picture: as it came, in RGB. box: the part of it that the model sees, which may reach beyond. dense, pruned: the
-    answers in words. label: the right one, if it is known. row: of its split. likeness: of the answers, 1: the same.
+    answers in words. label: the right one, if it is known. likeness: of the answers, 1: the same.
     """
 
     name: str
@@ -72,7 +72,6 @@ class SeenImage:
     dense: str
     pruned: str
     label: str | None = None
-    row: int | None = None
     likeness: float = 1.0
 
     @property

@@ -23,8 +23,8 @@ from vitprune.data.images import Images
 from vitprune.finetuning.finetune import NonFiniteLoss, finetune
 from vitprune.finetuning.state import States
 from vitprune.finetuning.tracking import TrackerContext
-from vitprune.measure.compare import compare, compare_closely
-from vitprune.measure.seen import Named, look_at
+from vitprune.measure.compare import compare_closely
+from vitprune.measure.seen import look_at, named_rows
 from vitprune.measure.throughput import describe_environment, measure_throughput
 from vitprune.models.checkpoint import require_room, save
 from vitprune.models.module import Levels, pruning_of
@@ -50,7 +50,7 @@ from vitprune.runs.inputs import RunInputs, flat, for_readers, moved, without_pa
 from vitprune.runs.push import push
 from vitprune.runs.resume import RunFolder, require_output, was_saved
 from vitprune.runtime import distributed, signals
-from vitprune.runtime.files import sibling, write_whole
+from vitprune.runtime.files import sibling, write_text_whole
 from vitprune.runtime.hub_upload import require_rights
 
 # different batches of the largest size that throughput is measured on
@@ -143,7 +143,7 @@ def evaluate(checkpoint: str, recipe: Recipe, output: Path) -> Report:
         page = report_page(report, name, run.show(report))
         output.mkdir(parents=True, exist_ok=True)
         report.save(output / "report.json")
-        write_whole(output / "report.html", lambda unfinished: unfinished.write_text(page, encoding="utf-8"))
+        write_text_whole(output / "report.html", page)
     return report
 
 
@@ -300,7 +300,7 @@ class _Run(RunInputs):
         )
 
     def compare(self) -> Comparison:
-        return compare(*self.answers, self.eval, self.recipe.evaluate, progress=self.is_main)
+        return self.compare_closely()[0]
 
     def compare_closely(self) -> tuple[Comparison, Breakdown]:
         return compare_closely(*self.answers, self.eval, self.recipe.evaluate, progress=self.is_main)
@@ -339,11 +339,7 @@ class _Run(RunInputs):
             return ShownImages(missing="Left out: images that are streamed can't be asked for a second time.")
 
         def look(rows: Sequence[int]) -> tuple[SeenImage, ...]:
-            named = []
-            for row in rows:
-                name, picture, label = self.eval.picture(row)
-                named.append(Named(f"row {name}", picture, label, row))
-            return tuple(look_at(named, *self.answers, self.processor, self.class_names))
+            return tuple(look_at(named_rows(self.eval, rows), *self.answers, self.processor, self.class_names))
 
         found = report.breakdown
         try:

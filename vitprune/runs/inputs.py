@@ -22,7 +22,15 @@ from vitprune.data.images import Images, load_images
 from vitprune.finetuning.finetune import require_trainable
 from vitprune.measure.answers import KINDS, AnswerKind
 from vitprune.measure.metrics import metrics_of
-from vitprune.measure.outputs import ImageModel, class_names, declare_task, embed_classes, has_head, is_two_towers
+from vitprune.measure.outputs import (
+    ImageModel,
+    class_names,
+    declare_task,
+    embed_classes,
+    has_head,
+    is_two_towers,
+    names_of_answers,
+)
 from vitprune.models.checkpoint import digest_weights, load, load_processor, load_tokenizer
 from vitprune.models.module import is_pruned, spec_of
 from vitprune.models.prune import prune_, restore_
@@ -97,7 +105,7 @@ class RunInputs:
     @property
     def class_names(self) -> dict[int, str]:
         """Names of the classes that both models answer with; in zero-shot those of the data."""
-        return class_names(self.dense) or dict(enumerate(self.eval.class_names or ()))
+        return names_of_answers(self.dense, self.eval.class_names)
 
     @property
     def dtype(self) -> torch.dtype:

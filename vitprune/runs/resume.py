@@ -20,7 +20,7 @@ from typing_extensions import Self
 
 from vitprune.models.checkpoint import require_free
 from vitprune.runtime import distributed
-from vitprune.runtime.files import beside, write_whole
+from vitprune.runtime.files import beside, write_text_whole
 
 T = TypeVar("T")
 _FINGERPRINT = "fingerprint.json"
@@ -80,7 +80,7 @@ class RunFolder:
                     return
                 for entry in (mark, *others):
                     shutil.rmtree(entry) if entry.is_dir() else entry.unlink(missing_ok=True)
-                _write(mark, json.dumps(fingerprint(), indent=1))
+                write_text_whole(mark, json.dumps(fingerprint(), indent=1))
             except BaseException:
                 lock.release()
                 raise
@@ -111,7 +111,7 @@ class RunFolder:
             return found
         result = compute()
         if distributed.init().is_main_process:
-            _write(place, json.dumps(adapter.dump_python(result, mode="json"), indent=1))
+            write_text_whole(place, json.dumps(adapter.dump_python(result, mode="json"), indent=1))
         return result
 
     def remove(self) -> None:
@@ -134,11 +134,7 @@ def _acquire(lock: FileLock, path: Path) -> None:
         raise ValueError(
             f"a run into the same output is under way ({who}); wait for it, or choose another output.path"
         ) from None
-    _write(owner, f"process {os.getpid()} on {platform.node()}")
-
-
-def _write(place: Path, text: str) -> None:
-    write_whole(place, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+    write_text_whole(owner, f"process {os.getpid()} on {platform.node()}")
 
 
 def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

@@ -16,7 +16,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 from vitprune.data.decoding import decode
 from vitprune.data.images import Images, load_images
 from vitprune.measure.outputs import ImageModel, class_names, has_head, require_same_kind
-from vitprune.measure.seen import Named, look_at
+from vitprune.measure.seen import Named, look_at, named_rows
 from vitprune.models.checkpoint import load, load_processor
 from vitprune.models.module import is_pruned
 from vitprune.models.points import set_budget
@@ -88,7 +88,7 @@ def show_files(
         named, total = _opened(files), len(files)
     else:
         numbers = _numbers(rows)
-        named, total = _rows(viewer.open(data, split), numbers), len(numbers)
+        named, total = named_rows(viewer.open(data, split), numbers), len(numbers)
     output.mkdir(parents=True, exist_ok=True)
     first: list[SeenImage] = []
     taken: set[str] = set()
@@ -171,12 +171,6 @@ def _opened(images: Sequence[OnePicture]) -> Iterator[Named]:
             except Exception as error:  # files are broken in more ways than decoders have errors for
                 raise ValueError(f"{path} can't be read as an image: {error}") from error
             yield Named(path.name, picture)
-
-
-def _rows(images: Images, numbers: Sequence[int]) -> Iterator[Named]:
-    for number in numbers:
-        name, picture, label = images.picture(number)
-        yield Named(f"row {name}", picture, label, number)
 
 
 def _numbers(text: str) -> list[int]:

@@ -13,13 +13,12 @@ from vitprune.recipe.errors import first_line
 from vitprune.recipe.pruning_spec import at_depths
 from vitprune.recipe.schema import BudgetSpec, PruningSpec, Recipe
 from vitprune.reports.page import sweep_page
-from vitprune.reports.results import Report
 from vitprune.reports.sweep_report import Missed, Sweep, SweepPoint
 from vitprune.reports.text import percent
 from vitprune.runs.apply import apply
 from vitprune.runs.inputs import without_paths
 from vitprune.runtime import distributed
-from vitprune.runtime.files import write_whole
+from vitprune.runtime.files import write_text_whole
 
 BASELINES = ("tome", "as-vit", "random")
 SWEEP_JSON, SWEEP_PAGE = "sweep.json", "sweep.html"
@@ -64,15 +63,9 @@ def sweep(
             reason = without_paths(first_line(error), recipe)
             found = _kept(found.without(Missed(method=method, budget=budget, reason=reason)), output)
             continue
-        found = _kept(_with(found, SweepPoint.of(method, budget, name, report), report), output)
+        now, point = datetime.now(timezone.utc), SweepPoint.of(method, budget, name, report)
+        found = _kept(found.with_(point, environment=report.environment, created=now), output)
     return found
-
-
-def _with(found: Sweep, point: SweepPoint, report: Report) -> Sweep:
-    now = datetime.now(timezone.utc)
-    missed = tuple(one for one in found.missed if (one.method, one.budget) != (point.method, point.budget))
-    news = {"points": (*found.points, point), "missed": missed, "environment": report.environment, "created": now}
-    return found.model_copy(update=news)
 
 
 def _kept(found: Sweep, output: Path) -> Sweep:
@@ -80,7 +73,7 @@ def _kept(found: Sweep, output: Path) -> Sweep:
         output.mkdir(parents=True, exist_ok=True)
         found.save(output / SWEEP_JSON)
         page = sweep_page(found, output.name)
-        write_whole(output / SWEEP_PAGE, lambda unfinished: unfinished.write_text(page, encoding="utf-8"))
+        write_text_whole(output / SWEEP_PAGE, page)
     return found
 
 

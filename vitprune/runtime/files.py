@@ -47,6 +47,11 @@ def require_name_fits(path: Path) -> None:
         )
 
 
+def write_text_whole(path: Path, text: str) -> None:
+    """As `write_whole`, of a text in UTF-8."""
+    write_whole(path, lambda unfinished: unfinished.write_text(text, encoding="utf-8"))
+
+
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place and renames it, so that it is there whole or not at all."""
     unfinished = path.with_name(f"{path.name}.unfinished")
