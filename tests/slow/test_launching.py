@@ -50,13 +50,14 @@ def run(command: list[str], **more: str) -> tuple[int, str, str]:
     return process.returncode, out, error
 
 
+NOTICE = "Received 15 death signal, shutting down workers"  # which a bar without a line's end used to stand before
 PROGRESS = ("calibrating", "comparing", "fine-tuning", "meeting the budget", "timing", "Took ")
 
 
 def said(error: str) -> list[str]:
-    """The lines of an error that are no progress."""
+    """The lines of an error that are no progress, nor torch's launcher's own notice of a signal."""
     lines = (line.rpartition("\r")[2].strip() for line in error.splitlines())
-    return [line for line in lines if line and not line.startswith(PROGRESS)]
+    return [line for line in lines if line and not line.startswith(PROGRESS) and not line.endswith(NOTICE)]
 
 
 def result(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
