@@ -97,7 +97,7 @@ def break_off(asked: Recipe, owner: Any, name: str, when: Callable[..., bool] = 
         (Loop, "_next_record", lambda loop: loop.step == 7),
         (Accelerator, "save_state", lambda accelerator, path: "000000006" in path),
         (steps, "scale_to_budget", lambda *_: True),
-        (steps, "compare", lambda *_: True),
+        (steps, "compare_closely", lambda *_: True),
         (steps, "model_card", lambda *_: True),
         (steps, "save", lambda *_: True),
     ],
