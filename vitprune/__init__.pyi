@@ -5,6 +5,8 @@ from .budget.latency_measurement import measure_latency as measure_latency
 from .budget.points import find_points as find_points
 from .data.images import Images as Images
 from .data.images import load_images as load_images
+from .exporting.export import export as export
+from .exporting.exported import ExportedModel as ExportedModel
 from .finetuning.finetune import finetune as finetune
 from .finetuning.trainer import TrainerCallback as TrainerCallback
 from .measure.compare import compare as compare

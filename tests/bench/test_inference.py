@@ -54,6 +54,7 @@ def test_cases(subjects: BenchSubjects, levels: dict[float | None, Levels]) -> N
         # one repeat: the first batch only
         assert case.macs_ratio == pytest.approx(ratio(subjects, levels[case.target], x[:4]))
         for timing in (case.dense, case.attached, case.pruned):
+            assert timing is not None
             assert 0 < timing.fastest <= timing.median <= timing.slowest
         assert case.dense == cases[0].dense
     both = lineup.measure(4, repeats=2)
@@ -69,6 +70,7 @@ def test_peak_memory(subjects: BenchSubjects, levels: dict[float | None, Levels]
         pruned = subjects.pruned(levels[0.5])
         assert case.pruned_peak_memory == peak_memory(lambda: pruned(x), CPU)
     # with gradients a forward would keep what each block computes
+    assert case.dense_peak_memory is not None
     assert case.dense_peak_memory < peak_memory(lambda: subjects.dense(x), CPU)
 
 

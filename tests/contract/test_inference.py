@@ -24,6 +24,7 @@ from suite import (
     every_family,
     pruned,
     run,
+    run_as_graphs_do,
     run_by_reference,
     same_decisions,
 )
@@ -37,8 +38,9 @@ from transformers import PreTrainedModel
 import vitprune
 from vitprune.models.module import pruning_of
 from vitprune.models.structure import examine
-from vitprune.pruning import layout, packed_attention
+from vitprune.pruning import layout
 from vitprune.pruning.learning import masked
+from vitprune.pruning.packed import attention as packed_attention
 from vitprune.pruning.scores import TILE
 from vitprune.recipe.schema import PruningSpec
 
@@ -71,6 +73,13 @@ def test_inference(family: str, policy: str, monkeypatch: pytest.MonkeyPatch) ->
         with monkeypatch.context() as patch:
             tiny.in_triton(patch)  # as on CUDA
             same(*run(model, x))
+    if "random" not in policy:  # which draws numbers
+        with monkeypatch.context() as patch:
+            for images in (slice(None), in_another_batch, slice(1, 2)):
+                answers, merged_into = run_as_graphs_do(model, tiny.take(x, images), patch)
+                for ours, theirs in zip(merged_into, oracle.merged_into, strict=True):
+                    assert torch.equal(ours, theirs[images])
+                assert_close(answers / oracle.largest, oracle.answers[images] / oracle.largest, **OF_LARGEST)
     with monkeypatch.context() as patch:
         # without the published eps masks are the same function; test_golden.py has the eps
         patch.setattr(masked, "EPS", 0.0)

@@ -27,7 +27,7 @@ from vitprune.models.structure import examine
 from vitprune.pruning.attention import Attention, DenseAttention, StatsRequest
 from vitprune.pruning.forward import PackedForward
 from vitprune.pruning.layout import Layout
-from vitprune.pruning.packed_attention import PackedAttention
+from vitprune.pruning.packed.attention import PackedAttention
 from vitprune.pruning.token_batch import NO_TOKEN, TokenBatch
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)

@@ -14,7 +14,7 @@ from vitprune.pruning import reference
 from vitprune.pruning.attention import DenseAttention, LastBlockAttention, PairBias, StatsRequest
 from vitprune.pruning.learning import masked
 from vitprune.pruning.learning.masked import MaskedAttention, MaskedTokens
-from vitprune.pruning.packed_attention import PackedAttention
+from vitprune.pruning.packed.attention import PackedAttention
 from vitprune.pruning.scores import Row
 from vitprune.pruning.token_batch import NO_TOKEN, Kernels, TokenBatch
 

@@ -16,7 +16,7 @@ from vitprune.pruning.costs import CostModel
 from vitprune.pruning.kernels import cpu
 from vitprune.pruning.learning.masked import KeptTokens
 from vitprune.pruning.learning.soft_mask import with_all_destinations
-from vitprune.pruning.reduction import reduce_tokens
+from vitprune.pruning.packed.reduction import reduce_tokens
 from vitprune.pruning.scores import Redundancy, TokenStats, true_indices
 from vitprune.pruning.selection import Decision, Policy, decide
 from vitprune.pruning.token_batch import TokenBatch

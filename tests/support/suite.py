@@ -14,7 +14,10 @@ from torch.testing import assert_close
 from transformers import PreTrainedModel
 
 import vitprune
+from vitprune.models import context
+from vitprune.models.context import Exporting
 from vitprune.models.module import pruning_of
+from vitprune.pruning.padded import PaddedForward
 from vitprune.recipe.schema import Execution, PruningSpec
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
@@ -54,6 +57,16 @@ def run(model: PreTrainedModel, x: Inputs, *, grad: bool = False) -> tuple[Tenso
     with torch.set_grad_enabled(grad), vitprune.trace(model) as trace:
         result = tiny.answer(tiny.forward(model, x))
     return result.detach(), trace
+
+
+def run_as_graphs_do(model: PreTrainedModel, x: Inputs, patch: pytest.MonkeyPatch) -> tuple[Tensor, list[Tensor]]:
+    """The model's answer and `merged_into`, of the forward that graphs are traced from."""
+    patch.setattr(torch.compiler, "is_exporting", lambda: True)
+    exporting = Exporting(tuple(pruning_of(model).levels.tolist()))
+    with torch.no_grad(), context.within(exporting=exporting):
+        answers = tiny.answer(tiny.forward(model, x))
+    assert isinstance(exporting.forward, PaddedForward)
+    return answers, exporting.forward.merged_into
 
 
 class Reference(NamedTuple):

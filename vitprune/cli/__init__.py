@@ -23,6 +23,7 @@ for verb in (
     runs.plan,
     runs.prefetch,
     runs.evaluate,
+    runs.export,
     runs.sweep,
     looking.show,
     looking.bench,

@@ -58,7 +58,9 @@ class BenchMode(str, Enum):
 
 
 def bench(
-    target: Annotated[str, typer.Argument(help="Folder or Hub id of a dense or pruned checkpoint, or a recipe file.")],
+    target: Annotated[
+        str, typer.Argument(help="Checkpoint (folder or Hub id), dense or pruned; a recipe file; or a model.onnx.")
+    ],
     data: Annotated[str | None, typer.Option(help="Real images, as data.path in a recipe; else random pixels.")] = None,
     macs: Annotated[
         list[float] | None, typer.Option(parser=read_macs, metavar="PART", help="Part of the MACs; 80, 65, 50, 35 %.")

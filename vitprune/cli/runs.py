@@ -74,7 +74,9 @@ def prefetch(recipe: RecipePath, overrides: Overrides = None) -> None:
 
 
 def evaluate(
-    checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a pruned checkpoint.")],
+    checkpoint: Annotated[
+        str, typer.Argument(help="Folder or Hub id of a pruned checkpoint; or of an exported one, or its model.onnx.")
+    ],
     recipe: RecipePath,
     output: Annotated[Path, typer.Option(help="Folder for report.json and report.html.")] = Path("runs/evaluate"),
     overrides: Overrides = None,
@@ -102,6 +104,76 @@ def push(
         from vitprune.runs.push import push as run
 
         typer.echo(run(checkpoint, repo, private=private))
+
+
+class ExportFormat(str, Enum):
+    """What a model is exported to."""
+
+    onnx = "onnx"
+    pt2 = "pt2"
+    openvino = "openvino"
+
+
+class ExportTokens(str, Enum):
+    """How many tokens an exported model keeps."""
+
+    adaptive = "adaptive"
+    fixed = "fixed"
+
+
+class ExportDtype(str, Enum):
+    """What an exported model computes in."""
+
+    float32 = "float32"
+    float16 = "float16"
+    int8 = "int8"
+
+
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Folder or Hub id of a pruned or dense checkpoint.")],
+    to: Annotated[ExportFormat, typer.Option(help="Format.")] = ExportFormat.onnx,
+    tokens: Annotated[
+        ExportTokens, typer.Option(help="Each image its own number, or all as many, for static shapes.")
+    ] = ExportTokens.adaptive,
+    kept: Annotated[
+        str,
+        typer.Option(help="With fixed: patches behind each stage, 180,126,87; or mean, q50, q75, q95 of the report."),
+    ] = "mean",
+    dtype: Annotated[ExportDtype, typer.Option(help="int8: linear layers, ONNX alone.")] = ExportDtype.float32,
+    opset: Annotated[int, typer.Option(min=18, help="Of ONNX.")] = 20,
+    image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; the checkpoint's own size.")] = None,
+    any_size: Annotated[bool, typer.Option("--any-size", help="Other heights and widths fit, too.")] = False,
+    tells_patches: Annotated[
+        bool, typer.Option("--tells-patches", help="The graph also says what became of each patch.")
+    ] = False,
+    budget: Annotated[str | None, typer.Option(help="Of a checkpoint with several operating points.")] = None,
+    output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/export"),
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="An exported folder that is there.")] = False,
+) -> None:
+    """Write a checkpoint as a graph for ONNX Runtime, torch.export or OpenVINO, and check it there."""
+    with clear_messages(lambda error: error):
+        from vitprune.runs.export import CHECKED, export_checkpoint
+
+        with Talk(quiet=False, as_json=False).progress():
+            found = export_checkpoint(
+                checkpoint,
+                output,
+                to=to.value,
+                tokens=tokens.value,
+                kept=kept,
+                dtype=dtype.value,
+                opset=opset,
+                image_size=image_size,
+                any_size=any_size,
+                tells_patches=tells_patches,
+                budget=budget,
+                overwrite=overwrite,
+            )
+        path = found.model.folder / found.model.info.file
+        typer.echo(f"{path}: {found.size / 2**20:.1f} MiB in {found.seconds:.0f} s, {found.model.info.tokens} tokens")
+        others = f", {found.other_tokens} of them with other numbers of tokens" if found.other_tokens else ""
+        typer.echo(f"On {CHECKED} images of noise its answers are within {found.difference:.1e} of torch's{others}.")
+        typer.echo(f"How to run it: {found.model.folder / 'README.md'}")
 
 
 class Baseline(str, Enum):

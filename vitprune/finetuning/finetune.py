@@ -32,7 +32,7 @@ from vitprune.finetuning.tracking import TrackerContext, Tracking, require_insta
 from vitprune.measure.outputs import ImageModel, require_same_kind
 from vitprune.models.detection import find_backbone
 from vitprune.models.module import pruning_of
-from vitprune.pruning.packed_attention import require_no_dropout
+from vitprune.pruning.packed.attention import require_no_dropout
 from vitprune.recipe.schema import FinetuneSpec, require_thresholds
 from vitprune.recipe.values import as_spec, read_budget
 from vitprune.reports.results import Training

@@ -45,13 +45,12 @@ class Observed:
     def of(cls, kind: AnswerKind, dense: Tensor, pruned: Tensor, watched: Trace, labels: Tensor | None) -> Observed:
         finite_B = (_are_finite(dense), _are_finite(pruned))
         labelled = labels is not None and kind.takes_labels
-        masks = watched.keep_masks
         wanted = labelled or kind.name in ("regression", "single-label")
         return cls(
             macs_B=watched.macs.cpu(),
             dense_macs_B=watched.dense_macs.cpu(),
-            kept_BS=torch.stack([mask.sum(dim=1) for mask in masks], dim=1).cpu(),
-            patches=masks[0].shape[1],
+            kept_BS=watched.kept_patches.cpu(),
+            patches=watched.num_patches,
             likeness_B=kind.likeness(dense, pruned).cpu(),
             difference_B=kind.difference(dense, pruned).cpu(),
             answers=(recorded(kind, dense, finite_B[0]), recorded(kind, pruned, finite_B[1])) if wanted else None,

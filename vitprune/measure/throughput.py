@@ -77,6 +77,7 @@ def describe_environment(model: nn.Module) -> Environment:
         device=torch.cuda.get_device_name(first.device) if on_cuda else first.device.type,
         dtype=str(first.dtype).removeprefix("torch."),
         numba=version("numba") if cpu.has_loops() else None,
+        runtime=getattr(vars(model).get("forward"), "runtime", None),  # of a graph that stands in for torch's
     )
 
 

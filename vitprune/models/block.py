@@ -23,7 +23,7 @@ from transformers.masking_utils import sdpa_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vitprune.models import context
-from vitprune.pruning.attention import Attention
+from vitprune.pruning.attention import Attention, uncompiled
 
 NAME = "vitprune"
 
@@ -43,13 +43,26 @@ def attention_forward(
     """transformers' attention interface: query (B, H, N, K) or packed (1, H, T, K), output (B, N, H, K)."""
     attention = context.current().attention
     if attention is None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        contexts, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+        if torch.compiler.is_exporting():  # the strides of a fused kernel aren't those of what stands for it in a graph
+            contexts = contexts.clone(memory_format=torch.contiguous_format)
+        return contexts, None
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attention.attend(query, key, value, attention_mask, scale, dropout), None
 
 
+def attention_mask(
+    *sizes: Any, attention_mask: Tensor | None = None, allow_is_bidirectional_skip: bool = False, **kwargs: Any
+) -> Tensor | None:
+    """transformers' interface of masks: none where nothing is padding, which sdpa's doesn't see in a graph."""
+    if attention_mask is None and allow_is_bidirectional_skip and torch.compiler.is_exporting():
+        return None
+    given = {"attention_mask": attention_mask, "allow_is_bidirectional_skip": allow_is_bidirectional_skip, **kwargs}
+    return sdpa_mask(*sizes, **given)
+
+
 AttentionInterface.register(NAME, attention_forward)
-AttentionMaskInterface.register(NAME, sdpa_mask)
+AttentionMaskInterface.register(NAME, attention_mask)
 
 
 class _Intercept(TorchFunctionMode):
@@ -109,7 +122,7 @@ class BlockForward:
         for module in self.unfused:
             vars(module)["fused_attn"] = fused
 
-    @torch.compiler.disable(recursive=False)  # the layer's own forward inside is compiled
+    @uncompiled  # the layer's own forward inside is compiled
     def __call__(self, *args: Any, pruning: Attention | None = None, **kwargs: Any) -> Any:
         if pruning is None:
             return self._dense()(*args, **kwargs)
@@ -129,7 +142,7 @@ class BlockForward:
     def _dense(self) -> Any:
         return self.previous or partial(type(self.block).forward, self.block)
 
-    @torch.compiler.disable(recursive=False)
+    @uncompiled
     def _attend(self, attention: Attention, *args: Any, **kwargs: Any) -> Any:
         # the layer's own forward, without transformers' checkpointing around it
         forward: Callable[..., Any] = self.previous or partial(inspect.unwrap(type(self.block).forward), self.block)

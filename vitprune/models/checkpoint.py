@@ -6,7 +6,7 @@ import hashlib
 import inspect
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -238,19 +238,32 @@ def save(
     path = Path(path).resolve()
     if not is_pruned(model):
         raise ValueError(f"{type(model).__name__} isn't pruned; save it with its own save_pretrained")
+
+    def write(folder: Path) -> None:
+        model.save_pretrained(folder)
+        for reader in (processor, tokenizer):
+            if reader is not None:
+                reader.save_pretrained(folder)
+        for name, content in (files or {}).items():
+            place = folder / name
+            place.parent.mkdir(exist_ok=True)
+            place.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+    write_folder(path, write, overwrite=overwrite)
+    return path
+
+
+def write_folder(path: Path, write: Callable[[Path], None], *, overwrite: bool) -> None:
+    """Write a checkpoint's folder beside its path and rename it at the end, so that it is there whole or not at all.
+
+    Raises ValueError where the path is taken and `overwrite` is false, or what is there is no checkpoint of ours.
+    """
     require_free(path, overwrite=overwrite)
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = beside(path, "unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed
     try:
-        model.save_pretrained(unfinished)
-        for reader in (processor, tokenizer):
-            if reader is not None:
-                reader.save_pretrained(unfinished)
-        for name, content in (files or {}).items():
-            place = unfinished / name
-            place.parent.mkdir(exist_ok=True)
-            place.write_bytes(content if isinstance(content, bytes) else content.encode())
+        write(unfinished)
         _replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         free = shutil.disk_usage(_there(path)).free / GIB
@@ -260,7 +273,6 @@ def save(
         ) from error
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
-    return path
 
 
 def require_room(path: Path, model: PreTrainedModel) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
@@ -13,12 +14,21 @@ if TYPE_CHECKING:
     from vitprune.pruning.selection import Observer
 
 
+@dataclass
+class Exporting:
+    """levels: of the model, which in a graph have no values. forward: what the graph was traced from."""
+
+    levels: tuple[float, ...]
+    forward: Forward | None = None
+
+
 class Context(NamedTuple):
     """traces: that watch. whole_sequence: what is behind the last block is wanted whole, though the head reads less.
 
     for_head: only the model's own head sees what the backbone gives out.
     forward: of a pruned backbone, from its first module to its last. attention: of the block that runs.
     checkpoints: blocks are run again in the backward pass, by us.
+    exporting: what the exporter of a graph and the model in it tell each other.
     """
 
     traces: tuple[Observer, ...] = ()
@@ -27,6 +37,7 @@ class Context(NamedTuple):
     forward: Forward | None = None
     attention: Attention | None = None
     checkpoints: bool = False
+    exporting: Exporting | None = None
 
 
 _context: ContextVar[Context] = ContextVar("vitprune", default=Context())  # noqa: B039

@@ -6,8 +6,9 @@ how many tokens an image keeps is decided by their values.
 
 from __future__ import annotations
 
+import math
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -23,6 +24,8 @@ from vitprune.models.trace import Trace
 from vitprune.pruning.forward import Forward, PackedForward
 from vitprune.pruning.learning.masked import MaskedForward
 from vitprune.pruning.learning.packed import LearningForward
+from vitprune.pruning.padded import PaddedForward
+from vitprune.pruning.selection import Policy
 from vitprune.recipe.pruning_spec import METHOD
 
 SUBMODULE = METHOD
@@ -102,6 +105,23 @@ def make_forward(pruning: Pruning, *, training: bool) -> Forward:
     return PackedForward(policy, observers, trains=trains, for_head=asked.for_head)
 
 
+def _exported(policy: Policy) -> PaddedForward:
+    """What a graph is traced from, in which levels have no values: the exporter gave them beforehand."""
+    asked = context.current()
+    known = None if asked.exporting is None else asked.exporting.levels
+    if known is None and policy.spec.select != "threshold":
+        raise ValueError(
+            f"select: {policy.spec.select} keeps fixed numbers of tokens, which torch.export alone doesn't see; call "
+            "vitprune.export(model, ...)"
+        )
+    # where thresholds aren't known, no stage is left out
+    known = (math.nan,) * len(policy.before_blocks) if known is None else known
+    forward = PaddedForward(replace(policy, read_levels=lambda: known), for_head=asked.for_head)
+    if asked.exporting is not None:
+        asked.exporting.forward = forward
+    return forward
+
+
 def _warn_of_no_calibration(pruning: Pruning) -> None:
     pruning.was_looked_at = True
     if pruning.is_forgotten:
@@ -155,6 +175,9 @@ class Begin:
     @torch.compiler.disable()
     def __call__(self, module: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
         self._refuse(module, kwargs)
+        if torch.compiler.is_exporting():
+            context.change(forward=_exported(self.pruning()))
+            return
         if any(isinstance(x, Tensor) and x.ndim and not len(x) for x in (*args, *kwargs.values())):
             return  # no image: what the dense model makes of it
         forward = make_forward(self.pruning, training=module.training)
@@ -166,10 +189,10 @@ class Begin:
         context.change(forward=forward, checkpoints=checkpoints)
 
     def _refuse(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> None:
-        if torch.compiler.is_exporting() or torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
+        if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
             raise ValueError(
-                "a pruned model can't be exported or traced: what is in an image decides how many tokens go on; "
-                "torch.compile takes it, and after vitprune.restore_(model) the dense model can be exported"
+                "a pruned model can't be traced: what is in an image decides how many tokens go on; torch.export and "
+                "vitprune.export take it"
             )
         if "_is_replica" in vars(module):
             raise ValueError(

@@ -59,7 +59,7 @@ def prune_(model: PreTrainedModel, spec: PruningSpec | Mapping[str, Any]) -> Pre
     owner.add_module(SUBMODULE, pruning if device.type == "meta" else pruning.to(device))
     attach(model, owner, structure)
     if structure.family.has_interface:
-        _set_attention(structure.backbone, NAME)
+        set_attention(structure.backbone, NAME)
     tell_configs(model)
     return model
 
@@ -138,8 +138,11 @@ def _own_config(model: nn.Module) -> None:
             vars(module)["config"] = copy.deepcopy(module.config, copies)
 
 
-def _set_attention(backbone: PreTrainedModel, name: str) -> None:
-    """Also where layers have a config of their own, as those of an encoder that was put into a larger model."""
+def set_attention(backbone: PreTrainedModel, name: str) -> None:
+    """Have a model attend by an implementation.
+
+    Also where layers have a config of their own, as those of an encoder that was put into a larger model.
+    """
     backbone.set_attn_implementation(name)
     for module in backbone.modules():
         config: Any = vars(module).get("config")
@@ -158,7 +161,7 @@ def restore_(model: PreTrainedModel) -> PreTrainedModel:
     begin.remove()
     backbone = find_backbone(begin.model)
     if backbone.config._attn_implementation == NAME:
-        _set_attention(backbone, pruning.dense_attention)
+        set_attention(backbone, pruning.dense_attention)
     delattr(begin.owner, SUBMODULE)
     # also what from_pretrained left on a model that it brought back
     for config in (model.config, begin.model.config, backbone.config):

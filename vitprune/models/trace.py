@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 from vitprune.models import context
 from vitprune.models.module import Pruning, pruning_of
 from vitprune.pruning.costs import CostCounter, widened
-from vitprune.pruning.forward import Forward
 from vitprune.pruning.selection import Policy
 
 
@@ -47,6 +47,17 @@ class _Pass:
         return widened(self.counter.dense_tokens_B) - self.policy.num_prefix_tokens
 
 
+class Past(Protocol):
+    """What is known of a forward that ended: of a `Forward`, or of a graph that was made of one."""
+
+    @property
+    def policy(self) -> Policy: ...
+    @property
+    def counter(self) -> CostCounter | None: ...
+    @property
+    def merged_into(self) -> list[Tensor]: ...
+
+
 @dataclass(eq=False)
 class Trace:
     """What forwards of a pruned model did, image after image in the order in which they came.
@@ -73,6 +84,8 @@ class Trace:
     @property
     def merged_into(self) -> list[Tensor]:
         self._require_forwards()
+        if not all(self._merged_into):
+            raise ValueError("the model's graph doesn't say what became of which patch; export it with tells_patches")
         patches = {stages[-1].shape[1] for stages in self._merged_into}
         if len(patches) > 1:
             raise ValueError(
@@ -80,6 +93,16 @@ class Trace:
                 "masks are no one tensor; use a trace for each size (macs and costs are there for all)"
             )
         return [torch.cat(stages) for stages in zip(*self._merged_into, strict=True)]
+
+    @property
+    def num_patches(self) -> int:
+        """Patches of the largest dense image."""
+        return int(self._joined(lambda one: one.counter.dense_tokens_B - one.policy.num_prefix_tokens).max())
+
+    @property
+    def kept_patches(self) -> Tensor:
+        """(images, stages): patches that each image has left behind each stage."""
+        return self._joined(lambda one: one.counter.kept_BS - one.policy.num_prefix_tokens)
 
     @property
     def macs(self) -> Tensor:
@@ -114,7 +137,7 @@ class Trace:
         """Called at each stage; a subclass may answer with a level of its own (calibration does)."""
         return current
 
-    def record(self, forward: Forward) -> None:
+    def record(self, forward: Past) -> None:
         """Take over what a forward that ended well did."""
         assert forward.counter is not None
         self._merged_into.append(forward.merged_into)

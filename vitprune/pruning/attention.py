@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, wraps
 from typing import Any
 
 import torch
@@ -32,6 +32,17 @@ from vitprune.pruning.scores import (
     row_weights,
 )
 from vitprune.pruning.token_batch import Pairs, TokenBatch
+
+
+def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Keep torch.compile away from a function, not from what it calls; torch.export may have it all."""
+    outside = torch.compiler.disable(function, recursive=False)  # which refuses to be exported
+
+    @wraps(function)
+    def choose(*args: Any, **kwargs: Any) -> Any:
+        return (function if torch.compiler.is_exporting() else outside)(*args, **kwargs)
+
+    return choose
 
 
 @dataclass(frozen=True)
@@ -123,7 +134,7 @@ def compute_stats(
 ) -> TokenStats:
     """What a block's attention says about the tokens of a batch, as far as it is requested.
 
-    Here, as in `scores`, `selection` and `reduction`, a device's kernels take over where the batch has some.
+    Here, as in `scores`, `selection` and `packed.reduction`, a device's kernels take over where the batch has some.
     """
     if request.row == "mean":
         pairs = None  # the mean query stands nowhere
@@ -217,7 +228,7 @@ class LastBlockAttention(Attention):
         self.batch, self.read = batch, read
         self._keys_and_values: tuple[Tensor, Tensor] | None = None
 
-    @torch.compiler.disable(recursive=False)
+    @uncompiled
     def run(self, block: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         self._keys_and_values = None
         with suppress(KeysAndValuesKnown):

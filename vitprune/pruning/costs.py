@@ -130,6 +130,11 @@ class CostCounter:
         """A stage that finds so many tokens and keeps so many."""
         self._stages.append((tokens_B, kept_B))
 
+    @property
+    def kept_BS(self) -> Tensor:
+        """Tokens that each image had left behind each stage, (B, S)."""
+        return torch.stack([kept_B for _, kept_B in self._stages], 1)
+
     def macs_B(self) -> Tensor:
         """Count the multiply-accumulates of blocks and stages, (B,) float64."""
         macs_B = torch.zeros_like(widened(self.dense_tokens_B))

@@ -16,8 +16,8 @@ from torch import Tensor
 from vitprune.pruning import kernels
 from vitprune.pruning.attention import NO_STATS, Attention, DenseAttention, LastBlockAttention, StatsRequest
 from vitprune.pruning.costs import CostCounter
-from vitprune.pruning.packed_attention import PackedAttention
-from vitprune.pruning.reduction import reduce_tokens
+from vitprune.pruning.packed.attention import PackedAttention
+from vitprune.pruning.packed.reduction import reduce_tokens
 from vitprune.pruning.selection import Decision, Observer, Policy, decide
 from vitprune.pruning.token_batch import Kernels, TokenBatch
 

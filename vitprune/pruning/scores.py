@@ -26,6 +26,7 @@ Row = Literal["class", "mean"]
 
 # so many patches at a time are compared with others, so that memory grows with the patches and not with their square
 TILE = 256
+EPSILON = 1e-12  # length of a key below which it has no direction
 
 
 @dataclass(frozen=True)
@@ -199,7 +200,8 @@ def key_metric(k_THK: Tensor) -> Tensor:
 
     (…, T, H, K) to (…, T, K), at least float32.
     """
-    return F.normalize(k_THK.sum(-2, dtype=_at_least_float32(k_THK.dtype)), dim=-1)
+    mean_TK = k_THK.sum(-2, dtype=_at_least_float32(k_THK.dtype))
+    return mean_TK / torch.linalg.vector_norm(mean_TK, dim=-1, keepdim=True).clamp(min=EPSILON)
 
 
 @torch.no_grad()
@@ -219,23 +221,31 @@ def density_peaks(metric_TK: Tensor, rows_BN: Tensor, importance_BN: Tensor) -> 
 @torch.no_grad()
 def more_important(sorted_BNK: Tensor) -> Tensor:
     """1 − cosine of each patch to the most similar one before it, +inf for the first, (B, N)."""
-    tiles = []
+    patches, tiles = sorted_BNK.shape[1], []
+    if not isinstance(patches, int):  # in a graph, and of a size that depends on the image
+        places_N = torch.arange(patches, device=sorted_BNK.device)
+        later_NN = torch.where(places_N[:, None] > places_N, 1.0, torch.inf).to(sorted_BNK.dtype)
+        return (later_NN - sorted_BNK @ sorted_BNK.mT).amin(-1)
     with torch.autocast(sorted_BNK.device.type, enabled=False):
-        for start in range(0, sorted_BNK.shape[1], TILE):
+        for start in range(0, patches, TILE):
             tile_BCK, columns_BAK = sorted_BNK[:, start : start + TILE], sorted_BNK[:, : start + TILE]
-            later_CA = _later(sorted_BNK.device).to(sorted_BNK.dtype)[: tile_BCK.shape[1], : tile_BCK.shape[1]]
+            # what a graph is traced with mustn't be kept
+            make = _make_later if torch.compiler.is_exporting() else _later
+            later_CA = make(sorted_BNK.device).to(sorted_BNK.dtype)[: tile_BCK.shape[1], : tile_BCK.shape[1]]
             later_CA = F.pad(later_CA, (start, 0), value=1.0) if start else later_CA
             distances_BCA = torch.baddbmm(later_CA, tile_BCK, columns_BAK.mT, alpha=-1)
             tiles.append(distances_BCA.amin(-1))
     return tiles[0] if len(tiles) == 1 else torch.cat(tiles, 1)
 
 
-@cache
-def _later(device: torch.device) -> Tensor:
+def _make_later(device: torch.device) -> Tensor:
     """1 where, of a tile's patches by importance, one comes before another, else +inf; (`TILE`, `TILE`)."""
     with torch.inference_mode(False):
         before_CA = torch.ones(TILE, TILE, dtype=torch.bool, device=device).tril(-1)
         return torch.where(before_CA, 1.0, torch.inf)
+
+
+_later = cache(_make_later)
 
 
 def importance_weights(attention_score_BN: Tensor, num_patches: int | Tensor, exponent: float) -> Tensor:

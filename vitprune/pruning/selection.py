@@ -221,7 +221,8 @@ def above_threshold(scores_BM: Tensor, threshold: Tensor, at_least: int, *, cert
     if certain >= at_least:
         return above_BM
     # a CPU answers at once, and then the best are among them; other devices would have to be waited for
-    if above_BM.device.type == "cpu" and int(above_BM.sum(1).min()) >= at_least:
+    answers = above_BM.device.type == "cpu" and not torch.compiler.is_exporting()
+    if answers and int(above_BM.sum(1).min()) >= at_least:
         return above_BM
     least_B1 = scores_BM.topk(min(at_least, scores_BM.shape[1]), dim=1).values[:, -1:]
     better_BM, equal_BM = scores_BM > least_B1, scores_BM == least_B1

@@ -60,7 +60,7 @@ class Kernels(Protocol):
     """The parts of a stage as one device does them fastest; `kernels` has them, and chooses once a forward.
 
     Without them a stage is done in torch's operators, which say the same (`attention`, `scores`, `selection`,
-    `reduction`); so are those that a device hasn't got (None), and what knows pairs, where its kernels don't.
+    `packed.reduction`); so are those that a device hasn't got (None), and what knows pairs, where its kernels don't.
     """
 
     @property

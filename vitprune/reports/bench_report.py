@@ -62,8 +62,9 @@ def _case_cells(cases: Sequence[Case]) -> Cells:
         rows = [case for case in cases if case.batch_size == batch_size]
         first = rows[0]
         cells.append((str(batch_size), "dense", _ms(first.dense), "", "", "", _mib(first.dense_peak_memory)))
-        speedup, memory = f"{first.attached_speedup:.2f}x", _mib(first.attached_peak_memory)
-        cells.append(("", "attached", _ms(first.attached), speedup, "", "", memory))
+        if first.attached is not None:
+            speedup, memory = f"{first.attached_speedup:.2f}x", _mib(first.attached_peak_memory)
+            cells.append(("", "attached", _ms(first.attached), speedup, "", "", memory))
         for row in rows:
             macs = _macs(row.macs_ratio, row.target)
             cells.append(("", macs, _ms(row.pruned), *_gains(row), _mib(row.pruned_peak_memory)))
@@ -122,5 +123,5 @@ def _gains(row: Case | TrainingStep) -> tuple[str, str, str]:
     return f"{row.speedup:.2f}x", f"{row.ideal_speedup:.2f}x", f"{100 * row.efficiency:.0f} %"
 
 
-def _mib(peak: int) -> str:
-    return f"{peak / MIB:.1f}"
+def _mib(peak: int | None) -> str:
+    return "" if peak is None else f"{peak / MIB:.1f}"

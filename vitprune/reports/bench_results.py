@@ -16,7 +16,10 @@ from vitprune.reports.results import Document, Environment, PairedTiming, Result
 
 
 class Setting(Result):
-    """What a row was measured with. mode: eager, or compiled (each block by torch.compile)."""
+    """What a row was measured with.
+
+    mode: eager, or compiled (each block by torch.compile); of an exported model its format.
+    """
 
     image_size: int
     dtype: str
@@ -33,16 +36,16 @@ class Case(Setting, PairedTiming):
 
     attached: pruned, but with thresholds that keep everything. target: the part of the dense MACs that thresholds were
     calibrated to; None where the model has its own. macs_ratio: pruned by dense MACs of the images that were timed.
-    peak_memory: working memory of one forward, in bytes, weights not counted.
+    peak_memory: working memory of one forward, in bytes, weights not counted. Of exported models there is neither.
     """
 
     batch_size: int
     target: float | None
-    attached: Timing
+    attached: Timing | None = None
     macs_ratio: PositiveFloat
-    dense_peak_memory: int
-    attached_peak_memory: int
-    pruned_peak_memory: int
+    dense_peak_memory: int | None = None
+    attached_peak_memory: int | None = None
+    pruned_peak_memory: int | None = None
 
     @computed_field
     @property
@@ -58,9 +61,9 @@ class Case(Setting, PairedTiming):
 
     @computed_field
     @property
-    def attached_speedup(self) -> float:
+    def attached_speedup(self) -> float | None:
         """Median of dense by median of attached: what pruning costs before it saves anything."""
-        return self.dense.median / self.attached.median
+        return None if self.attached is None else self.dense.median / self.attached.median
 
 
 class TrainingStep(Setting, PairedTiming):

@@ -299,7 +299,11 @@ class Latency(Result):
 
 
 class Environment(Result):
-    """What was measured with, and on what. numba: its version; None: without, stages on a CPU are slower."""
+    """What was measured with, and on what.
+
+    numba: its version; None: without, stages on a CPU are slower. runtime: what ran the models, with their precision,
+    where it wasn't torch.
+    """
 
     vitprune: str
     torch: str
@@ -310,6 +314,7 @@ class Environment(Result):
     device: str
     dtype: str
     numba: str | None = None
+    runtime: str | None = None
 
 
 class Document(Result):

@@ -185,7 +185,8 @@ def _at(row: Throughput) -> str:
 def tables_of(report: Report) -> list[tuple[str, Cells]]:
     """Pruned beside dense: each table's title and cells."""
     machine = report.environment
-    where = f"{machine.cpu if machine.device == 'cpu' else machine.device}, {machine.threads} threads, {machine.dtype}"
+    runtime = machine.dtype if machine.runtime is None else machine.runtime
+    where = f"{machine.cpu if machine.device == 'cpu' else machine.device}, {machine.threads} threads, {runtime}"
     tables = [(f"Quality and work, {report.comparison.images} images", _quality_cells(report))]
     tables.append(("Patches kept", _kept_cells(report.comparison)))
     if report.points:

@@ -19,6 +19,8 @@ from transformers.image_processing_utils import BaseImageProcessor
 from typing_extensions import Self
 
 from vitprune.data.images import Images, load_images
+from vitprune.exporting.export import export_like
+from vitprune.exporting.exported import ExportedModel, folder_of
 from vitprune.finetuning.finetune import require_trainable
 from vitprune.measure.answers import KINDS, AnswerKind
 from vitprune.measure.metrics import metrics_of
@@ -146,6 +148,10 @@ def _load_models(
     if pruned is None:
         going_on = with_policy_of(recipe, found.config)
         return going_on, dense, prune_(copy.deepcopy(dense), recipe.pruning) if going_on is recipe else found
+    if folder_of(pruned) is not None:
+        exported = ExportedModel.load(pruned)
+        _require_same_names(pruned, exported.model, spec.checkpoint, dense)
+        return recipe, export_like(exported.info, dense, load_processor(spec.checkpoint, spec.revision)), exported.model
     model = moved(load(pruned, dtype=dtype), device)
     if not is_pruned(model):
         raise ValueError(f"{pruned} isn't pruned; name a checkpoint that `vitprune apply` wrote")

@@ -21,7 +21,7 @@ from torch.testing import assert_close
 import vitprune
 from vitprune.pruning.kernels import cpu
 from vitprune.pruning.layout import Layout
-from vitprune.pruning.reduction import reduce_tokens
+from vitprune.pruning.packed.reduction import reduce_tokens
 from vitprune.pruning.scores import key_metric
 from vitprune.pruning.selection import Decision
 from vitprune.pruning.token_batch import TokenBatch

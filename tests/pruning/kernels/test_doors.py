@@ -18,8 +18,8 @@ from torch.testing import assert_close
 from vitprune.pruning.attention import StatsRequest
 from vitprune.pruning.kernels import cpu, cuda
 from vitprune.pruning.layout import Layout
-from vitprune.pruning.packed_attention import PackedAttention
-from vitprune.pruning.reduction import reduce_tokens
+from vitprune.pruning.packed.attention import PackedAttention
+from vitprune.pruning.packed.reduction import reduce_tokens
 from vitprune.pruning.scores import TILE, Row, TokenStats, density_peaks, importance_weights, most_similar
 from vitprune.pruning.selection import Decision, above_threshold
 from vitprune.pruning.token_batch import Kernels, TokenBatch

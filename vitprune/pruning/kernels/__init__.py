@@ -1,7 +1,7 @@
 """The parts of a stage as one device does them fastest: a door for each device, chosen once a forward.
 
 Torch's operators say the same and serve where no door opens, with gradients too; they are in the modules above. `flash`
-is no door: attention with gradients on CUDA, which `packed_attention` asks for block by block.
+is no door: attention with gradients on CUDA, which `packed.attention` asks for block by block.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What a stage does in inference on a CPU, as loops over images and tokens that numba compiles.
 
-The semantics are those of `scores`, `selection` and `reduction`, which do the same in operators of torch: some
+The semantics are those of `scores`, `selection` and `packed.reduction`, which do the same in operators of torch: some
 seventy a stage, each of them small.
 
 Half precision comes as the bits of bfloat16 in 16-bit integers; numba has no such number. Images are independent, so

@@ -49,7 +49,7 @@ def fits(x: Tensor) -> bool:
 
 
 def fits_attention(q: Tensor) -> bool:
-    """Whether `packed_attention` takes such queries."""
+    """Whether `packed.attention` takes such queries."""
     return q.dtype in _DTYPES and q.shape[-1] <= _WIDEST_HEAD
 
 

@@ -32,7 +32,7 @@ from vitprune.pruning.learning.mask_gradients import (
     borderline_attention,
     mask_gradient_attention,
 )
-from vitprune.pruning.packed_attention import Kernel, PackedAttention, PackedInputs, of_one_dtype
+from vitprune.pruning.packed.attention import Kernel, PackedAttention, PackedInputs, of_one_dtype
 from vitprune.pruning.scores import (
     TokenStats,
     context_norms,

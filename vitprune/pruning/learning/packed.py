@@ -21,7 +21,7 @@ from vitprune.pruning.layout import Layout
 from vitprune.pruning.learning.attention import BorderlinePass, LearningAttention
 from vitprune.pruning.learning.borderline import BorderlineTokens, LearningBatch, split_borderline, unpack_means
 from vitprune.pruning.learning.soft_mask import SoftMask, with_all_destinations
-from vitprune.pruning.reduction import RowMap, add_changes_, merge_destinations
+from vitprune.pruning.packed.reduction import RowMap, add_changes_, merge_destinations
 from vitprune.pruning.selection import Decision, Observer, Policy, decide
 from vitprune.pruning.token_batch import TokenBatch
 

@@ -14,7 +14,7 @@ from vitprune.pruning.kernels import cpu
 from vitprune.pruning.layout import HALF_PRECISION_ROWS
 from vitprune.pruning.learning.packed import reduce_softly
 from vitprune.pruning.learning.soft_mask import SoftMask
-from vitprune.pruning.reduction import reduce_tokens
+from vitprune.pruning.packed.reduction import reduce_tokens
 from vitprune.pruning.selection import Decision
 from vitprune.pruning.token_batch import NO_TOKEN, TokenBatch
 

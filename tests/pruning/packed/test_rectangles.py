@@ -8,7 +8,7 @@ from tiny import Tolerance
 from torch.testing import assert_close
 from written_out import every_layout, packed
 
-from vitprune.pruning.packed_attention import Rectangles
+from vitprune.pruning.packed.attention import Rectangles
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
 

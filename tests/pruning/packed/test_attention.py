@@ -35,12 +35,12 @@ from written_out import (
 )
 
 from vitprune.models.prune import prune_
-from vitprune.pruning import packed_attention as module
 from vitprune.pruning import reference
 from vitprune.pruning.attention import StatsRequest
 from vitprune.pruning.kernels import flash as flash_module
 from vitprune.pruning.layout import Layout
-from vitprune.pruning.packed_attention import Kernel, PackedAttention, kernel_for
+from vitprune.pruning.packed import attention as module
+from vitprune.pruning.packed.attention import Kernel, PackedAttention, kernel_for
 from vitprune.pruning.scores import Row, TokenStats
 from vitprune.pruning.token_batch import NO_TOKEN, Kernels, TokenBatch
 

@@ -1,0 +1,162 @@
+"""How an exported folder is run without vitprune or torch: its `README.md` and `run.py`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import PIL.Image
+from transformers import PreTrainedModel
+from transformers.image_processing_utils import BaseImageProcessor
+
+from vitprune.data.decoding import mode_of
+from vitprune.exporting.formats import FORMATS
+from vitprune.exporting.graph import KEPT_TOKENS, MERGED_INTO
+from vitprune.measure.outputs import class_names, has_head
+
+if TYPE_CHECKING:
+    from vitprune.exporting.exported import ExportInfo
+
+CARD = """\
+# {name}, exported to {format}
+
+`{file}` takes `pixel_values` {shape} and gives {outputs}. {tokens}
+
+## How to run it
+
+{how}
+```python
+{script}```
+
+`export.json` says what it was made with, `config.json` has the classes, `preprocessor_config.json` how images are
+prepared. `vitprune evaluate {file} RECIPE` and `vitprune bench {file}` compare it with the dense model in the same
+runtime.
+"""
+
+TOKENS = {
+    "dense": "It is a dense model: nothing is pruned.",
+    "adaptive": "Each image keeps its own number of tokens; a batch is padded to the longest of its images at each "
+    "stage, one image alone is not padded.",
+    "fixed": "Every image keeps as many tokens.",
+}
+
+OPEN = {
+    "onnx": (
+        ("import onnxruntime",),
+        'session = onnxruntime.InferenceSession(here / "model.onnx")',
+        '{answer} = session.run(["{name}"], {{"pixel_values": pixels}})[0]',
+        "numpy, pillow and onnxruntime",
+    ),
+    "openvino": (
+        ("import openvino",),
+        'session = openvino.Core().compile_model(here / "model.xml", "AUTO")',
+        '{answer} = session(pixels)["{name}"]',
+        "numpy, pillow and openvino",
+    ),
+    "pt2": (
+        ("import torch",),
+        'session = torch.export.load(here / "model.pt2").module()',
+        '{answer} = session(pixel_values=torch.from_numpy(pixels))["{name}"].detach().numpy()',
+        "numpy, pillow and torch",
+    ),
+}
+
+
+def files_of(info: ExportInfo, model: PreTrainedModel, processor: BaseImageProcessor | None) -> dict[str, str]:
+    """Texts by name; without an image processor nothing says how a picture becomes pixel values."""
+    lines = None if processor is None else _prepare(processor, info)
+    texts = {} if lines is None else {"run.py": _script(info, model, lines)}
+    shape = "({}, {}, {}, {})".format(
+        "batch", info.image[0], *(("height", "width") if info.any_size else info.image[1:])
+    )
+    said = {KEPT_TOKENS: "the tokens of each image behind each stage", MERGED_INTO: "which patch each became part of"}
+    outputs = ", ".join(f"`{name}`" + (f" ({said[name]})" if name in said else "") for name in info.outputs)
+    needs = OPEN[info.format][3]
+    how = f"`python run.py IMAGE...` needs {needs} alone:\n" if texts else "Prepare images as the model's authors say."
+    card = CARD.format(
+        name=type(model).__name__,
+        format=info.format,
+        file=FORMATS[info.format].file,
+        shape=shape,
+        outputs=outputs,
+        tokens=TOKENS[info.tokens],
+        how=how,
+        script=texts.get("run.py", ""),
+    )
+    return {"README.md": card if texts else card.replace("```python\n```\n", ""), **texts}
+
+
+def _script(info: ExportInfo, model: PreTrainedModel, prepare: list[str]) -> str:
+    imports, opened, run, _ = OPEN[info.format]
+    name = next(name for name in ("logits", "image_embeds", "pooler_output", info.outputs[0]) if name in info.outputs)
+    named = has_head(model) and name == "logits"
+    answer = "logits" if named else "answer"
+    if info.precision == "float16" and info.format != "openvino":
+        prepare = [*prepare, "    pixels = pixels.astype(np.float16)"]
+    show = "    print(path, answer)"
+    if named and len(class_names(model)) > 1:
+        show = "    print(path, classes[str(logits[0].argmax())])"
+    lines = [
+        *(["import json"] if "classes" in show else []),
+        "import sys",
+        "from pathlib import Path",
+        "",
+        "import numpy as np",
+        *imports,
+        "from PIL import Image",
+        "",
+        "here = Path(__file__).parent",
+        *(['classes = json.loads((here / "config.json").read_text())["id2label"]'] if "classes" in show else []),
+        opened,
+        "for path in sys.argv[1:]:",
+        *prepare,
+        "    " + run.format(answer=answer, name=name),
+        show if "classes" in show else show.replace("answer", answer),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _prepare(processor: BaseImageProcessor, info: ExportInfo) -> list[str] | None:
+    """Lines that make `pixels` (1, C, H, W) of the picture at `path`; None for a processor that does more."""
+    own: Any = processor
+    known = {
+        "do_resize",
+        "do_center_crop",
+        "do_rescale",
+        "do_normalize",
+        "do_convert_rgb",
+        "do_pad",
+        "do_reduce_labels",
+    }
+    does = {name for name in vars(own) if name.startswith("do_") and getattr(own, name)}
+    if does - known or "do_pad" in does or getattr(own, "do_reduce_labels", False):
+        return None
+    lines = [f'    image = Image.open(path).convert("{mode_of(processor)}")']
+    if own.do_resize:
+        size, resample = dict(own.size), PIL.Image.Resampling(int(own.resample)).name
+        if "shortest_edge" in size:
+            edge = size["shortest_edge"]
+            lines += [
+                f"    scale = {edge} / min(image.size)",
+                f"    size = [{edge} if side == min(image.size) else int(side * scale) for side in image.size]",
+                f"    image = image.resize(size, Image.Resampling.{resample})",
+            ]
+        elif "height" in size:
+            lines += [f"    image = image.resize(({size['width']}, {size['height']}), Image.Resampling.{resample})"]
+        else:
+            return None
+    if getattr(own, "do_center_crop", False):
+        crop = dict(own.crop_size)
+        height, width = crop["height"], crop["width"]
+        lines += [
+            f"    left, top = (image.width - {width}) // 2, (image.height - {height}) // 2",
+            f"    image = image.crop((left, top, left + {width}, top + {height}))",
+        ]
+    factor = own.rescale_factor if own.do_rescale else 1
+    axes = "pixels[..., None]" if info.image[0] == 1 else "pixels"
+    lines += [f"    pixels = np.asarray(image, np.float32) * {float(factor)!r}"]
+    if own.do_normalize:
+        mean, std = (
+            value if isinstance(value, float | int) else list(value) for value in (own.image_mean, own.image_std)
+        )
+        lines += [f"    pixels = (pixels - np.array({mean}, np.float32)) / np.array({std}, np.float32)"]
+    return [*lines, f"    pixels = {axes}.transpose(2, 0, 1)[None]"]
