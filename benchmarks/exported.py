@@ -64,15 +64,21 @@ def equal(pruned: Any, exported: vitprune.ExportedModel, x: torch.Tensor) -> Non
     """Kept patches and answers of the graph against torch's."""
     with vitprune.trace(pruned) as here:
         expected = torch.cat([pruned(part).logits for part in x.split(16)])
-    print("| batch size | images | other kept patches | largest difference of logits |\n|---|---|---|---|")
+    titles = "batch size | images | other kept patches | merged into another patch | largest difference of logits"
+    print(f"| {titles} |\n" + "|---" * 5 + "|")
     for size in BATCHES:
         with vitprune.trace(exported.model) as there:
             answers = torch.cat([exported.model(part).logits for part in x.split(size)])
-        pairs = zip(here.merged_into, there.merged_into, strict=True)
-        other = torch.stack([(ours != theirs).any(1) for ours, theirs in pairs]).any(0)
-        named = ", ".join(map(str, other.nonzero().flatten().tolist()))
-        difference = (answers - expected)[~other].abs().max()
-        print(f"| {size} | {len(x)} | {int(other.sum())}{f' (images {named})' if named else ''} | {difference:.1e} |")
+        kept = _named(here.keep_masks, there.keep_masks)
+        merged = _named(here.merged_into, there.merged_into)
+        print(f"| {size} | {len(x)} | {kept} | {merged} | {(answers - expected).abs().max():.1e} |", flush=True)
+
+
+def _named(ours: list[torch.Tensor], theirs: list[torch.Tensor]) -> str:
+    """How many images differ at any stage, and which."""
+    differ = torch.stack([(own != other).any(1) for own, other in zip(ours, theirs, strict=True)]).any(0)
+    names = ", ".join(map(str, differ.nonzero().flatten().tolist()))
+    return f"{int(differ.sum())} ({names})" if names else "0"
 
 
 @torch.no_grad()
