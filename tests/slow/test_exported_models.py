@@ -141,7 +141,7 @@ def test_the_folder_is_whole_and_reads_as_a_checkpoints(checkpoint: Path, export
     assert [one.name for one in session.get_outputs()] == ["logits", "kept_tokens"]
     result = CliRunner().invoke(app, ["export", str(checkpoint), "--output", str(exported)])
     assert result.exit_code == 1
-    assert "exists; choose another path" in result.output
+    assert "exists; choose another folder, or overwrite it" in result.output
 
 
 def test_the_script_needs_neither_torch_nor_vitprune(tmp_path: Path, exported: Path) -> None:
@@ -216,7 +216,14 @@ def test_fixed_tokens_of_the_report_and_int8(tmp_path: Path, checkpoint: Path) -
 
 def test_a_dense_model_and_half_precision(tmp_path: Path) -> None:
     dense, x = tiny.build("beit"), tiny.images(3)
-    exported = vitprune.export(dense, tmp_path / "dense", dtype="float16", processor=PROCESSOR)
+    (tmp_path / "dense").mkdir()
+    (tmp_path / "dense" / "mine.txt").touch()
+    with pytest.raises(ValueError, match="isn't overwritten"):
+        vitprune.export(dense, tmp_path / "dense", to="pt2", overwrite=True)
+    (tmp_path / "dense" / "mine.txt").unlink()
+    vitprune.export(dense, tmp_path / "dense", to="pt2", overwrite=True)
+    exported = vitprune.export(dense, tmp_path / "dense", dtype="float16", processor=PROCESSOR, overwrite=True)
+    assert not (tmp_path / "dense" / "model.pt2").exists()
     assert exported.info.tokens == "dense"
     with torch.no_grad():
         assert_close(exported.model(x).logits.float(), dense(x).logits, **HALF)

@@ -70,6 +70,8 @@ def export(
     kind, output = FORMATS[to], Path(output).resolve()
     kind.require(dtype, any_size=any_size)
     require_exportable(model)
+    if output.exists() and not overwrite:
+        raise ValueError(f"{output} exists; choose another folder, or overwrite it (--overwrite, overwrite=True)")
     image = _image(model, processor, image_size)
     own = _copy_to_export(model, image, tokens, kept, dtype)
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,6 +23,7 @@ from transformers.utils.generic import ModelOutput
 from vitprune.exporting.formats import FORMATS, FormatName, Precision, Session
 from vitprune.exporting.graph import ANSWERS, KEPT_TOKENS, MERGED_INTO
 from vitprune.models import context
+from vitprune.models.checkpoint import EXPORTED as INFO
 from vitprune.models.checkpoint import load_config, load_processor, model_class, outline
 from vitprune.models.hooks import SUBMODULE
 from vitprune.models.module import Pruning, spec_of
@@ -30,8 +32,6 @@ from vitprune.pruning.costs import CostCounter
 from vitprune.pruning.selection import Policy
 from vitprune.recipe.errors import first_line
 from vitprune.recipe.values import Spec
-
-INFO = "export.json"
 
 
 class ExportInfo(Spec):
@@ -100,7 +100,7 @@ class ExportedModel:
             raise ValueError(f"{folder / info.file} can't be opened: {first_line(error)}") from error
         return cls(folder, info, _shell(folder, info, session), session)
 
-    @property
+    @cached_property
     def processor(self) -> BaseImageProcessor:
         return load_processor(str(self.folder))
 

@@ -143,7 +143,7 @@ class Onnx(Format):
 
 
 class Pt2(Format):
-    """`model.pt2`, the graph as torch itself runs it, and as AOTInductor compiles it."""
+    """`model.pt2`, the graph as torch itself runs it."""
 
     file = "model.pt2"
     any_size = False

@@ -33,6 +33,8 @@ from vitprune.recipe.errors import first_line
 from vitprune.runtime.files import GIB, beside, contents, require_name_fits
 from vitprune.runtime.hub_cache import CONFIG, NO_SAFETENSORS, PROCESSOR, TOKENIZER, WEIGHTS, WEIGHTS_INDEX, absence
 
+EXPORTED = "export.json"
+"""By this file an exported model's folder is known."""
 ASSETS = "assets"
 """Folder of a checkpoint's pictures."""
 
@@ -215,7 +217,7 @@ def _is_pruned_checkpoint(path: Path) -> bool:
     config = path / "config.json"
     if not config.is_file() or any(entry.is_dir() and entry.name != ASSETS for entry in contents(path)):
         return False
-    return f'"quant_method": "{SUBMODULE}"' in config.read_text(encoding="utf-8")
+    return (path / EXPORTED).is_file() or f'"quant_method": "{SUBMODULE}"' in config.read_text(encoding="utf-8")
 
 
 def save(
