@@ -105,8 +105,10 @@ def make_forward(pruning: Pruning, *, training: bool) -> Forward:
     return PackedForward(policy, observers, trains=trains, for_head=asked.for_head)
 
 
-def _exported(policy: Policy) -> PaddedForward:
+def _exported(policy: Policy, *, training: bool) -> PaddedForward:
     """What a graph is traced from, in which levels have no values: the exporter gave them beforehand."""
+    if training:
+        raise ValueError("a pruned model is exported as it is in inference; call model.eval() before")
     asked = context.current()
     known = None if asked.exporting is None else asked.exporting.levels
     if known is None and policy.spec.select != "threshold":
@@ -176,7 +178,7 @@ class Begin:
     def __call__(self, module: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
         self._refuse(module, kwargs)
         if torch.compiler.is_exporting():
-            context.change(forward=_exported(self.pruning()))
+            context.change(forward=_exported(self.pruning(), training=module.training))
             return
         if any(isinstance(x, Tensor) and x.ndim and not len(x) for x in (*args, *kwargs.values())):
             return  # no image: what the dense model makes of it
