@@ -13,11 +13,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property, wraps
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._dynamo.decorators import skip
 from torch.nn import functional as F
 
 from vitprune.pruning.layout import TILE_KEY_ALIGNMENT, needs_tiles, on_device
@@ -35,14 +36,11 @@ from vitprune.pruning.token_batch import Pairs, TokenBatch
 
 
 def uncompiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Keep torch.compile away from a function, not from what it calls; torch.export may have it all."""
-    outside = torch.compiler.disable(function, recursive=False)  # which refuses to be exported
+    """Keep torch.compile away from a function, not from what it calls; torch.export may have it all.
 
-    @wraps(function)
-    def choose(*args: Any, **kwargs: Any) -> Any:
-        return (function if torch.compiler.is_exporting() else outside)(*args, **kwargs)
-
-    return choose
+    As `torch.compiler.disable(recursive=False)`, which refuses to be exported, and without a frame of its own.
+    """
+    return skip(function)
 
 
 @dataclass(frozen=True)
