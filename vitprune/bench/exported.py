@@ -17,7 +17,7 @@ from vitprune.models.module import pruning_of
 from vitprune.reports.bench_results import Benchmark, Case, Setting
 
 
-def bench_exported(folder: Path, settings: BenchSettings, fewest: int) -> Benchmark:
+def bench_exported(folder: Path, settings: BenchSettings, fewest: int, *, progress: bool) -> Benchmark:
     """Measure an exported model at each batch size, beside a dense one of its class with weights by chance.
 
     fewest: images, so that small batches are different ones.
@@ -51,7 +51,8 @@ def bench_exported(folder: Path, settings: BenchSettings, fewest: int) -> Benchm
     vars(config).pop("quantization_config", None)
     dense = export_like(info, cls(config).eval(), None)
     setting = Setting(image_size=info.image[1], dtype=info.precision, mode=info.format)
-    timed = measure_throughput(dense, exported.model, x_BCHW, settings.batch_sizes, settings.repeats)
+    models = dense, exported.model
+    timed = measure_throughput(*models, x_BCHW, settings.batch_sizes, settings.repeats, progress=progress)
     return Benchmark(
         created=datetime.now(timezone.utc),
         environment=describe_environment(exported.model),

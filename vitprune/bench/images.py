@@ -17,11 +17,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from vitprune.bench.subjects import channels
 from vitprune.data.decoding import blank_image
 from vitprune.data.images import load_images
 from vitprune.models.checkpoint import load_processor
-from vitprune.models.structure import examine
+from vitprune.models.structure import channels, examine
 from vitprune.recipe.schema import Recipe, SplitSpec
 
 RANDOM_PIXELS = "random pixels"

@@ -17,7 +17,7 @@ from vitprune.measure.memory import is_out_of_memory
 from vitprune.models.checkpoint import load
 from vitprune.models.module import Levels, is_pruned, pruning_of
 from vitprune.models.prune import prune_, restore_
-from vitprune.models.structure import count_tokens, examine
+from vitprune.models.structure import channels, count_patches, examine
 from vitprune.recipe.errors import first_line
 from vitprune.recipe.schema import PruningSpec, Recipe
 
@@ -59,10 +59,7 @@ class BenchSubjects:
 
     def patches(self, size: int) -> int:
         """Of an image of `size` × `size` pixels."""
-        structure, first = examine(self.dense), next(self.dense.parameters())
-        image = torch.zeros(1, channels(self.dense), size, size, dtype=first.dtype, device=first.device)
-        with torch.no_grad():
-            return count_tokens(structure, image) - structure.num_prefix_tokens
+        return count_patches(self.dense, (channels(self.dense), size, size))
 
     def again(self) -> BenchSubjects:
         """The same with a dense model of its own, on the same weights."""
@@ -96,11 +93,6 @@ def twin(model: PreTrainedModel) -> PreTrainedModel:
     """A copy that shares weights and buffers: as many models as a benchmark has take the memory of one."""
     shared = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     return copy.deepcopy(model, dict[int, Any](shared))
-
-
-def channels(model: PreTrainedModel) -> int:
-    """Of the images that a model takes."""
-    return getattr(examine(model).backbone.config, "num_channels", 3)
 
 
 def compile_(model: PreTrainedModel) -> PreTrainedModel:

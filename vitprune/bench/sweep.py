@@ -57,7 +57,7 @@ def bench(settings: BenchSettings, *, output: Path | None = None, progress: bool
     """
     folder = folder_of(settings.recipe.model.checkpoint)
     if folder is not None:
-        found = bench_exported(folder, settings, FEWEST_TIMED)
+        found = bench_exported(folder, settings, FEWEST_TIMED, progress=progress)
         if output is not None:
             output.mkdir(parents=True, exist_ok=True)
             found.save(output / BENCH_JSON)

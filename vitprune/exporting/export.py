@@ -21,7 +21,7 @@ from vitprune.exporting.graph import trace_graph
 from vitprune.models.checkpoint import write_folder
 from vitprune.models.module import is_pruned, pruning_of
 from vitprune.models.prune import prune_, restore_, tell_configs
-from vitprune.models.structure import count_tokens, examine
+from vitprune.models.structure import channels, count_patches, examine
 from vitprune.recipe.errors import first_line
 from vitprune.runtime.progress import task
 
@@ -87,7 +87,7 @@ def export(
         image=image,
         any_size=any_size,
         outputs=outputs,
-        patches=_patches(own, image),
+        patches=count_patches(own, image),
         made_with=made_with(to),
     )
 
@@ -164,7 +164,7 @@ def _copy_to_export(
         raise ValueError(f"`kept` has {len(kept)} numbers for {len(pruning.before_blocks)} stages; give one per stage")
     spec, stages = pruning.spec, pruning.before_blocks
     restore_(own)
-    patches = _patches(own, image)
+    patches = count_patches(own, image)
     before = (patches, *kept[:-1])
     if any(not 0 < now <= then for now, then in zip(kept, before, strict=True)):
         raise ValueError(
@@ -181,24 +181,15 @@ def _copy_to_export(
     return prune_(own, spec.model_copy(update=changes))
 
 
-@torch.no_grad()
-def _patches(model: PreTrainedModel, image: tuple[int, int, int]) -> int:
-    structure = examine(model)
-    x_1CHW = torch.zeros(1, *image, dtype=model.dtype)
-    return count_tokens(structure, x_1CHW) - structure.num_prefix_tokens
-
-
 def _image(model: PreTrainedModel, processor: BaseImageProcessor | None, size: int | None) -> tuple[int, int, int]:
     """Channels, height and width of the images that the graph is made for."""
-    config = examine(model).backbone.config
-    channels = getattr(config, "num_channels", 3)
     if size is not None:
-        return channels, size, size
+        return channels(model), size, size
     if processor is not None:
         given = blank_image(processor).shape
         return given[-3], given[-2], given[-1]
-    own = getattr(config, "image_size", None)
+    own = getattr(examine(model).backbone.config, "image_size", None)
     if own is None:
         raise ValueError(f"{type(model).__name__} doesn't say which images it takes; give `image_size`")
     height, width = (own, own) if isinstance(own, int) else own
-    return channels, height, width
+    return channels(model), height, width

@@ -150,6 +150,19 @@ def count_tokens(structure: Structure, pixel_values: Tensor) -> int:
     return seen[0]
 
 
+@torch.no_grad()
+def count_patches(model: PreTrainedModel, image: tuple[int, int, int]) -> int:
+    """Patches of an image of (channels, height, width)."""
+    structure, first = examine(model), next(model.parameters())
+    x_1CHW = torch.zeros(1, *image, dtype=first.dtype, device=first.device)
+    return count_tokens(structure, x_1CHW) - structure.num_prefix_tokens
+
+
+def channels(model: PreTrainedModel) -> int:
+    """Of the images that a model takes."""
+    return getattr(examine(model).backbone.config, "num_channels", 3)
+
+
 def _dissect(
     model: PreTrainedModel, backbone: PreTrainedModel, family: Family, *, is_generic: bool = False
 ) -> Structure:

@@ -121,12 +121,7 @@ class PackedForward(Forward):
 
     def _stages(self) -> dict[int, int]:
         """Stage by block that it comes before; without observers, a stage at which nothing can leave is none."""
-        levels = zip(self.policy.before_blocks, self.policy.known_levels, strict=True)
-        return {
-            block: stage
-            for stage, (block, level) in enumerate(levels)
-            if self.observers or not self.policy.keeps_all(level)
-        }
+        return self.policy.stages(every=len(self.observers) > 0)
 
     @property
     def is_dense(self) -> bool:

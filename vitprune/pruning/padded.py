@@ -23,7 +23,14 @@ from torch.nn import functional as F
 from vitprune.pruning.attention import NO_STATS, Attention, PairBias, StatsRequest
 from vitprune.pruning.forward import Forward
 from vitprune.pruning.layout import Layout
-from vitprune.pruning.scores import TokenStats, at_least_float32, context_norms, head_weighted_attention, key_metric
+from vitprune.pruning.scores import (
+    TokenStats,
+    at_least_float32,
+    context_norms,
+    head_weighted_attention,
+    key_metric,
+    mean_query,
+)
 from vitprune.pruning.selection import Decision, Policy, decide
 from vitprune.pruning.token_batch import NO_TOKEN
 
@@ -131,9 +138,8 @@ class PaddedAttention(Attention):
     def _row(self, q_BHMK: Tensor, k_BHMK: Tensor, pairs: Tensor | None, scale: float) -> Tensor:
         """The attention row that scores the tokens, (B, H, M), at least float32."""
         if self.request.row == "mean":
-            weights_BM = self.tokens.weights_BM / self.tokens.weights_BM.sum(1, keepdim=True)
-            query_BH1K = (at_least_float32(q_BHMK) * weights_BM[:, None, :, None]).sum(2, keepdim=True)
-            query_BH1K, pairs = query_BH1K.to(q_BHMK.dtype), None  # it stands nowhere
+            query_BH1K = mean_query(q_BHMK.transpose(1, 2), self.tokens.weights_BM)[:, :, None]
+            pairs = None  # it stands nowhere
         else:
             query_BH1K = q_BHMK[:, :, :1]
         logits_BH1M = at_least_float32(query_BH1K) @ at_least_float32(k_BHMK).mT * scale
@@ -154,13 +160,8 @@ class PaddedForward(Forward):
         super().__init__(policy)
         self.read = policy.cost.read if for_head else None
         self.tokens: PaddedTokens | None = None
-        self._stages = {
-            block: stage
-            for stage, (block, level) in enumerate(zip(policy.before_blocks, policy.known_levels, strict=True))
-            if not policy.keeps_all(level)
-        }
+        self._stages = policy.stages()
         self._attention: Attention | None = None
-        self._padded = False
         self.kept_B: list[Tensor] = []
 
     def enter_block(
@@ -168,7 +169,6 @@ class PaddedForward(Forward):
     ) -> tuple[Tensor, Attention]:
         """As the base class; valid_BN: padding stays, and is never attended to."""
         if block == 0:
-            self._padded = valid_BN is not None
             self.tokens = PaddedTokens.dense(hidden_states, self.policy.num_prefix_tokens, valid_BN)
         assert self.tokens is not None
         if self.read is not None and block + 1 == len(self.policy.cost.linear):
@@ -206,8 +206,7 @@ class PaddedForward(Forward):
             return hidden_states
         assert self.tokens is not None
         y_BND = unpack_padded(self.tokens, hidden_states)
-        if self._padded:
-            assert isinstance(self.tokens.num_patches, Tensor)
+        if isinstance(self.tokens.num_patches, Tensor):  # of images that are padded
             places = torch.arange(y_BND.shape[1], device=y_BND.device)
             y_BND = y_BND * (places < self.tokens.num_patches + self.policy.num_prefix_tokens)[..., None]
         return y_BND

@@ -76,6 +76,11 @@ class Policy:
         """Whether nothing can leave at a stage of such a level; no score is negative."""
         return level < 0 if self.spec.select == "threshold" else level >= 1
 
+    def stages(self, *, every: bool = False) -> dict[int, int]:
+        """Stage by block that it comes before; a stage at which nothing can leave is none, unless all are wanted."""
+        levels = zip(self.before_blocks, self.known_levels, strict=True)
+        return {block: stage for stage, (block, level) in enumerate(levels) if every or not self.keeps_all(level)}
+
     def stage_macs(self, tokens_B: Tensor, kept_B: Tensor) -> Tensor:
         """MACs of deciding a stage for each image: attention row and similarities, (B,)."""
         cost, patches_B = self.cost, tokens_B - self.num_prefix_tokens

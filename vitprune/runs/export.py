@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -13,7 +14,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 from vitprune.exporting.export import Tokens, export
 from vitprune.exporting.exported import ExportedModel
-from vitprune.exporting.formats import OPSET, FormatName, Precision
+from vitprune.exporting.formats import FormatName
 from vitprune.measure.outputs import ImageModel
 from vitprune.measure.timing import placed
 from vitprune.models.checkpoint import load, load_processor
@@ -48,17 +49,13 @@ def export_checkpoint(
     to: FormatName = "onnx",
     tokens: Tokens = "adaptive",
     kept: str = "mean",
-    dtype: Precision = "float32",
-    opset: int = OPSET,
-    image_size: int | None = None,
-    any_size: bool = False,
-    tells_patches: bool = False,
     budget: str | None = None,
-    overwrite: bool = False,
+    **options: Any,
 ) -> Exported:
     """Export a checkpoint and run a few images through the result and through torch.
 
-    kept: with fixed tokens numbers such as "180,126,87", or one of `QUANTILES` of the checkpoint's own report.
+    kept: with fixed tokens numbers such as "180,126,87", or one of `QUANTILES` of the checkpoint's own report. options:
+    as of `vitprune.export`.
 
     Raises ValueError as `vitprune.export`, and where the checkpoint's report doesn't say what images keep.
     """
@@ -72,13 +69,8 @@ def export_checkpoint(
             to=to,
             tokens=tokens,
             kept=_kept(checkpoint, kept, budget) if tokens == "fixed" and is_pruned(model) else None,
-            dtype=dtype,
-            opset=opset,
-            image_size=image_size,
-            any_size=any_size,
-            tells_patches=tells_patches,
             processor=processor,
-            overwrite=overwrite,
+            **options,
         )
     seconds = time.perf_counter() - began
     files = [path for path in exported.folder.iterdir() if path.name.startswith("model.")]
@@ -121,9 +113,12 @@ def _check(exported: ExportedModel, model: PreTrainedModel) -> tuple[float, int]
     """Answers' largest difference, and how many images kept other numbers of tokens, where those aren't fixed."""
     x_BCHW = torch.randn(CHECKED, *exported.info.image, generator=torch.Generator().manual_seed(0))
     answers, graph = ImageModel.of(model), ImageModel.of(exported.model)
-    if not is_pruned(model) or exported.info.tokens == "fixed":
-        return float((answers(placed(x_BCHW, model)).float() - graph(x_BCHW).float()).abs().max()), 0
+
+    def difference() -> float:
+        return float((answers(placed(x_BCHW, model)).float() - graph(x_BCHW).float()).abs().max())
+
+    if exported.info.tokens != "adaptive":
+        return difference(), 0
     with trace(model) as here, trace(exported.model) as there:
-        difference = (answers(placed(x_BCHW, model)).float() - graph(x_BCHW).float()).abs().max()
-    others = (here.kept_patches != there.kept_patches).any(1).sum()
-    return float(difference), int(others)
+        found = difference()
+    return found, int((here.kept_patches != there.kept_patches).any(1).sum())
