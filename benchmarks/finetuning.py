@@ -4,9 +4,9 @@
     python benchmarks/finetuning.py CHECKPOINT DATA --budget 0.35 --policy tome --set losses.distillation=2
 
 CHECKPOINT: folder or Hub id of a dense classifier. DATA: as `data.path` in a recipe, with splits train and test.
-Calibrates in bfloat16 on 256 training images, trains one epoch unless told otherwise, scales the thresholds to the
-budget on held-out images, and prints what the checks saw and a row for each model. `--set`: keys of a recipe's section
-`finetune`.
+Calibrates in bfloat16, or in `--dtype`, on 256 training images, trains one epoch unless told otherwise, scales the
+thresholds to the budget on held-out images, and prints what the checks saw and a row for each model. `--set`: keys of a
+recipe's section `finetune`. `--before-blocks`: stages in place of a search's.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ POLICIES: dict[str, dict[str, object]] = {
 }
 
 
-def half(batches: object) -> list[Tensor]:
-    return [batch["pixel_values"].bfloat16() for batch in batches]  # type: ignore[attr-defined]
+def pixels(batches: object, dtype: torch.dtype) -> list[Tensor]:
+    return [batch["pixel_values"].to(dtype) for batch in batches]  # type: ignore[attr-defined]
 
 
 @torch.inference_mode()
@@ -76,24 +76,26 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4000)
     parser.add_argument("--test-images", type=int, default=1000)
     parser.add_argument("--policy", choices=POLICIES, default="default")
+    parser.add_argument("--before-blocks", type=int, nargs="+")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32"], default="bfloat16")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--set", dest="changes", action="append", default=[], metavar="KEY=VALUE")
     args = parser.parse_args()
 
-    settings: dict[str, object] = {"mixed_precision": "bf16"}
+    dtype = getattr(torch, args.dtype)
+    settings: dict[str, object] = {"mixed_precision": "no" if dtype == torch.float32 else "bf16"}
     for key, value in (change.split("=", 1) for change in args.changes):
         section, _, name = key.rpartition(".")
         settings[section or key] = {**dict(settings.get(section, {})), name: value} if section else value  # type: ignore[call-overload]
     spec = FinetuneSpec.model_validate(settings, strict=False)
     processor, data = load_processor(args.checkpoint), DataSpec(path=args.data)
     test = list(load_images(data, SplitSpec(split="test", limit=args.test_images), processor, id2label=None).loader(32))
-    images, labels = half(test), torch.cat([batch["labels"] for batch in test])
+    images, labels = pixels(test, dtype), torch.cat([batch["labels"] for batch in test])
     everything = load_images(data, SplitSpec(split="train"), processor, id2label=None)
-    model = prune_(
-        load(args.checkpoint, dtype=torch.bfloat16), PruningSpec.model_validate(POLICIES[args.policy], strict=False)
-    )
-    calibrate(model, half(everything.sample(CALIBRATION_IMAGES, 0).loader(AT_A_TIME)), args.budget)
-    taught = answers(load(args.checkpoint, dtype=torch.bfloat16), images)
+    policy = POLICIES[args.policy] | ({"before_blocks": args.before_blocks} if args.before_blocks else {})
+    model = prune_(load(args.checkpoint, dtype=dtype), PruningSpec.model_validate(policy, strict=False))
+    calibrate(model, pixels(everything.sample(CALIBRATION_IMAGES, 0).loader(AT_A_TIME), dtype), args.budget)
+    taught = answers(load(args.checkpoint, dtype=dtype), images)
     rows = [row("dense", taught, taught, labels, 1.0), compared("calibrated", model, images, taught, labels)]
 
     limit = SplitSpec(split="train", limit=args.images + spec.holdout)
@@ -101,9 +103,9 @@ def main() -> None:
     dense, student = load(args.checkpoint), copy.deepcopy(model).float()
     history = finetune(student, dense, train, spec, args.budget, holdout=holdout, seed=args.seed)
     assert history.training is not None
-    student.bfloat16()
+    student.to(dtype)
     if history.training.kept_step and student.get_submodule("vitprune").spec.select == "threshold":  # type: ignore[union-attr]
-        scale_to_budget(student, half(holdout.loader(AT_A_TIME)), args.budget)
+        scale_to_budget(student, pixels(holdout.loader(AT_A_TIME), dtype), args.budget)
     rows.append(compared(f"fine-tuned, step {history.training.kept_step}", student, images, taught, labels))
 
     for check in history.training.checks:
