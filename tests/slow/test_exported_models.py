@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +82,25 @@ def test_other_formats(tmp_path: Path, to: Any) -> None:
     exported = vitprune.export(model, tmp_path / "out", to=to, tells_patches=True)
     same(model, exported, "vit")
     same(model, vitprune.ExportedModel.load(tmp_path / "out" / exported.info.file), "vit")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler, which AOTInductor needs")
+def test_aot_inductor_compiles_a_pt2_file(tmp_path: Path) -> None:
+    model, x = pruned("vit"), tiny.images(7)
+    vitprune.export(model, tmp_path / "out", to="pt2")
+    program = torch.export.load(tmp_path / "out" / "model.pt2")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch's compiler talks about itself
+        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "compiled.pt2"))
+        compiled: Any = torch._inductor.aoti_load_package(package)
+    with torch.no_grad(), vitprune.trace(model) as here:
+        expected = model(x).logits
+    kept = here.kept_patches + 1
+    assert kept.min() < kept.max(), "all images keep as many: this test would see nothing"
+    for batch in (slice(None), slice(2, 3), slice(4, 7)):
+        found = compiled(pixel_values=x[batch])
+        assert_close(found["logits"], expected[batch], **FLOAT32)
+        assert torch.equal(found["kept_tokens"], kept[batch])
 
 
 def test_plain_torch_export_takes_a_pruned_model() -> None:

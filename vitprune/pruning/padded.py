@@ -248,7 +248,7 @@ def reduce_padded(
     keep_BM, prefix = decision.keep_BM & tokens.valid_BM, tokens.num_prefix_tokens
     length = None if decision.kept is None else decision.kept[0]
     counts_B1 = keep_BM.sum(1, keepdim=True)
-    most = longest(counts_B1, prefix + policy.spec.min_tokens, x_BMD.shape[1]) if length is None else length
+    most = longest(counts_B1, prefix, policy.spec.min_tokens, x_BMD.shape[1]) if length is None else length
     places_U = torch.arange(most, device=x_BMD.device)
     valid_BU = places_U < counts_B1
     # those that stay first, in order, then those that leave
@@ -308,9 +308,9 @@ def unpack_padded(tokens: PaddedTokens, x_BMD: Tensor) -> Tensor:
     return y_BND.where((tokens.token_BN != NO_TOKEN)[..., None], mean_B1D.to(x_BMD.dtype))
 
 
-def longest(counts_B1: Tensor, least: int, most: int) -> int:
-    """The largest count, the one number of a stage that a graph has to wait for."""
-    least = max(least, 2)  # 1 would be a case of its own
+def longest(counts_B1: Tensor, prefix: int, patches: int, most: int) -> int:
+    """The largest count, the one number of a stage that a graph has to wait for. patches: so many stay in any case."""
+    least = prefix + max(patches, 2)  # 1 would be a case of its own
     found = counts_B1.max().clamp(min=least).item()
     torch._check(found >= least)
     torch._check(found <= most)
