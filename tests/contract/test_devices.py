@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import cache
+from pathlib import Path
 from typing import Any, get_args
 
 import pytest
 import tiny
 import torch
+import torchgen
+import yaml
 from suite import (
     ARCHETYPES,
     ARCHETYPES_AND_POLICIES,
@@ -38,6 +42,62 @@ def test_a_gpu_decides_and_answers_as_the_reference(family: str, policy: str) ->
     for ours, theirs in zip(trace.merged_into, oracle.merged_into, strict=True):
         assert torch.equal(ours.cpu(), theirs)
     assert_close(answers.cpu() / oracle.largest, oracle.answers / oracle.largest, **OF_LARGEST)
+
+
+COMPOSED = {"CompositeImplicitAutograd", "CompositeExplicitAutograd", "CompositeExplicitAutogradNonFunctional"}
+
+
+@cache
+def kernels_by_operator() -> dict[str, set[str]]:
+    """Dispatch keys that each of torch's own operators has a kernel for, by torch's list of them."""
+    packaged = Path(torchgen.__file__).parent / "packaged" / "ATen" / "native" / "native_functions.yaml"
+    entries = {entry["func"].partition("(")[0]: entry for entry in yaml.safe_load(packaged.read_text())}
+
+    def keys_of(entry: dict[str, Any]) -> set[str]:
+        if "structured_delegate" in entry:
+            return keys_of(entries[entry["structured_delegate"]])
+        dispatch = entry.get("dispatch", {"CompositeImplicitAutograd": ""})
+        return {key.strip() for keys in dispatch for key in keys.split(",")}
+
+    return {name: keys_of(entry) for name, entry in entries.items()}
+
+
+class MissingOnMPS(TorchDispatchMode):
+    """Notes operators that have no kernel for Apple's GPUs, and aren't made of others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        schema = func._schema
+        name = ".".join(filter(None, [schema.name.removeprefix("aten::"), schema.overload_name]))
+        chosen_for_cpu = name.startswith("_scaled_dot_product_flash_attention_for_cpu")  # by torch's own attention
+        if not (chosen_for_cpu or kernels_by_operator()[name] & {"MPS", *COMPOSED}):
+            self.names.add(name)
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_mps_lacks_is_seen() -> None:
+    with MissingOnMPS() as lacking:
+        torch.geqrf(torch.eye(2))
+    assert lacking.names == {"geqrf"}
+
+
+@pytest.mark.parametrize(("family", "policy"), ARCHETYPES_AND_POLICIES)
+def test_all_operators_are_there_on_mps(family: str, policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tiny.in_operators(monkeypatch)
+    model, x = pruned(family, with_borderline(policy)), tiny.inputs(family, 3)
+    with MissingOnMPS() as by_dense:
+        tiny.answer(tiny.forward(tiny.build(family).train(), x)).sum().backward()
+    with MissingOnMPS() as lacking, torch.no_grad():
+        tiny.forward(model, x)
+    model.train()
+    for execution in get_args(Execution):
+        pruning_of(model).execution = execution
+        with lacking, vitprune.trace(model):
+            tiny.answer(tiny.forward(model, x)).sum().backward()
+    assert lacking.names <= by_dense.names
 
 
 class NoFloat64(TorchDispatchMode):
