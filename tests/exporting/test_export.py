@@ -43,6 +43,7 @@ def pruned(family: str, policy: str) -> Any:
         ("dinov2", "as-vit", {"to": "pt2", "any_size": True}, "model.pt2 is for images of one size"),
         ("vit", "as-vit", {"any_size": True}, "can't be traced: Input image size"),
         ("vit", "as-vit", {"to": "pt2", "dtype": "int8"}, "dtype int8 isn't there for model.pt2; choose of float32"),
+        ("vit", "as-vit", {"dtype": "bfloat16"}, "dtype bfloat16 isn't there for model.onnx; choose of float32"),
     ],
 )
 def test_what_cannot_be_exported_is_refused(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -18,6 +19,7 @@ import tiny
 import torch
 from PIL import Image
 from tiny import Tolerance
+from torch.export.passes import move_to_device_pass
 from torch.testing import assert_close
 from transformers import AutoConfig, ViTImageProcessorPil
 from typer.testing import CliRunner
@@ -82,6 +84,38 @@ def test_other_formats(tmp_path: Path, to: Any) -> None:
     exported = vitprune.export(model, tmp_path / "out", to=to, tells_patches=True)
     same(model, exported, "vit")
     same(model, vitprune.ExportedModel.load(tmp_path / "out" / exported.info.file), "vit")
+
+
+def test_half_precision_by_torch_and_its_script(tmp_path: Path) -> None:
+    model, x = pruned("vit"), tiny.images(3)
+    exported = vitprune.export(model, tmp_path / "out", to="pt2", dtype="bfloat16", processor=PROCESSOR)
+    with torch.no_grad():
+        assert_close(
+            exported.model(x).logits.float(), copy.deepcopy(model).bfloat16()(x.bfloat16()).logits.float(), **HALF
+        )
+    Image.fromarray(np.zeros((40, 52, 3), np.uint8)).save(tmp_path / "black.png")
+    command = [sys.executable, str(tmp_path / "out" / "run.py"), str(tmp_path / "black.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(tmp_path / "black.png"))
+
+
+@pytest.mark.parametrize("score", ["redundancy", "head-weighted-class-attention"])
+def test_fixed_tokens_have_shapes_known_beforehand(tmp_path: Path, score: Any) -> None:
+    """As CUDA graphs need it: nothing that the host would wait for, and nothing that is left on the CPU."""
+    model, x = pruned("vit", PruningSpec(before_blocks=[2, 3], thresholds=[0.1, 0.12], score=score)), tiny.images(5)
+    exported = vitprune.export(model, tmp_path / "out", to="pt2", tokens="fixed", kept=[40, 20])
+    program = torch.export.load(tmp_path / "out" / "model.pt2")
+    # on a device without values a number that depends on them can't be read
+    elsewhere = move_to_device_pass(program, "meta").module()(pixel_values=x.to("meta"))
+    assert elsewhere["logits"].shape == (5, 5)
+    whole = torch.compile(
+        torch.export.load(tmp_path / "out" / "model.pt2").module(), backend="aot_eager", fullgraph=True
+    )
+    with torch.no_grad():
+        found = whole(pixel_values=x)
+    assert_close(found["logits"], exported.session(x)["logits"], **FLOAT32)
+    assert found["kept_tokens"].tolist() == [[41, 21]] * 5
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="there is no C++ compiler, which AOTInductor needs")

@@ -126,6 +126,7 @@ class ExportDtype(str, Enum):
 
     float32 = "float32"
     float16 = "float16"
+    bfloat16 = "bfloat16"
     int8 = "int8"
 
 
@@ -139,7 +140,9 @@ def export(
         str,
         typer.Option(help="With fixed: patches behind each stage, 180,126,87; or mean, q50, q75, q95 of the report."),
     ] = "mean",
-    dtype: Annotated[ExportDtype, typer.Option(help="int8: linear layers, ONNX alone.")] = ExportDtype.float32,
+    dtype: Annotated[
+        ExportDtype, typer.Option(help="bfloat16: pt2 alone; int8: linear layers, ONNX alone.")
+    ] = ExportDtype.float32,
     opset: Annotated[int, typer.Option(min=18, help="Of ONNX.")] = 20,
     image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; the checkpoint's own size.")] = None,
     any_size: Annotated[bool, typer.Option("--any-size", help="Other heights and widths fit, too.")] = False,

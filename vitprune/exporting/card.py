@@ -55,7 +55,7 @@ OPEN = {
     "pt2": (
         ("import torch",),
         'session = torch.export.load(here / "model.pt2").module()',
-        '{answer} = session(pixel_values=torch.from_numpy(pixels))["{name}"].detach().numpy()',
+        '{answer} = session(pixel_values=torch.from_numpy(pixels){cast})["{name}"].detach().float().numpy()',
         "numpy, pillow and torch",
     ),
 }
@@ -90,7 +90,8 @@ def _script(info: ExportInfo, model: PreTrainedModel, prepare: list[str]) -> str
     name = next(name for name in ("logits", "image_embeds", "pooler_output", info.outputs[0]) if name in info.outputs)
     named = has_head(model) and name == "logits"
     answer = "logits" if named else "answer"
-    if info.precision == "float16" and info.format != "openvino":
+    cast = "" if info.precision == "float32" else f".to(torch.{info.precision})"
+    if info.precision == "float16" and info.format == "onnx":
         prepare = [*prepare, "    pixels = pixels.astype(np.float16)"]
     show = "    print(path, answer)"
     if named and len(class_names(model)) > 1:
@@ -109,7 +110,7 @@ def _script(info: ExportInfo, model: PreTrainedModel, prepare: list[str]) -> str
         opened,
         "for path in sys.argv[1:]:",
         *prepare,
-        "    " + run.format(answer=answer, name=name),
+        "    " + run.format(answer=answer, name=name, cast=cast),
         show if "classes" in show else show.replace("answer", answer),
     ]
     return "\n".join(lines) + "\n"

@@ -26,6 +26,7 @@ from vitprune.recipe.errors import first_line
 from vitprune.runtime.progress import task
 
 Tokens = Literal["adaptive", "fixed"]
+DTYPES: dict[Precision, torch.dtype] = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def export(
@@ -54,9 +55,10 @@ def export(
         output: folder to write, whole or not at all.
         to: `onnx`, `pt2` (torch.export) or `openvino`.
         tokens: `adaptive`, or `fixed`: every image keeps the `kept` best patches, so that all shapes but the batch are
-            known, as runtimes such as TensorRT and CoreML want it.
+            known, as runtimes such as TensorRT and CoreML want it, and CUDA graphs.
         kept: with `fixed`, patches behind each stage.
-        dtype: of weights and products; int8: linear layers only, quantised dynamically by ONNX Runtime.
+        dtype: of weights and products; bfloat16: with `pt2` only; int8: linear layers only, quantised dynamically by
+            ONNX Runtime.
         opset: of ONNX.
         image_size: height and width in pixels; what the image processor gives, or what the model's config says.
         any_size: other heights and widths fit the graph, too, where the model interpolates its positions.
@@ -152,7 +154,7 @@ def _copy_to_export(
     if (kept is not None) != (tokens == "fixed"):
         raise ValueError("`kept`, patches behind each stage, goes with tokens: fixed, and fixed needs it")
     own = copy.deepcopy(model).eval()
-    nn.Module.to(own, device="cpu", dtype=torch.float16 if dtype == "float16" else torch.float32)
+    nn.Module.to(own, device="cpu", dtype=DTYPES.get(dtype, torch.float32))
     if is_pruned(own):  # a graph has one budget
         pruning_of(own).keep_points(None)
     if kept is None:

@@ -28,7 +28,7 @@ from torch.export import ExportedProgram
 from vitprune.exporting.graph import INPUT
 
 FormatName = Literal["onnx", "pt2", "openvino"]
-Precision = Literal["float32", "float16", "int8"]
+Precision = Literal["float32", "float16", "bfloat16", "int8"]
 OPSET = 20
 SINGLE_FILE = int(1.5 * 2**30)
 """Bytes of weights above which an ONNX file keeps them in a file of their own: protobuf ends at 2 GiB."""
@@ -105,10 +105,14 @@ class Onnx(Format):
         if precision != "int8":
             made.save(str(path), external_data=program_bytes(program) > SINGLE_FILE)
             return
+        import onnx
         from onnxruntime.quantization import QuantType, quantize_dynamic
 
         with tempfile.TemporaryDirectory(dir=folder) as place, _quiet():
-            made.save(str(Path(place) / cls.file))
+            proto = made.model_proto
+            # before ONNX Runtime 1.32 quantisation stumbles over the shapes of weights that it has transposed
+            del proto.graph.value_info[:]
+            onnx.save(proto, Path(place) / cls.file, save_as_external_data=program_bytes(program) > SINGLE_FILE)
             quantize_dynamic(
                 Path(place) / cls.file,
                 path,
@@ -146,6 +150,7 @@ class Pt2(Format):
     """`model.pt2`, the graph as torch itself runs it."""
 
     file = "model.pt2"
+    precisions = ("float32", "float16", "bfloat16")
     any_size = False
 
     @classmethod
