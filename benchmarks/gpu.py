@@ -1,4 +1,4 @@
-"""What pruning gains on a GPU: dense, pruned, ToMe, cut, attached; eager and compiled; interleaved.
+"""What pruning gains on a GPU: dense, pruned, ToMe, cut, attached; eager, compiled, in one graph; interleaved.
 
     python benchmarks/gpu.py CHECKPOINT DATA --output OUT [--minutes 5]
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -22,6 +23,7 @@ from typing import Any
 import torch
 from efficiency import Cut
 from torch import Tensor, nn
+from torch.export.passes import move_to_device_pass
 from torch.nn import functional as F
 from torch.profiler import ProfilerActivity, profile
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
@@ -33,6 +35,7 @@ from vitprune import (
     SplitSpec,
     calibrate,
     describe_environment,
+    export,
     load,
     load_images,
     load_processor,
@@ -123,6 +126,34 @@ def compiled(model: Any) -> Any:
         if type(module).__name__.endswith("Layer"):
             module.compile(dynamic=True)
     return model
+
+
+def in_one_graph(model: PreTrainedModel, x_BCHW: Tensor, kept: Sequence[int] | None) -> Any:
+    """As torch.export sees it, each image keeping as many patches, and so with CUDA graphs. kept: None for dense."""
+    with tempfile.TemporaryDirectory() as folder:
+        how: dict[str, Any] = {} if kept is None else {"tokens": "fixed", "kept": kept}
+        dtype: Any = str(model.dtype)[6:]
+        size = x_BCHW.shape[-1]
+        exported = export(copy.deepcopy(model), Path(folder) / "out", to="pt2", dtype=dtype, image_size=size, **how)
+        program = torch.export.load(exported.folder / exported.info.file)
+    whole = torch.compile(move_to_device_pass(program, x_BCHW.device).module(), mode="reduce-overhead")
+    return lambda pixel_values: whole(pixel_values=pixel_values)
+
+
+def line_of_graphs(models: dict[str, Any], batches: Sequence[Tensor], repeats: int) -> dict[str, float]:
+    """As `line`. Every image keeps what the pruned model's keep on average."""
+    pruned, dense, x_BCHW = models["pruned"], models["dense"], batches[0]
+    with torch.no_grad(), trace(pruned) as seen:
+        for batch in batches:
+            pruned(batch)
+    kept = [round(count) for count in seen.kept_patches.double().mean(0).tolist()]
+    graphs = {"dense": in_one_graph(dense, x_BCHW, None), "pruned": in_one_graph(pruned, x_BCHW, kept)}
+    with torch.no_grad():
+        seconds = time_all(graphs, batches, repeats)
+    macs = (seen.macs.sum() / seen.dense_macs.sum()).item()
+    faster = seconds["dense"] / seconds["pruned"]
+    found = {"macs": macs, "dense_ms": 1e3 * seconds["dense"], "pruned_ms": 1e3 * seconds["pruned"]}
+    return {**found, "speed_up": faster, "efficiency": macs * faster}
 
 
 def line(models: dict[str, Any], batches: Sequence[Tensor], repeats: int) -> dict[str, float]:
@@ -239,6 +270,9 @@ def measure_model(
         case = {"model": name, "dtype": half, "mode": "compiled", "batch": size}
         in_blocks = {key: compiled(model) for key, model in pair.items()}
         results.add(results.lines, case, line, in_blocks, batches_of(timed, size), args.repeats)
+        for size in args.batch_sizes[:3]:
+            case = {"model": name, "dtype": half, "mode": "one graph, fixed", "batch": size}
+            results.add(results.lines, case, line_of_graphs, pair, batches_of(timed, size), args.repeats)
 
 
 def batches_of(images: Tensor, size: int) -> list[Tensor]:

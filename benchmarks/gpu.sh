@@ -17,7 +17,7 @@ python -m pip install --quiet --no-index --find-links "$wheels" --upgrade vitpru
 python -c "import torch; print(torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else 'no GPU')"
 # the kernels that CPUs don't have; what fails is worth knowing, and no reason to measure nothing
 TRITON_INTERPRET=0 python -m pytest -rfE --maxfail 20 tests/pruning/kernels/test_doors.py tests/pruning/kernels/test_cuda.py \
-    tests/contract/test_devices.py tests/pruning/test_packed_attention.py tests/pruning/learning/test_mask_gradients.py ||
+    tests/contract/test_devices.py tests/pruning/packed/test_attention.py tests/pruning/learning/test_mask_gradients.py ||
     echo "kernels failed their tests"
 python benchmarks/gpu.py "$checkpoint" "$data" --output "$out" --minutes "${MINUTES:-5}"
 # shellcheck disable=SC2086

@@ -91,6 +91,13 @@ def references() -> list[tuple[str, str]]:
     return sorted(set(found))
 
 
+@pytest.mark.parametrize("page", [*PAGES, *ROOT.glob("benchmarks/*.sh"), ROOT / "Makefile"], ids=lambda page: page.name)
+def test_files_that_are_named_are_there(page: Path) -> None:
+    named = re.findall(r"\b(?:tests|benchmarks|docs|vitprune|recipes)/[\w/.-]*\.(?:py|sh|md|yaml)\b", page.read_text())
+    missing = [name for name in named if not any((folder / name).exists() for folder in (ROOT, page.parent))]
+    assert not missing
+
+
 def keys(schema: dict[str, Any], of: dict[str, Any]) -> Iterator[tuple[str, ...]]:
     """Paths of a JSON schema's keys, and their ends: pages write `losses.tokens` for `finetune.losses.tokens`."""
     for part in (of, *of.get("anyOf", []), *of.get("allOf", [])):

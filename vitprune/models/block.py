@@ -1,4 +1,4 @@
-"""One block of a pruned model: how its attention function learns which `Attention` it is to be.
+"""One block of a pruned model: what it is given, which `Attention` it attends by, and what leaves behind it.
 
 transformers' layers call an attention function by name; those that know nothing of it (timm's) call torch's fused
 attention, which is intercepted. Both end in the `Attention` of the block that runs. Elsewhere it is sdpa.
@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from contextlib import nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -24,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from vitprune.models import context
 from vitprune.pruning.attention import Attention, uncompiled
+from vitprune.pruning.forward import Forward
 
 NAME = "vitprune"
 
@@ -41,7 +41,7 @@ def attention_forward(
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """transformers' attention interface: query (B, H, N, K) or packed (1, H, T, K), output (B, N, H, K)."""
-    attention = context.current().attention
+    attention = context.attention()
     if attention is None:
         contexts, _ = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
         if torch.compiler.is_exporting():  # the strides of a fused kernel aren't those of what stands for it in a graph
@@ -83,23 +83,32 @@ class _Intercept(TorchFunctionMode):
         is_causal: bool = False,
         scale: float | None = None,
     ) -> Tensor:
-        attention = context.current().attention
+        attention = context.attention()
         assert attention is not None
         assert not is_causal
         factor = query.shape[-1] ** -0.5 if scale is None else scale
         return attention.attend(query, key, value, attn_mask, factor, dropout_p).transpose(1, 2)
 
 
-class BlockForward:
-    """Stands in for a block's `forward` and takes the keyword `pruning`, which the hook before the block adds.
+@cache
+def _own_forward(layer: type[nn.Module]) -> Callable[..., Any]:
+    """A layer's own forward, without transformers' checkpointing around it."""
+    return inspect.unwrap(layer.forward)
 
-    Works with every layer, whatever it makes of keywords that it doesn't know. Checkpointing is done here, since what
-    is run again must attend as it did the first time.
+
+class BlockForward:
+    """Stands in for a block's `forward`: what goes in, how it attends and what comes out are the running forward's.
+
+    In place of hooks around it, whose machinery takes longer than all of this. Works with every layer, as the layer
+    sees nothing of it. Checkpointing is done here, since what is run again must attend as it did the first time.
     """
 
-    def __init__(self, block: nn.Module, *, intercept: bool) -> None:
-        self.block = block
-        self.intercept = intercept
+    def __init__(
+        self, block: nn.Module, index: int = 0, *, intercept: bool, rope: bool = False, pads: bool = False
+    ) -> None:
+        self.block, self.index = block, index
+        self.intercept, self.rope, self.pads = intercept, rope, pads
+        self.is_removed = False
         # set by others on the instance, such as Accelerate's hooks
         self.previous = vars(block).get("forward")
         # timm's flag for whether a module calls torch's fused attention
@@ -112,8 +121,9 @@ class BlockForward:
 
     def remove(self) -> None:
         self._set_fused(False)
+        self.is_removed = True  # where others have wrapped it since, it stays, and is the block's own forward
         if vars(self.block)["forward"] is not self:
-            return  # wrapped by others since; without `pruning` this is the block's own forward
+            return
         del vars(self.block)["forward"]
         if self.previous is not None:
             vars(self.block)["forward"] = self.previous
@@ -123,31 +133,67 @@ class BlockForward:
             vars(module)["fused_attn"] = fused
 
     @uncompiled  # the layer's own forward inside is compiled
-    def __call__(self, *args: Any, pruning: Attention | None = None, **kwargs: Any) -> Any:
-        if pruning is None:
-            return self._dense()(*args, **kwargs)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        forward = context.current().forward
+        if forward is None or self.is_removed:
+            dense = self.previous or partial(type(self.block).forward, self.block)
+            return dense(*args, **kwargs)
+        args, kwargs, attention = self._enter(forward, args, kwargs)
+        return self._leave(forward, self.run(attention, *args, **kwargs))
+
+    @torch.compiler.disable()
+    def _enter(
+        self, forward: Forward, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any], Attention]:
+        """What the layer is called with, and how it attends."""
+        rest, valid_BN = args[1:], None
+        if self.pads:  # the layers hand it over right behind the hidden states, (B, 1, N, N)
+            mask, *others = rest
+            valid_BN = None if mask is None else mask[:, 0, 0]
+            rest = (None, *others)
+        hidden_states, attention = forward.enter_block(self.index, args[0], valid_BN)
+        positions = forward.positions() if self.rope else None
+        if positions is not None:
+            tables, prefix = kwargs["position_embeddings"], forward.policy.num_prefix_tokens
+
+            def turned(positions: Tensor) -> dict[str, Any]:
+                whole = forward.once(rope_of_all, tables, prefix)
+                return {"position_embeddings": forward.once(pack_rope, whole, positions)}
+
+            kwargs = {**kwargs, **attention.position_arguments(turned, positions)}
+        return (hidden_states, *rest), kwargs, attention
+
+    @torch.compiler.disable()
+    def _leave(self, forward: Forward, output: Any) -> Any:
+        """The block's output after the stage that follows it: the caller keeps only what is left."""
+        if isinstance(output, tuple):
+            return forward.leave_block(self.index, output[0]), *output[1:]
+        return forward.leave_block(self.index, output)
+
+    @uncompiled
+    def run(self, attention: Attention, *args: Any, **kwargs: Any) -> Any:
+        """The layer's output with such an attention."""
         block: Any = self.block
-        if isinstance(block, GradientCheckpointingLayer) and block.gradient_checkpointing and block.training:
+        if block.training and isinstance(block, GradientCheckpointingLayer) and block.gradient_checkpointing:
             repeat: Any = block._gradient_checkpointing_func
             if getattr(repeat, "keywords", {}).get("use_reentrant"):
                 raise ValueError(
                     "gradient checkpointing with use_reentrant=True can't train thresholds; enable it with "
                     "gradient_checkpointing_kwargs={'use_reentrant': False}"
                 )
-            return repeat(partial(self._attend, pruning, **kwargs), *args)
+            return repeat(partial(self._attend, attention, **kwargs), *args)
         if context.current().checkpoints:
-            return checkpoint(partial(self._attend, pruning, **kwargs), *args, use_reentrant=False)
-        return self._attend(pruning, *args, **kwargs)
-
-    def _dense(self) -> Any:
-        return self.previous or partial(type(self.block).forward, self.block)
+            return checkpoint(partial(self._attend, attention, **kwargs), *args, use_reentrant=False)
+        return self._attend(attention, *args, **kwargs)
 
     @uncompiled
     def _attend(self, attention: Attention, *args: Any, **kwargs: Any) -> Any:
-        # the layer's own forward, without transformers' checkpointing around it
-        forward: Callable[..., Any] = self.previous or partial(inspect.unwrap(type(self.block).forward), self.block)
-        with context.within(attention=attention), _Intercept() if self.intercept else nullcontext():
-            return attention.run(forward, *args, **kwargs)
+        layer: Callable[..., Any] = self.previous or partial(_own_forward(type(self.block)), self.block)
+        with context.Attending(attention):
+            if not self.intercept:
+                return attention.run(layer, *args, **kwargs)
+            with _Intercept():
+                return attention.run(layer, *args, **kwargs)
 
 
 def rope_of_all(tables: tuple[Tensor, Tensor], num_prefix_tokens: int) -> tuple[Tensor, Tensor]:

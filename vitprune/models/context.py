@@ -1,10 +1,10 @@
-"""What a thread asks of the forwards that it runs, and what runs in it now: one context variable."""
+"""What a thread asks of the forwards that it runs, and what runs in it now: two context variables."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +26,7 @@ class Context(NamedTuple):
     """traces: that watch. whole_sequence: what is behind the last block is wanted whole, though the head reads less.
 
     for_head: only the model's own head sees what the backbone gives out.
-    forward: of a pruned backbone, from its first module to its last. attention: of the block that runs.
+    forward: of a pruned backbone, from its first module to its last.
     checkpoints: blocks are run again in the backward pass, by us.
     exporting: what the exporter of a graph and the model in it tell each other.
     """
@@ -35,12 +35,12 @@ class Context(NamedTuple):
     whole_sequence: bool = False
     for_head: bool = False
     forward: Forward | None = None
-    attention: Attention | None = None
     checkpoints: bool = False
     exporting: Exporting | None = None
 
 
 _context: ContextVar[Context] = ContextVar("vitprune", default=Context())  # noqa: B039
+_attention: ContextVar[Attention | None] = ContextVar("vitprune_attention", default=None)
 
 
 def current() -> Context:
@@ -60,3 +60,23 @@ def within(**changes: Any) -> Iterator[None]:
         yield
     finally:
         _context.reset(token)
+
+
+def attention() -> Attention | None:
+    """That of the block that runs."""
+    return _attention.get()
+
+
+class Attending:
+    """A block runs in it with its attention. No generator: it is entered once a block, and that counts."""
+
+    __slots__ = ("_before", "_own")
+
+    def __init__(self, own: Attention) -> None:
+        self._own = own
+
+    def __enter__(self) -> None:
+        self._before: Token[Attention | None] = _attention.set(self._own)
+
+    def __exit__(self, *error: object) -> None:
+        _attention.reset(self._before)

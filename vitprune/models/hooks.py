@@ -1,4 +1,4 @@
-"""The hooks of a pruned model: where a forward begins and ends, what each block is given, where tokens leave.
+"""The hooks of a pruned model: where a forward begins and ends. What happens at each block is in `block`.
 
 Objects and functions, not closures, so that a copy of the model has hooks of its own. torch.compile leaves them alone:
 how many tokens an image keeps is decided by their values.
@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from transformers.utils.generic import ModelOutput
 
 from vitprune.models import context
-from vitprune.models.block import NAME, BlockForward, pack_rope, rope_of_all
+from vitprune.models.block import NAME, BlockForward
 from vitprune.models.module import Pruning, in_force, not_pruned
 from vitprune.models.structure import Structure
 from vitprune.models.trace import Trace
@@ -56,12 +56,8 @@ def attach(model: PreTrainedModel, owner: nn.Module, structure: Structure) -> No
     if structure.cost.read is not None:
         handles.append(model.register_forward_pre_hook(_begin_for_head, prepend=True, with_kwargs=True))
         handles.append(model.register_forward_hook(_end_for_head, always_call=True))
-    for index, block in enumerate(structure.blocks):
-        enter = _EnterBlock(index, family.rope, family.pads)
-        handles.append(block.register_forward_pre_hook(enter, with_kwargs=True))
-        # first, so that all who record see the same
-        handles.append(block.register_forward_hook(_LeaveBlock(index), prepend=True))
-        handles.append(BlockForward(block, intercept=not family.has_interface).attach())
+    told = {"intercept": not family.has_interface, "rope": family.rope, "pads": family.pads}
+    handles += [BlockForward(block, index, **told).attach() for index, block in enumerate(structure.blocks)]
 
 
 def pruned_part(model: nn.Module) -> PreTrainedModel:
@@ -243,55 +239,10 @@ def _unpacked(forward: Forward, hidden_states: tuple[Tensor | None, ...]) -> tup
     return tuple(None if x is None else forward.unpack_recorded(block, x) for block, x in enumerate(hidden_states))
 
 
-@dataclass(frozen=True, eq=False)
-class _EnterBlock:
-    block: int
-    rope: bool
-    pads: bool
-
-    @torch.compiler.disable()
-    def __call__(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
-        forward, rest = context.current().forward, args[1:]
-        if forward is None:
-            return None
-        valid_BN = None
-        if self.pads:  # the layers hand it over right behind the hidden states, (B, 1, N, N)
-            mask, *rest = rest
-            valid_BN = None if mask is None else mask[:, 0, 0]
-            rest = (None, *rest)
-        hidden_states, attention = forward.enter_block(self.block, args[0], valid_BN)
-        positions = forward.positions() if self.rope else None
-        if positions is not None:
-            tables, prefix = kwargs["position_embeddings"], forward.policy.num_prefix_tokens
-
-            def turned(positions: Tensor) -> dict[str, Any]:
-                whole = forward.once(rope_of_all, tables, prefix)
-                return {"position_embeddings": forward.once(pack_rope, whole, positions)}
-
-            kwargs = {**kwargs, **attention.position_arguments(turned, positions)}
-        return (hidden_states, *rest), {**kwargs, "pruning": attention}
-
-
-@dataclass(frozen=True, eq=False)
-class _LeaveBlock:
-    """The stage before block b runs right after block b − 1, so that the caller keeps only what is left."""
-
-    block: int
-
-    @torch.compiler.disable()
-    def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        forward = context.current().forward
-        if forward is None:
-            return None
-        if isinstance(output, tuple):
-            return forward.leave_block(self.block, output[0]), *output[1:]
-        return forward.leave_block(self.block, output)
-
-
 @torch.compiler.disable()
 def _drop_by_image(module: nn.Module, args: Any, output: Tensor) -> Tensor | None:
     """Stochastic depth drops whole images, which packed tokens don't show it."""
-    attention = context.current().attention
+    attention = context.attention()
     if not module.training or attention is None:
         return None
     drops: Any = module
