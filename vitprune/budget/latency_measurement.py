@@ -19,6 +19,7 @@ from vitprune.budget.calibration import set_rate
 from vitprune.budget.latency_table import CostTable, between
 from vitprune.measure.outputs import ImageModel
 from vitprune.measure.timing import PlacedBatches, Runner, placed, time_in_turn, wait_for, whole_batches
+from vitprune.models import context
 from vitprune.models.module import Levels, Pruning, pruning_of
 from vitprune.models.structure import examine
 from vitprune.models.trace import eval_mode, trace
@@ -102,13 +103,11 @@ class _Probe:
             wait_for(x_BCHW.device)
             stamps.append(time.perf_counter())
 
-        handles = []
-        for block in self.blocks:
-            handles.append(block.register_forward_pre_hook(stamp, prepend=True))
-            handles.append(block.register_forward_hook(stamp, prepend=True))
-            handles.append(block.register_forward_hook(stamp))
+        handles = [block.register_forward_pre_hook(stamp, prepend=True) for block in self.blocks]
+        handles += [block.register_forward_hook(stamp) for block in self.blocks]
         stamp()
-        self.model(x_BCHW)
+        with context.within(behind_block=stamp):
+            self.model(x_BCHW)
         stamp()
         for handle in handles:
             handle.remove()

@@ -134,12 +134,17 @@ class BlockForward:
 
     @uncompiled  # the layer's own forward inside is compiled
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        forward = context.current().forward
-        if forward is None or self.is_removed:
+        running = context.current()
+        forward = None if self.is_removed else running.forward
+        if forward is None:
             dense = self.previous or partial(type(self.block).forward, self.block)
-            return dense(*args, **kwargs)
-        args, kwargs, attention = self._enter(forward, args, kwargs)
-        return self._leave(forward, self.run(attention, *args, **kwargs))
+            output = dense(*args, **kwargs)
+        else:
+            args, kwargs, attention = self._enter(forward, args, kwargs)
+            output = self.run(attention, *args, **kwargs)
+        if running.behind_block is not None:
+            running.behind_block()
+        return output if forward is None else self._leave(forward, output)
 
     @torch.compiler.disable()
     def _enter(

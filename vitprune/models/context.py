@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
@@ -29,6 +29,7 @@ class Context(NamedTuple):
     forward: of a pruned backbone, from its first module to its last.
     checkpoints: blocks are run again in the backward pass, by us.
     exporting: what the exporter of a graph and the model in it tell each other.
+    behind_block: called behind each block, before the stage that follows it.
     """
 
     traces: tuple[Observer, ...] = ()
@@ -37,6 +38,7 @@ class Context(NamedTuple):
     forward: Forward | None = None
     checkpoints: bool = False
     exporting: Exporting | None = None
+    behind_block: Callable[[], None] | None = None
 
 
 _context: ContextVar[Context] = ContextVar("vitprune", default=Context())  # noqa: B039
@@ -65,6 +67,11 @@ def within(**changes: Any) -> Iterator[None]:
 def attention() -> Attention | None:
     """That of the block that runs."""
     return _attention.get()
+
+
+def attend_by(attention: Attention) -> None:
+    """For hooks: what runs from here on attends so."""
+    _attention.set(attention)
 
 
 class Attending:

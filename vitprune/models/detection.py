@@ -115,7 +115,7 @@ def _look(backbone: PreTrainedModel, image_size: int) -> _Look | None:
         sequence = args[0] if args and isinstance(args[0], Tensor) and args[0].ndim == 3 and alone else None
         look.lengths.add(0 if sequence is None else sequence.shape[1])
         calls.append(DenseAttention(TokenBatch.dense(1, 1, 0, torch.device("meta")), StatsRequest(metric=True)))
-        context.change(attention=calls[-1])
+        context.attend_by(calls[-1])
 
     def normalise(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         behind = len(calls) == len(blocks) and look.final_norm is None

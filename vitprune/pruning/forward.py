@@ -131,12 +131,12 @@ class PackedForward(Forward):
     def enter_block(
         self, block: int, hidden_states: Tensor, valid_BN: Tensor | None = None
     ) -> tuple[Tensor, Attention]:
+        self._batches.append(self.batch)  # what the block is given, before padding leaves
         if block == 0:
             hidden_states = self._begin(hidden_states, valid_BN)
         if self.observers:
             assert self.counter is not None
             self.counter.add_block(block, self._tokens_B, in_full=self.read is None and not self.trains)
-        self._batches.append(self.batch)
         self._attention = self._attention_of(block, hidden_states)
         return hidden_states, self._attention
 
