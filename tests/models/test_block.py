@@ -176,6 +176,7 @@ def test_a_block_runs_with_its_call_and_without_it_as_ever(kind: type[Listening]
     assert block.heard[:2] == [None, None]
     assert block.heard[2] is call
     assert context.current() == context.Context()
+    assert context.attention() is None
 
 
 @pytest.mark.parametrize("intercept", [False, True])
