@@ -19,7 +19,7 @@ BLOCKS, STAGES = 12, [1, 4, 7]
 # a dense ViT of 12 blocks is 149
 DENSE = 149
 # with three stages, in loops and in operators; one attention call a block, as where a kernel takes all images
-IN_LOOPS, IN_OPERATORS = 190, 345
+IN_LOOPS, IN_OPERATORS = 178, 345
 MOST = 350
 
 

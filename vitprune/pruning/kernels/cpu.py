@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from vitprune.pruning.layout import Layout
-from vitprune.pruning.scores import more_important
 from vitprune.pruning.token_batch import MeanQuery, PackedAttentionKernel, Pairs, Unpack
 
 _DTYPES = (torch.float32, torch.bfloat16)
@@ -76,10 +75,10 @@ def compute_stats(
     `scores.key_metric`; both float32.
     """
     assert pairs is None
-    images, key_bias_T = len(layout.lengths), None if sizes_T is None else sizes_T.log()
+    images = len(layout.lengths)
     scores_BM = None if query_BHK is None else np.empty((images, max(layout.lengths)), np.float32)
     metric_TK = np.empty((k_THK.shape[0], k_THK.shape[2]), np.float32) if wants_metric else None
-    known = (_array(query_BHK), _array(k_THK), _array(contexts_THK), _array(key_bias_T), np.float32(scale))
+    known = (_array(query_BHK), _array(k_THK), _array(contexts_THK), _array(sizes_T), np.float32(scale))
     _run(_loops().compute_stats, *known, layout.spans_3B, scores_BM, metric_TK, images=images)
     return _tensor(scores_BM), _tensor(metric_TK)
 
@@ -92,23 +91,18 @@ def density_peaks(
     num_prefix_tokens: int,
     layout: Layout,
 ) -> Tensor:
-    """`scores.density_peaks`, weighed by (n·S)^α, (B, M): +inf for prefix tokens, −inf beyond an image's tokens.
-
-    Matrices are torch's, which is faster at them.
-    """
-    images, patches = len(scores_BM), scores_BM.shape[1] - num_prefix_tokens
-    order_BN, sorted_BNK = (
-        np.empty((images, patches), np.int64),
-        metric_TK.new_empty(images, patches, metric_TK.shape[1]),
-    )
-    known = num_prefix_tokens, layout.spans_3B
-    _run(_loops().sort, _array(metric_TK), _array(scores_BM), *known, order_BN, _array(sorted_BNK), images=images)
-    distances_BN, redundancy_BM = more_important(sorted_BNK), np.empty(scores_BM.shape, np.float32)
-    dense = num_patches if isinstance(num_patches, int) else _array(num_patches.flatten())
-    patches_B = np.full(images, dense, np.float32)
-    weights = _array(distances_BN), order_BN, _array(scores_BM), patches_B, np.float32(exponent)
-    _run(_loops().weigh, *weights, *known, redundancy_BM, images=images)
+    """`scores.density_peaks`, weighed by (n·S)^α, (B, M): +inf for prefix tokens, −inf beyond an image's tokens."""
+    images, redundancy_BM = len(scores_BM), np.empty(scores_BM.shape, np.float32)
+    patches_B = _alike(images, num_patches) if isinstance(num_patches, int) else _array(num_patches.flatten().float())
+    known = _array(metric_TK), _array(scores_BM), patches_B, np.float32(exponent), num_prefix_tokens, layout.spans_3B
+    _run(_loops().density_peaks, *known, redundancy_BM, images=images)
     return _tensor(redundancy_BM)
+
+
+@cache
+def _alike(images: int, number: int) -> np.ndarray:
+    """The same number for each image, (B,) float32. Not to be written to."""
+    return np.full(images, number, np.float32)
 
 
 def select(

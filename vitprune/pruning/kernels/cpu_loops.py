@@ -77,7 +77,7 @@ def compute_stats(
     query_BHK: Any,
     keys_THK: Any,
     contexts_THK: Any,
-    key_bias_T: Any,
+    sizes_T: Any,
     scale: Any,
     spans_3B: Any,
     scores_BM: Any,
@@ -85,7 +85,7 @@ def compute_stats(
 ) -> None:
     """What a block's attention says about its tokens; `scores.head_weighted_attention` and `scores.key_metric`.
 
-    scores_BM, metric_TK: None where it isn't asked for. key_bias_T: None where no token has a size.
+    scores_BM, metric_TK: None where it isn't asked for. sizes_T: None where no token has a size.
     """
     heads, width = keys_THK.shape[1], keys_THK.shape[2]
     for b in numba.prange(spans_3B.shape[1]):
@@ -111,11 +111,12 @@ def compute_stats(
             row_MH = np.empty((length, heads), np.float32)
             largest_H = np.full(heads, -np.inf, np.float32)
             for i in range(length):
+                bias = np.float32(0) if sizes_T is None else np.float32(math.log(sizes_T[first + i]))
                 for h in range(heads):
                     logit = np.float32(0)
                     for c in range(width):
                         logit += _wide(keys_THK[first + i, h, c]) * query_HK[h, c]
-                    row_MH[i, h] = logit if key_bias_T is None else logit + key_bias_T[first + i]
+                    row_MH[i, h] = logit + bias
                     largest_H[h] = max(largest_H[h], row_MH[i, h])
             sums_H = np.zeros(heads, np.float32)
             for i in range(length):
@@ -157,29 +158,39 @@ def _nearest(row_K: Any, columns_KA: Any, cosines_A: Any) -> Any:
     return nearest, best
 
 
+@numba.njit(fastmath=FASTMATH, nogil=True)
+def _most_similar_before(sorted_KN: Any, found_N: Any) -> None:
+    """Of each column the largest cosine to one before it, NaN where one of those is none; of the first −inf."""
+    width, count = sorted_KN.shape
+    cosines_2N = np.empty((2, count), np.float32)
+    for n in range(0, count, 2):  # two columns and four rows at a time, so that loads don't hold products up
+        last = min(n + 1, count - 1)
+        cosines_2N[:, :last] = 0
+        c = 0
+        while c + 4 <= width:
+            a0, a1, a2, a3 = sorted_KN[c, n], sorted_KN[c + 1, n], sorted_KN[c + 2, n], sorted_KN[c + 3, n]
+            b0, b1, b2, b3 = sorted_KN[c, last], sorted_KN[c + 1, last], sorted_KN[c + 2, last], sorted_KN[c + 3, last]
+            for m in range(last):
+                x0, x1, x2, x3 = sorted_KN[c, m], sorted_KN[c + 1, m], sorted_KN[c + 2, m], sorted_KN[c + 3, m]
+                cosines_2N[0, m] += (a0 * x0 + a1 * x1) + (a2 * x2 + a3 * x3)
+                cosines_2N[1, m] += (b0 * x0 + b1 * x1) + (b2 * x2 + b3 * x3)
+            c += 4
+        while c < width:
+            a0, b0 = sorted_KN[c, n], sorted_KN[c, last]
+            for m in range(last):
+                cosines_2N[0, m] += a0 * sorted_KN[c, m]
+                cosines_2N[1, m] += b0 * sorted_KN[c, m]
+            c += 1
+        for row in range(last - n + 1):
+            best, total = np.float32(-np.inf), np.float32(0)
+            for m in range(n + row):
+                best, total = max(best, cosines_2N[row, m]), total + cosines_2N[row, m]
+            found_N[n + row] = best if total == total else total
+
+
 @Loop
-def sort(
+def density_peaks(
     metric_TK: Any,
-    scores_BM: Any,
-    num_prefix_tokens: Any,
-    spans_3B: Any,
-    order_BN: Any,
-    sorted_BNK: Any,
-) -> None:
-    """Patches by importance, of equals the first one first, and their metric in that order; zeros beyond them."""
-    for b in numba.prange(spans_3B.shape[1]):
-        length = spans_3B[1, b]
-        first, patches = spans_3B[0, b] + num_prefix_tokens, length - num_prefix_tokens
-        order_BN[b, :patches] = np.argsort(-scores_BM[b, num_prefix_tokens:length], kind="mergesort")
-        for n in range(patches):
-            sorted_BNK[b, n] = metric_TK[first + order_BN[b, n]]
-        sorted_BNK[b, patches:] = 0
-
-
-@Loop
-def weigh(
-    distances_BN: Any,
-    order_BN: Any,
     scores_BM: Any,
     num_patches_B: Any,
     exponent: Any,
@@ -187,14 +198,21 @@ def weigh(
     spans_3B: Any,
     redundancy_BM: Any,
 ) -> None:
-    """δ, by importance, times (n·S)^α, in the order of the tokens; +inf for prefix tokens, −inf beyond an image's."""
+    """δ times (n·S)^α; +inf for prefix tokens, −inf beyond an image's. Of equal patches the first is more important."""
     for b in numba.prange(spans_3B.shape[1]):
         length = spans_3B[1, b]
+        first, patches = spans_3B[0, b] + num_prefix_tokens, length - num_prefix_tokens
         redundancy_BM[b, :num_prefix_tokens] = np.inf
         redundancy_BM[b, length:] = -np.inf
-        for n in range(length - num_prefix_tokens):
-            i = num_prefix_tokens + order_BN[b, n]
-            distance = max(distances_BN[b, n], np.float32(0))
+        order_N = np.argsort(-scores_BM[b, num_prefix_tokens:length], kind="mergesort")
+        sorted_KN, cosines_N = np.empty((metric_TK.shape[1], patches), np.float32), np.empty(patches, np.float32)
+        for n in range(patches):
+            for c in range(sorted_KN.shape[0]):
+                sorted_KN[c, n] = metric_TK[first + order_N[n], c]
+        _most_similar_before(sorted_KN, cosines_N)
+        for n in range(patches):
+            i = num_prefix_tokens + order_N[n]
+            distance = max(np.float32(1) - cosines_N[n], np.float32(0))
             redundancy_BM[b, i] = distance * (num_patches_B[b] * scores_BM[b, i]) ** exponent
 
 
