@@ -24,6 +24,7 @@ from vitprune.pruning.attention import (
     first_positions,
     row_query,
     stats_logits,
+    uncompiled,
 )
 from vitprune.pruning.learning.borderline import BorderlineTokens, LearningBatch
 from vitprune.pruning.learning.mask_gradients import (
@@ -96,7 +97,7 @@ class LearningAttention(PackedAttention):
         self._inputs: PackedInputs | None = None  # of the kept tokens, while the borderline ones need it
         self._contexts_THK: Tensor | None = None
 
-    @torch.compiler.disable(recursive=False)
+    @uncompiled
     def run(self, block: Callable[..., Any], hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
         theirs = self.borderline
         if theirs is None:
