@@ -62,6 +62,12 @@ def _few_tries(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr("vitprune.budget.schedule.MOST_TRIES", 3)
 
 
+@pytest.fixture(autouse=True)
+def _short_timings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test looks at how long something took."""
+    monkeypatch.setattr("vitprune.measure.timing.SHORTEST", 0.0)
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[Clock]:
     """Takes the place of `time.perf_counter`."""

@@ -20,11 +20,6 @@ SETTING = Setting(image_size=32, dtype="float32")
 CPU = torch.device("cpu")
 
 
-@pytest.fixture(autouse=True)
-def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitprune.measure.timing.SHORTEST", 0.0)
-
-
 @pytest.fixture
 def subjects() -> BenchSubjects:
     return BenchSubjects(tiny.build("vit"), tiny.POLICIES["redundancy-merge"], None)

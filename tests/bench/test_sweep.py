@@ -22,9 +22,8 @@ Bench = Callable[..., Benchmark]
 
 
 @pytest.fixture(autouse=True)
-def _short(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
-    monkeypatch.setattr("vitprune.measure.timing.SHORTEST", 0.0)
 
 
 @pytest.fixture

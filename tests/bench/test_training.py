@@ -16,11 +16,6 @@ from vitprune.models.module import is_pruned, pruning_of
 from vitprune.reports.bench_results import Setting
 
 
-@pytest.fixture(autouse=True)
-def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("vitprune.measure.timing.SHORTEST", 0.0)
-
-
 def contest_of(family: str) -> tuple[BenchSubjects, dict[float | None, Levels]]:
     model = tiny.build(family)
     spec = tiny.spec_for(family, tiny.POLICIES["as-vit-merge"]).model_copy(update={"temperature": 1e-2})
