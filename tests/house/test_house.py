@@ -165,6 +165,13 @@ def test_the_score_of_the_page_is_a_score(monkeypatch: pytest.MonkeyPatch) -> No
     assert trace.keep_masks[0].any(1).all()
 
 
+@pytest.mark.parametrize("path", MODULES, ids=dotted)
+def test_processes_ask_one_another_in_one_place(path: Path) -> None:
+    """Which knows when the others don't listen."""
+    asks = re.search(r"broadcast_object_list|gather_object|all_gather_object", path.read_text(encoding="utf-8"))
+    assert not asks or dotted(path) == "vitprune.runtime.distributed"
+
+
 def test_a_room_without_torch_imports_none() -> None:
     code = (
         "import sys, vitprune.recipe.schema, vitprune.reports.run_report, vitprune.reports.results, "

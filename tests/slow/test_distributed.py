@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from functools import cache
@@ -43,15 +44,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def start(out: Path, processes: int, *, fsdp: bool, **settings: object) -> subprocess.CompletedProcess[str]:
-    """20 steps: batches of 16 that share 50 images don't end where epochs do."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command, environment = prepare(out, torchrun if processes > 1 else [], fsdp=fsdp, **settings)
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+
+
+def prepare(out: Path, launcher: list[str], *, fsdp: bool, **settings: object) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of 20 steps: batches of 16 that share 50 images don't end where epochs do."""
     common = {"data": str(out.parent / "data"), "steps": 20, "augmentation": "light", "fsdp": fsdp, "held_out": 10}
     common["thresholds"] = "learned" if settings["policy"] == PAPER else "scaled"
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
     arguments = [str(WORKER), str(out), json.dumps(common | settings)]
-    command = [sys.executable, *(torchrun if processes > 1 else []), *arguments]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(FSDP if fsdp else {})}
     out.mkdir(exist_ok=True)
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=PATIENCE, check=False)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(FSDP if fsdp else {})}
+    return [sys.executable, *launcher, *arguments], environment
 
 
 def result(out: Path, done: subprocess.CompletedProcess[str]) -> Trained:
@@ -78,6 +83,28 @@ def test_two_processes_train_as_one_does(folder: Path, policy: dict[str, object]
     assert len(records) == 20
     assert_close(records, expected_records, **SAME)
     assert_close(weights, expected_weights, **SAME)
+
+
+def test_two_machines_keep_their_states_in_a_folder_that_both_see(folder: Path) -> None:
+    """Each has one process, so both are the first of their machine."""
+    out, text = folder / "machines", json.dumps(PAPER)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        place = ["--master_addr", "127.0.0.1", "--master_port", str(free.getsockname()[1])]
+    started = []
+    for machine in range(2):
+        torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--node_rank"]
+        settings = {"policy": PAPER, "batch_size": 16, "checkpoint_every": 5, "checkpoints_kept": 2}
+        command, environment = prepare(out, [*torchrun, str(machine), *place], fsdp=False, **settings)
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        started.append(subprocess.Popen(command, env=environment, **pipes))
+    ended = [process.communicate(timeout=PATIENCE)[1] for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(ended)
+    assert sorted(path.name for path in out.glob("step-*")) == ["step-000000015", "step-000000020"]
+    records = json.loads((out / "records.json").read_text())
+    expected_records, expected_weights = trained(folder, 2, text)
+    assert_close(records, expected_records, **EXACT)
+    assert_close(load_file(out / "weights.safetensors"), expected_weights, **EXACT)
 
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])

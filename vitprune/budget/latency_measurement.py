@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from vitprune.budget.calibration import set_rate
@@ -57,9 +56,7 @@ def measure_latency(
         timings, _ = time_in_turn(
             {"dense": Runner(before, PlacedBatches(batches, dense)), **runners}, repeats, warm_up=1, shortest=0
         )
-    # what the main process of a distributed run found, so that all get the same levels
-    (table,) = broadcast_object_list([_table(pruning, probes, timings["dense"].median, batch_size)])
-    return table
+    return _table(pruning, probes, timings["dense"].median, batch_size)
 
 
 @dataclass(eq=False)

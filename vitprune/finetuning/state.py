@@ -77,14 +77,14 @@ class States:
         if place.exists():
             return
         unfinished = place.with_suffix(".unfinished")
-        with self._told(progress, accelerator.is_local_main_process, unfinished):
+        with self._told(progress, accelerator.is_main_process, unfinished):
             accelerator.save_state(str(unfinished))
-            if accelerator.is_local_main_process:
+            if accelerator.is_main_process:
                 if best is not None:
                     save_file({name: weight.contiguous() for name, weight in best.items()}, unfinished / _BEST)
                 (unfinished / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
             accelerator.wait_for_everyone()
-            if accelerator.is_local_main_process:
+            if accelerator.is_main_process:
                 unfinished.rename(place)
                 for old in self._complete()[: -self.kept]:
                     shutil.rmtree(old)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from datetime import timedelta
 from typing import TypeVar
 
@@ -21,6 +22,8 @@ T = TypeVar("T")
 # the others wait while the main process calibrates, meets a budget or takes times
 PATIENCE = timedelta(hours=2)
 _FAILURES = "vitprune/failures"
+# the main process computes what the others wait for: they would miss what it tells or asks them now
+_alone: ContextVar[bool] = ContextVar("vitprune_alone", default=False)
 # gloo's errors are RuntimeErrors with its name in them
 _LOST = r"gloo|[Cc]onnection (closed|reset|refused)"
 
@@ -59,13 +62,20 @@ def destroy() -> None:
 
 
 def on_main(compute: Callable[[], T]) -> T:
-    """What the main process computes, in every process."""
-    (result,) = broadcast_object_list([compute() if init().is_main_process else None])
+    """What the main process computes, in every process. Not within what it computes so."""
+    assert not _alone.get()
+    token = _alone.set(True)
+    try:
+        own = compute() if init().is_main_process else None
+    finally:
+        _alone.reset(token)
+    (result,) = broadcast_object_list([own])
     return result  # pyright: ignore[reportReturnType] — all have the main process's now
 
 
 def all_gather(value: T) -> list[T]:
     """The values of all processes, in their order."""
+    assert not _alone.get()
     return gather_object([value])
 
 
