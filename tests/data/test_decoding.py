@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import PIL.Image
 import pytest
-from transformers import ViTImageProcessorPil
+from transformers import BitImageProcessorPil, ViTImageProcessorPil
 
-from vitprune.data.decoding import in_colours, mode_of
+from vitprune.data.decoding import blank_image, in_colours, mode_of, processor_at
 
 
 def picture(value: float, dtype: type) -> PIL.Image.Image:
@@ -58,3 +60,33 @@ def test_a_checkpoint_of_one_channel_sees_grey_and_of_others_nothing() -> None:
     assert mode_of(ViTImageProcessorPil(image_mean=[0.5], image_std=[0.5], do_normalize=False)) == "RGB"
     with pytest.raises(ValueError, match="have 13 channels"):
         mode_of(ViTImageProcessorPil(image_mean=[0.5] * 13, image_std=[0.5] * 13))
+
+
+@pytest.mark.parametrize(
+    ("processor", "sizes"),
+    [
+        (ViTImageProcessorPil(size={"height": 32, "width": 32}), {"size": {"height": 48, "width": 64}}),
+        (
+            BitImageProcessorPil(size={"shortest_edge": 64}, crop_size={"height": 56, "width": 56}),
+            {"size": {"shortest_edge": 128}, "crop_size": {"height": 112, "width": 112}},
+        ),
+    ],
+)
+def test_a_processor_for_another_size(processor: Any, sizes: dict[str, dict[str, int]]) -> None:
+    wanted = sizes.get("crop_size") or sizes["size"]
+    found: Any = processor_at(processor, wanted["height"], wanted["width"])
+    assert blank_image(found).shape[-2:] == (wanted["height"], wanted["width"])
+    assert {name: dict(getattr(found, name)) for name in sizes} == sizes
+    assert blank_image(processor).shape[-1] != wanted["width"], "it was changed itself"
+    assert processor_at(found, wanted["height"], wanted["width"]) is found
+
+
+def test_a_processor_that_leaves_sizes_alone_is_for_all() -> None:
+    processor = ViTImageProcessorPil(do_resize=False)
+    assert processor_at(processor, 48, 48) is processor
+
+
+def test_a_processor_that_takes_no_such_size_is_refused() -> None:
+    processor = BitImageProcessorPil(size={"shortest_edge": 64}, do_center_crop=False)
+    with pytest.raises(ValueError, match=r"gives images of 64×64 pixels and can't be told to give 48×40"):
+        processor_at(processor, 48, 40)

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from tiny import Tolerance
 from torch.testing import assert_close
 from transformers import BitImageProcessorPil, ViTImageProcessorPil
 
 import vitprune
+from vitprune.data.decoding import decode, in_colours
 from vitprune.exporting.card import _prepare
 from vitprune.exporting.exported import INFO, ExportedModel, folder_of
 from vitprune.exporting.formats import Pt2
@@ -36,6 +37,7 @@ def pruned(family: str, policy: str) -> Any:
         ("siglip2", "as-vit", {}, "takes images of several shapes"),
         ("clip-zero-shot", "as-vit", {}, "reads texts, too; export its CLIPVisionModel"),
         ("vit", "random-leave", {}, "select: random is a baseline"),
+        ("vit", "tome", {"tokens": "fixed", "kept": [50, 40]}, "tome keeps fixed numbers of tokens by itself; export"),
         ("vit", "as-vit", {"tokens": "fixed"}, "goes with tokens: fixed, and fixed needs it"),
         ("vit", "as-vit", {"kept": [9, 5]}, "goes with tokens: fixed"),
         ("vit", "as-vit", {"tokens": "fixed", "kept": [9]}, "1 numbers for 2 stages"),
@@ -106,13 +108,21 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("size", [(61, 47), (47, 61), (50, 50)])
-def test_the_script_prepares_as_the_processor_does(tmp_path: Path, processor: Any, size: tuple[int, int]) -> None:
-    pixels = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3)).astype(np.uint8)
-    Image.fromarray(pixels).save(tmp_path / "image.png")
+@pytest.mark.parametrize("kind", ["plain", "turned", "16 bits"])
+def test_the_script_prepares_as_the_processor_does(
+    tmp_path: Path, processor: Any, size: tuple[int, int], kind: str
+) -> None:
+    pixels, exif = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3)).astype(np.uint8), Image.Exif()
+    picture = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257 if kind == "16 bits" else pixels)
+    exif[ExifTags.Base.Orientation] = 6 if kind == "turned" else 1
+    picture.save(tmp_path / "image.png", exif=exif)
+    encoded = {"path": None, "bytes": (tmp_path / "image.png").read_bytes()}
+    seen = in_colours(decode(encoded), "RGB")
+    assert (seen.size == size[::-1]) or kind != "turned"
     info: Any = SimpleNamespace(image=(3, 32, 32))
     lines = _prepare(processor, info)
     assert lines is not None
-    values: dict[str, Any] = {"np": np, "Image": Image, "path": tmp_path / "image.png"}
+    values: dict[str, Any] = {"np": np, "Image": Image, "ImageOps": ImageOps, "path": tmp_path / "image.png"}
     exec("\n".join(line.removeprefix("    ") for line in lines), values)
-    expected = processor(Image.fromarray(pixels), return_tensors="pt")["pixel_values"]
+    expected = processor(seen, return_tensors="pt")["pixel_values"]
     assert_close(torch.from_numpy(values["pixels"]), expected.float(), **ROUNDING)

@@ -153,8 +153,25 @@ def test_any_size(tmp_path: Path) -> None:
     exported = vitprune.export(model, tmp_path / "out", any_size=True)
     for height, width in ((32, 32), (48, 32), (24, 40)):
         x = torch.randn(3, 3, height, width)
-        with torch.no_grad():
+        with torch.no_grad(), vitprune.trace(model) as here, vitprune.trace(exported.model) as there:
             assert_close(exported.model(x).logits, model(x).logits, **FLOAT32)
+        assert_close(there.macs, here.macs)
+        assert_close(there.dense_macs, here.dense_macs)
+
+
+def test_another_size_than_the_processors(tmp_path: Path) -> None:
+    """What is written beside the graph gives what the graph takes."""
+    model, pixels = pruned("dinov2"), np.random.default_rng(0).integers(0, 255, (40, 52, 3)).astype(np.uint8)
+    exported = vitprune.export(model, tmp_path / "out", image_size=48, processor=PROCESSOR)
+    assert exported.info.image == (3, 48, 48)
+    logits = exported(Image.fromarray(pixels))["logits"]
+    x = ViTImageProcessorPil(size={"height": 48, "width": 48})(Image.fromarray(pixels), return_tensors="pt")
+    with torch.no_grad():
+        assert_close(logits, model(x["pixel_values"]).logits, **FLOAT32)
+    Image.fromarray(pixels).save(tmp_path / "image.png")
+    command = [sys.executable, str(tmp_path / "out" / "run.py"), str(tmp_path / "image.png")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.fixture(scope="module")

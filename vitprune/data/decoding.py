@@ -102,6 +102,35 @@ def blank_image(processor: BaseImageProcessor) -> Tensor:
     return processor(PIL.Image.new(mode_of(processor), (256, 256)), return_tensors="pt")["pixel_values"]
 
 
+def processor_at(processor: BaseImageProcessor, height: int, width: int) -> BaseImageProcessor:
+    """The image processor, giving images of so many pixels: what it resizes to grows or shrinks with what it crops.
+
+    Raises ValueError for one that can't be told a size.
+    """
+    settings: dict[str, Any] = processor.to_dict()
+    if not (settings.get("do_resize", True) or settings.get("do_center_crop")):
+        return processor  # which leaves sizes alone
+    old_height, old_width = blank_image(processor).shape[-2:]
+    if (old_height, old_width) == (height, width):
+        return processor
+    new = {"height": height, "width": width}
+    scale = {"height": height / old_height, "width": width / old_width, "shortest_edge": height / old_height}
+    changes = {"crop_size": new} if settings.get("do_center_crop") else {}
+    if settings.get("do_resize") and isinstance(settings.get("size"), Mapping):
+        sides: Mapping[str, int] = settings["size"]
+        changes["size"] = {side: round(pixels * scale[side]) for side, pixels in sides.items() if side in scale}
+    try:
+        found: Any = type(processor).from_dict({**settings, **changes})
+        if blank_image(found).shape[-2:] == (height, width):
+            return found
+    except (TypeError, ValueError):  # it knows sizes of another kind
+        pass
+    raise ValueError(
+        f"the image processor gives images of {old_height}×{old_width} pixels and can't be told to give "
+        f"{height}×{width}; set that in preprocessor_config.json"
+    )
+
+
 @dataclass(frozen=True)
 class Collate:
     """Puts samples together to a batch. may_be_empty: None where all are broken, instead of an error."""

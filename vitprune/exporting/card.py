@@ -103,7 +103,7 @@ def _script(info: ExportInfo, model: PreTrainedModel, prepare: list[str]) -> str
         "",
         "import numpy as np",
         *imports,
-        "from PIL import Image",
+        "from PIL import Image, ImageOps",
         "",
         "here = Path(__file__).parent",
         *(['classes = json.loads((here / "config.json").read_text())["id2label"]'] if "classes" in show else []),
@@ -131,7 +131,13 @@ def _prepare(processor: BaseImageProcessor, info: ExportInfo) -> list[str] | Non
     does = {name for name in vars(own) if name.startswith("do_") and getattr(own, name)}
     if does - known or "do_pad" in does or getattr(own, "do_reduce_labels", False):
         return None
-    lines = [f'    image = Image.open(path).convert("{mode_of(processor)}")']
+    lines = [
+        "    image = ImageOps.exif_transpose(Image.open(path))",
+        '    if image.mode[0] in "IF":  # 16 bits, or fractions',
+        '        brightest = 65535 if image.mode[0] == "I" else 1',
+        "        image = Image.fromarray((np.asarray(image) * (255 / brightest)).round().astype(np.uint8))",
+        f'    image = image.convert("{mode_of(processor)}")',
+    ]
     if own.do_resize:
         size, resample = dict(own.size), PIL.Image.Resampling(int(own.resample)).name
         if "shortest_edge" in size:

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
-from vitprune.data.decoding import blank_image
+from vitprune.data.decoding import blank_image, processor_at
 from vitprune.exporting.card import files_of
 from vitprune.exporting.exported import INFO, ExportedModel, ExportInfo, made_with
 from vitprune.exporting.formats import FORMATS, OPSET, FormatName, Precision
@@ -63,7 +63,7 @@ def export(
         image_size: height and width in pixels; what the image processor gives, or what the model's config says.
         any_size: other heights and widths fit the graph, too, where the model interpolates its positions.
         tells_patches: the graph also gives out `merged_into`, what became of each patch (`Trace.merged_into`).
-        processor: written beside the graph.
+        processor: written beside the graph, for images of that size.
         overwrite: an exported folder or checkpoint that is there.
 
     Raises:
@@ -75,6 +75,7 @@ def export(
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists; choose another folder, or overwrite it (--overwrite, overwrite=True)")
     image = _image(model, processor, image_size)
+    processor = None if processor is None else processor_at(processor, *image[1:])
     own = _copy_to_export(model, image, tokens, kept, dtype)
     try:
         program, outputs = trace_graph(own, image, any_size=any_size, tells_patches=tells_patches)
@@ -162,6 +163,8 @@ def _copy_to_export(
     if not is_pruned(own):
         raise ValueError(f"{type(model).__name__} isn't pruned, so there is no stage at which to keep a fixed number")
     pruning = pruning_of(own)
+    if pruning.spec.select == "tome":
+        raise ValueError("select: tome keeps fixed numbers of tokens by itself; export it with tokens: adaptive")
     if len(kept) != len(pruning.before_blocks):
         raise ValueError(f"`kept` has {len(kept)} numbers for {len(pruning.before_blocks)} stages; give one per stage")
     spec, stages = pruning.spec, pruning.before_blocks

@@ -6,20 +6,23 @@ Tensor suffixes: B images, C channels, H height, W width, S stages.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
 import PIL.Image
+import PIL.ImageOps
+import torch
 from pydantic import Field, ValidationError
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils.generic import ModelOutput
 
+from vitprune.data.decoding import in_colours, mode_of
 from vitprune.exporting.formats import FORMATS, FormatName, Precision, Session
 from vitprune.exporting.graph import ANSWERS, KEPT_TOKENS, MERGED_INTO
 from vitprune.models import context
@@ -27,6 +30,7 @@ from vitprune.models.checkpoint import EXPORTED as INFO
 from vitprune.models.checkpoint import load_config, load_processor, model_class, outline
 from vitprune.models.hooks import SUBMODULE
 from vitprune.models.module import Pruning, spec_of
+from vitprune.models.structure import count_tokens
 from vitprune.models.trace import Trace
 from vitprune.pruning.costs import CostCounter
 from vitprune.pruning.selection import Policy
@@ -105,9 +109,11 @@ class ExportedModel:
         return load_processor(str(self.folder))
 
     def __call__(self, images: PIL.Image.Image | Sequence[PIL.Image.Image]) -> dict[str, Tensor]:
-        """Run the graph on pictures; its outputs by name."""
+        """Run the graph on pictures, which are turned upright; its outputs by name."""
         pictures = [images] if isinstance(images, PIL.Image.Image) else list(images)
-        pixels: Any = self.processor([picture.convert("RGB") for picture in pictures], return_tensors="pt")
+        mode = mode_of(self.processor)
+        upright = [in_colours(PIL.ImageOps.exif_transpose(picture), mode) for picture in pictures]
+        pixels: Any = self.processor(upright, return_tensors="pt")
         return self.session(pixels["pixel_values"])
 
 
@@ -122,8 +128,24 @@ def _shell(folder: Path, info: ExportInfo, session: Session) -> PreTrainedModel:
     if spec is not None:
         pruning = Pruning(spec, structure)
         model.add_module(SUBMODULE, pruning)
-    vars(model)["forward"] = _GraphForward(session, pruning, info.patches, runtime)
+    vars(model)["forward"] = _GraphForward(session, pruning, _patches(info, type(model), config), runtime)
     return model.eval().requires_grad_(False)
+
+
+def _patches(info: ExportInfo, cls: type[PreTrainedModel], config: PreTrainedConfig) -> Callable[[int, int], int]:
+    """How many patches an image of such a height and width has."""
+
+    @cache
+    def at(height: int, width: int) -> int:
+        channels, *size = info.image
+        if [height, width] == size:
+            return info.patches
+        _, structure = outline(cls, config)
+        with torch.no_grad():
+            tokens = count_tokens(structure, torch.empty(1, channels, height, width, device="meta"))
+        return tokens - structure.num_prefix_tokens
+
+    return at
 
 
 @dataclass(frozen=True)
@@ -137,26 +159,27 @@ class _Past:
 
 @dataclass(frozen=True, eq=False)
 class _GraphForward:
-    """Stands in for a model's `forward`. patches: of an image of the size that was exported. runtime: what runs it."""
+    """Stands in for a model's `forward`. patches: of an image, by its height and width. runtime: what runs it."""
 
     session: Session
     pruning: Pruning | None
-    patches: int
+    patches: Callable[[int, int], int]
     runtime: str
 
     def __call__(self, pixel_values: Tensor, **unused: Any) -> ModelOutput:
         found = self.session(pixel_values)
         traces = [one for one in context.current().traces if isinstance(one, Trace) and one.pruning is self.pruning]
         if traces and self.pruning is not None:
-            past = self._past(self.pruning(), found)
+            past = self._past(self.pruning(), self.patches(*pixel_values.shape[-2:]), found)
             for watched in traces:
                 watched.record(past)
         return ModelOutput({name: found[name] for name in ANSWERS if name in found})
 
-    def _past(self, policy: Policy, found: dict[str, Tensor]) -> _Past:
+    @staticmethod
+    def _past(policy: Policy, patches: int, found: dict[str, Tensor]) -> _Past:
         """Count what a packed forward would: padding is in no image's work."""
         kept_BS = found[KEPT_TOKENS].float()
-        tokens_B = kept_BS.new_full((len(kept_BS),), self.patches + policy.num_prefix_tokens)
+        tokens_B = kept_BS.new_full((len(kept_BS),), patches + policy.num_prefix_tokens)
         counter = CostCounter(policy.cost, policy.stage_macs, tokens_B)
         behind = dict(zip(policy.before_blocks, kept_BS.unbind(1), strict=True))
         for block in range(len(policy.cost.linear)):

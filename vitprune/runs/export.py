@@ -20,6 +20,7 @@ from vitprune.measure.timing import placed
 from vitprune.models.checkpoint import load, load_processor
 from vitprune.models.module import is_pruned
 from vitprune.models.trace import trace
+from vitprune.recipe.values import read_budget
 from vitprune.reports.results import Comparison, Report
 from vitprune.runtime.progress import task
 
@@ -101,10 +102,11 @@ def _kept(checkpoint: str, kept: str, budget: str | None) -> Sequence[int]:
     report = Report.model_validate_json(path.read_text(encoding="utf-8"))
     found: Comparison = report.comparison
     if budget is not None:
-        by_budget = {f"{100 * point.budget:g}%": point.comparison for point in report.points}
-        if budget not in by_budget:
+        asked = read_budget(budget)
+        points = [point for point in report.points if point.budget == asked]
+        if not points:
             raise ValueError(f"the checkpoint's report says nothing of {budget}; name the numbers: --kept 180,126,87")
-        found = by_budget[budget]
+        found = points[0].comparison
     return [max(1, round(getattr(stage.kept, kept))) for stage in found.kept]
 
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
+from transformers.utils import IMAGE_PROCESSOR_NAME
 from typing_extensions import Self
 
 from vitprune.data.images import Images, load_images
@@ -80,7 +81,7 @@ class RunInputs:
         distributed.require_same(flat(recipe.model_dump(mode="json")), "recipes")
         recipe, dense, model = _load_models(recipe, pruned, state.device)
         spec = recipe.model
-        processor = load_processor(spec.checkpoint, spec.revision)
+        processor = _load_processor(recipe, pruned)
         tokenizer = load_tokenizer(spec.checkpoint, spec.revision) if is_two_towers(dense) else None
         read = partial(read_images, recipe, processor, dense)
         train = holdout = None
@@ -129,6 +130,14 @@ class RunInputs:
         return {**settings, **found, **weights, "processes": distributed.init().num_processes}
 
 
+def _load_processor(recipe: Recipe, pruned: str | None) -> BaseImageProcessor:
+    """The checkpoint's; of a graph its own, which prepares images of the graph's size."""
+    folder = None if pruned is None else folder_of(pruned)
+    if folder is not None and (folder / IMAGE_PROCESSOR_NAME).is_file():
+        return load_processor(str(folder))
+    return load_processor(recipe.model.checkpoint, recipe.model.revision)
+
+
 def _load_models(
     recipe: Recipe, pruned: str | None, device: torch.device | None
 ) -> tuple[Recipe, PreTrainedModel, PreTrainedModel]:
@@ -151,7 +160,7 @@ def _load_models(
     if folder_of(pruned) is not None:
         exported = ExportedModel.load(pruned)
         _require_same_names(pruned, exported.model, spec.checkpoint, dense)
-        return recipe, export_like(exported.info, dense, load_processor(spec.checkpoint, spec.revision)), exported.model
+        return recipe, export_like(exported.info, dense, _load_processor(recipe, pruned)), exported.model
     model = moved(load(pruned, dtype=dtype), device)
     if not is_pruned(model):
         raise ValueError(f"{pruned} isn't pruned; name a checkpoint that `vitprune apply` wrote")
