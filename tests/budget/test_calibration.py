@@ -250,6 +250,17 @@ def test_an_impossible_budget_is_refused_with_what_would_be_possible(
         calibrate(pruned(**spec), batches(), 0.1, progress=False)
 
 
+def test_thresholds_are_scaled_to_the_nearest_or_refused() -> None:
+    model = pruned(before_blocks=[1, 3], thresholds="calibrated")
+    calibrate(model, batches(), 0.7, progress=False)
+    nearest = scale_to_budget(model, batches(), 0.05, progress=False)
+    assert nearest > 0.1
+    with pytest.raises(ValueError, match=r"5.0% can't be met by pruning before blocks \[1, 3\]: the nearest is"):
+        scale_to_budget(model, batches(), 0.05, must_meet=True, progress=False)
+    with pytest.raises(ValueError, match=r"5.0% can't be met"):
+        vitprune.find_points(model, batches(), [0.7, 0.05], progress=False)
+
+
 def test_where_no_schedule_meets_the_budget_the_first_is_named() -> None:
     with pytest.raises(ValueError, match=r"10.0% can't be met by pruning before blocks \[1, 2, 4\]: the nearest is 2"):
         calibrate(pruned(), batches(), 0.1, progress=False)

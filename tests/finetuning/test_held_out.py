@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from vitprune.finetuning.held_out import HeldOut, _is_gain
+from vitprune.finetuning.held_out import GROUP, HeldOut, _is_gain
 
 
 class Pictures:
-    """Three batches, of 2, 2 and 1 images."""
+    """Three groups, of 2, 2 and 1 images."""
 
     def loader(self, batch_size: int) -> Any:
-        assert batch_size == 2
+        assert batch_size == GROUP
         return [{"pixel_values": torch.zeros(count, 3, 2, 2)} for count in (2, 2, 1)]
 
 
@@ -43,7 +43,7 @@ class Updates:
 def test_a_check_is_the_mean_over_the_images_and_the_lowest_loss_is_kept() -> None:
     update: Any = Updates([3.0, 2.0, 2.5])
     images: Any = Pictures()
-    held = HeldOut(images, 2, (4,), 0.6)
+    held = HeldOut(images, (4,), 0.6)
     assert held.kept_step == 0
     assert [held.look(update, step) for step in (0, 10, 20)] == [True, True, False]
     assert held.count == 5
@@ -59,7 +59,7 @@ def test_a_check_is_the_mean_over_the_images_and_the_lowest_loss_is_kept() -> No
 def test_without_an_image_there_is_nothing_to_choose_by() -> None:
     images: Any = type("Nothing", (), {"loader": lambda self, size: []})()
     update: Any = Updates([])
-    held = HeldOut(images, 2, (4,), 0.6)
+    held = HeldOut(images, (4,), 0.6)
     assert not held.look(update, 0)
     assert held.checks == []
 
@@ -67,7 +67,7 @@ def test_without_an_image_there_is_nothing_to_choose_by() -> None:
 def test_what_costs_more_than_the_budget_is_no_better_for_that() -> None:
     update: Any = Updates([3.0, 1.0, 2.0], ratios=(0.6, 0.7, 0.61))
     images: Any = Pictures()
-    held = HeldOut(images, 2, (4,), 0.6)
+    held = HeldOut(images, (4,), 0.6)
     assert [held.look(update, step) for step in (0, 10, 20)] == [True, False, True]
     assert [check.counts for check in held.checks] == [True, False, True]
     assert held.kept_step == 20
@@ -76,7 +76,7 @@ def test_what_costs_more_than_the_budget_is_no_better_for_that() -> None:
 def test_images_that_need_more_than_the_budget_need_it_before_training_too() -> None:
     update: Any = Updates([3.0, 2.0, 1.0], ratios=(0.65, 0.66, 0.7))
     images: Any = Pictures()
-    held = HeldOut(images, 2, (4,), 0.6)
+    held = HeldOut(images, (4,), 0.6)
     assert [held.look(update, step) for step in (0, 10, 20)] == [True, True, False]
 
 
@@ -84,5 +84,5 @@ def test_a_gain_is_more_than_chance() -> None:
     before = [1.0, 2.0, 3.0, 4.0]
     assert _is_gain(before, [0.9, 1.9, 2.9, 3.9])
     assert not _is_gain(before, [1.1, 2.1, 3.1, 4.1])
-    assert not _is_gain(before, [0.4, 2.5, 2.4, 4.4])  # lower on average, by two batches of four
-    assert _is_gain([1.0], [2.0])  # of a single batch nobody can tell
+    assert not _is_gain(before, [0.4, 2.5, 2.4, 4.4])  # lower on average, by two groups of four
+    assert _is_gain([1.0], [2.0])  # of a single group nobody can tell

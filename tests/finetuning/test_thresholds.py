@@ -32,6 +32,23 @@ def test_before_any_step_thresholds_are_what_they_were(mode: ThresholdMode) -> N
     assert torch.equal(seen.keep_masks[-1], expected.keep_masks[-1])
 
 
+@pytest.mark.parametrize("mode", ["scaled", "learned"])
+def test_a_models_state_has_its_thresholds_while_they_are_trained(mode: ThresholdMode) -> None:
+    pruned = pruning()
+    training = ThresholdTraining.of(pruned, mode, 0.6)
+    handles = training.translate(pruned)
+    training.log_factor = 0.3
+    with torch.no_grad():
+        pruned.levels.add_(torch.tensor([0.1, -0.05]))
+    own, state = pruned.levels.detach().clone(), pruned.state_dict()
+    assert_close(state["thresholds"], training.levels(own))
+    pruned.load_state_dict(state)
+    assert_close(pruned.levels.detach(), own)
+    for handle in handles:
+        handle.remove()
+    assert_close(pruned.state_dict()["thresholds"], own)
+
+
 def test_a_parameter_that_learns_counts_in_parts_of_the_patches() -> None:
     pruned = pruning()
     training = ThresholdTraining.of(pruned, "learned", 0.6)

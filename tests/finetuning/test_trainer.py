@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
+import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch.testing import assert_close
 from torch.utils.data import Dataset
@@ -44,7 +45,14 @@ def calibrated(name: str) -> PreTrainedModel:
     return model
 
 
-def train(model: Any, folder: Path, *callbacks: Any, steps: int = 12) -> None:
+def train(
+    model: Any,
+    folder: Path,
+    *callbacks: Any,
+    steps: int = 12,
+    save_steps: int | None = None,
+    resume: Path | None = None,
+) -> None:
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -52,11 +60,13 @@ def train(model: Any, folder: Path, *callbacks: Any, steps: int = 12) -> None:
         learning_rate=1e-2,
         use_cpu=True,
         report_to=[],
-        save_strategy="no",
+        save_strategy="no" if save_steps is None else "steps",
+        save_steps=save_steps or steps,
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    Trainer(model=model, args=arguments, train_dataset=Pictures(), callbacks=list(callbacks)).train()
+    trainer = Trainer(model=model, args=arguments, train_dataset=Pictures(), callbacks=list(callbacks))
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -103,6 +113,35 @@ def test_learned_thresholds_move_apart(tmp_path: Path) -> None:
     train(scaled, tmp_path, vitprune.TrainerCallback(BUDGET, [tiny.images(16)]))
     factors = pruning_of(scaled).levels.detach() / before
     assert_close(factors.max(), factors.min(), rtol=1e-5, atol=0.0)
+
+
+class Watch(transformers.TrainerCallback):
+    """Notes the thresholds of each step."""
+
+    def __init__(self, ours: vitprune.TrainerCallback) -> None:
+        self.ours = ours
+        self.seen: dict[int, torch.Tensor] = {}
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        assert self.ours._training is not None
+        self.seen[state.global_step] = self.ours._training.levels(pruning_of(kwargs["model"]).levels).detach()
+
+
+@pytest.mark.parametrize("thresholds", ["scaled", "learned"])
+def test_checkpoints_on_the_way_have_the_thresholds_of_their_step(tmp_path: Path, thresholds: Any) -> None:
+    model = calibrated("as-vit")
+    callback = vitprune.TrainerCallback(BUDGET, [tiny.images(16)], thresholds=thresholds)
+    watch = Watch(callback)
+    train(model, tmp_path, callback, watch, save_steps=6)
+    assert not torch.equal(watch.seen[6], watch.seen[12])
+    for step, levels in watch.seen.items():
+        if step in (6, 12):
+            assert_close(pruning_of(vitprune.load(tmp_path / f"checkpoint-{step}")).levels.detach(), levels)
+    again = vitprune.TrainerCallback(BUDGET, [tiny.images(16)], thresholds=thresholds)
+    train(calibrated("as-vit"), tmp_path / "again", again, resume=tmp_path / "checkpoint-6")
+    assert again._training is not None
+    assert again._training.starts == pytest.approx(watch.seen[6].tolist())
+    assert abs(sum(again.ratios[-3:]) / 3 - BUDGET) < 0.1
 
 
 def test_the_price_of_macs_is_in_the_models_loss(tmp_path: Path) -> None:

@@ -105,6 +105,23 @@ BROKEN: dict[str, tuple[str | bytes, str, str]] = {
         "unknown key (did you mean 'finetune.learning_rate'?)",
     ),
     "key-like-no-other": (HEAD + "output: {zzz: 1}\n", ":5: output.zzz: ", "known here are path, overwrite"),
+    "unknown-key-in-a-list-of-sections": (
+        HEAD
+        + "pruning:\n  before_blocks: [1]\n"
+        + "  points: [{budget: 80%, ratio: 0.8, levels: [0.1], temperatures: [1.0], lvls: 1}]\n",
+        ":7: pruning.points[0].lvls: ",
+        "unknown key (did you mean 'levels'?)",
+    ),
+    "missing-key-in-a-list-of-sections": (
+        HEAD + "pruning:\n  before_blocks: [1]\n  points: [{budget: 80%, ratio: 0.8, temperatures: [1.0]}]\n",
+        ":7: pruning.points[0].levels: ",
+        "is missing",
+    ),
+    "a-file-that-is-not-there": (
+        HEAD.replace("fashion_mnist", "x, label_names: no.yaml"),
+        ":3: data.label_names: ",
+        "is not there",
+    ),
     "yaml-merge": (HEAD + "output: {<<: {path: x}}\n", ":5: output.<<: ", "unknown key"),
     "number-for-text": (
         HEAD.replace("224}", "224, revision: 1234567}"),

@@ -10,7 +10,7 @@ import pytest
 import samples
 import torch
 from made_up_clock import Clock
-from made_up_recipe import FINETUNE, RECIPE, recipe
+from made_up_recipe import FINETUNE, RECIPE, recipe, write
 from PIL import Image
 from torch.testing import assert_close
 from transformers import AutoImageProcessor, AutoModelForImageClassification, AutoTokenizer
@@ -21,6 +21,7 @@ from vitprune.models.module import is_pruned, pruning_of
 from vitprune.recipe.schema import RecipeError, load_recipe
 from vitprune.reports.results import Report
 from vitprune.runs.apply import apply, evaluate
+from vitprune.runs.inputs import RunInputs
 from vitprune.runs.plan import plan
 
 
@@ -204,6 +205,14 @@ def test_what_is_evaluated_has_to_be_pruned_and_have_the_same_classes(tmp_path: 
     vitprune.save(model, tmp_path / "other")
     with pytest.raises(ValueError, match=r"other and model\.checkpoint .* have different classes"):
         evaluate(str(tmp_path / "other"), asked, tmp_path / "evaluated")
+
+
+def test_what_an_error_advises_may_change_while_a_run_is_interrupted(tmp_path: Path) -> None:
+    """A loader's process that was killed, a broken image: their messages say what to change and to run again."""
+    texts = ["data.workers=2", "data.on_error=skip", "output.overwrite=true", "seed=1"]
+    path = write(tmp_path)
+    first, *others = [RunInputs.load(load_recipe(path, some)).fingerprint() for some in ([], *([one] for one in texts))]
+    assert [other == first for other in others] == [True, True, True, False]
 
 
 def test_dropout_of_attention_is_refused_before_anything_is_done(tmp_path: Path) -> None:

@@ -191,7 +191,7 @@ def test_it_runs_offline_from_the_cache(hub: Hub, home: Path) -> None:
 @pytest.mark.parametrize(
     ("cached", "what", "runs"),
     [
-        ((), "its config is", (apply, plan, prefetch)),
+        ((), "there is no such folder, and its config is", (apply, plan, prefetch)),
         ((CONFIG, WEIGHTS), "its image processor is", (apply, plan, prefetch)),
         ((CONFIG, PROCESSOR), "its weights are", (apply, prefetch)),
     ],

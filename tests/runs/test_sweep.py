@@ -8,6 +8,7 @@ import pytest
 from made_up_recipe import RECIPE, recipe
 
 import vitprune
+from vitprune.finetuning.losses import NonFiniteLoss
 from vitprune.recipe.schema import Recipe
 from vitprune.reports.sweep_report import Sweep, sweep_cells, sweep_findings
 from vitprune.runs import sweep as module
@@ -78,6 +79,34 @@ def test_a_budget_that_can_not_be_met_is_listed(tmp_path: Path) -> None:
     assert any(missed.reason in sentence for sentence in sweep_findings(found))
     assert str(tmp_path) not in missed.reason
     assert sweep(asked, [0.7, 0.01], output=tmp_path / "sweep").missed == (missed,), "it is tried again"
+
+
+def test_a_training_that_diverges_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, module_apply = recipe(tmp_path, FAST), module.apply
+
+    def apply(part: Recipe, *, restart: bool) -> object:
+        if part.budget.part == 0.6:
+            raise NonFiniteLoss("the loss of step 3 is nan")
+        return module_apply(part, restart=restart)
+
+    monkeypatch.setattr(module, "apply", apply)
+    found = sweep(asked, [0.8, 0.6, 0.5], output=tmp_path / "sweep")
+    assert [point.budget for point in found.points] == [0.8, 0.5]
+    assert [missed.reason for missed in found.missed] == ["the loss of step 3 is nan"]
+
+
+def test_a_second_sweep_into_the_same_output_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, output = recipe(tmp_path, FAST), tmp_path / "sweep"
+
+    def apply(part: Recipe, *, restart: bool) -> object:
+        with pytest.raises(ValueError, match="is under way; wait for it, or choose another folder"):
+            sweep(asked, [0.7], output=output)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "apply", apply)
+    with pytest.raises(KeyboardInterrupt):
+        sweep(asked, [0.8], output=output)
+    assert not list(tmp_path.glob(".sweep*")), "the lock is left"
 
 
 def test_the_points_of_a_sweep_are_not_pushed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

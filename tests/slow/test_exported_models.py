@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -277,6 +278,10 @@ def test_fixed_tokens_of_the_report_and_int8(tmp_path: Path, checkpoint: Path) -
     assert answers.shape == expected.shape
     operators = (tmp_path / "fixed" / "model.onnx").read_bytes()
     assert b"MatMulInteger" in operators or b"DynamicQuantizeMatMul" in operators
+    told = invoked(["export", str(checkpoint), "--tokens", "fixed", "--output", str(tmp_path / "float")])
+    difference = re.search(r"answers are within (\S+) of torch's", told)
+    assert difference is not None
+    assert float(difference[1]) < 1e-3, "compared with another policy"
     (checkpoint / "report.json").rename(tmp_path / "report.json")
     try:
         refused = CliRunner().invoke(app, ["export", str(checkpoint), *options[:2], "--output", str(tmp_path / "no")])

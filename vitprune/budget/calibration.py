@@ -104,10 +104,11 @@ def calibrate(model: nn.Module, batches: Batches, budget: float | str, *, progre
             ratio = _scale(pruning, passes, budget)
         else:
             ratio = passes.run(Trace(pruning, pruning.before_blocks))
-    if abs(ratio - budget) > 5 * TOLERANCE:
-        key, unit = ("macs", "MACs") if pruning.latency is None else ("latency", "time")
+    try:
+        _require_met(pruning, ratio, budget, first)
+    except ValueError:
         pruning.adopt(spec, first)
-        raise ValueError(f"budget.{key}: {unreachable(budget, first, ratio, unit)}")
+        raise
     return found(ratio)
 
 
@@ -145,17 +146,29 @@ def find_schedule(passes: _Passes, patches: int, budget: float) -> tuple[list[Tr
     return tried, answers.kind.unit
 
 
-def scale_to_budget(model: nn.Module, batches: Batches, budget: float | str, *, progress: bool = True) -> float:
+def scale_to_budget(
+    model: nn.Module, batches: Batches, budget: float | str, *, must_meet: bool = False, progress: bool = True
+) -> float:
     """Scale all thresholds by one common factor so that a trained model meets its budget; return the ratio got.
 
-    batches, budget: as for `calibrate`.
+    batches, budget: as for `calibrate`. must_meet: raise ValueError for a budget that no factor reaches; otherwise it
+    is the nearest that is got.
     """
     pruning, model = pruning_of(model), pruned_part(model)
     batches = _listed(batches, model)
     budget = _checked(batches, budget)
     pruning.keep_points(None)
     with task("meeting the budget", unit="pass", shown=progress) as bar:
-        return _scale(pruning, _Passes(model, batches, bar), budget)
+        ratio = _scale(pruning, _Passes(model, batches, bar), budget)
+    if must_meet:
+        _require_met(pruning, ratio, budget, pruning.before_blocks)
+    return ratio
+
+
+def _require_met(pruning: Pruning, ratio: float, budget: float, before_blocks: Sequence[int]) -> None:
+    if abs(ratio - budget) > 5 * TOLERANCE:
+        key, unit = ("macs", "MACs") if pruning.latency is None else ("latency", "time")
+        raise ValueError(f"budget.{key}: {unreachable(budget, before_blocks, ratio, unit)}")
 
 
 def _listed(batches: Batches, model: PreTrainedModel) -> list[Inputs]:

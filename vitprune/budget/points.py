@@ -39,7 +39,7 @@ def find_points(
     found: list[OperatingPoint] = []
     for part in sorted(parts):  # from the strictest on: that is where thresholds are now
         if pruning.spec.select == "threshold":
-            ratio = scale_to_budget(model, batches, part, progress=progress)
+            ratio = scale_to_budget(model, batches, part, must_meet=True, progress=progress)
         else:
             ratio = calibrate(model, batches, part, progress=progress).ratio
         levels, temperatures = pruning.levels.tolist(), pruning.temperatures.tolist()

@@ -213,14 +213,14 @@ def _reason(data: DataSpec, error: Exception) -> str:
         absent = cache.lack("it is", fetch)
         if absent is not None and not _is_found(data):
             if isinstance(error, OSError):
-                return f"there is no such file or folder (seen from {Path.cwd()}), {absent}"
+                return f"there is no such file or folder, {absent}"
             return f"{error}\nName one of them in `data.name`, or {fetch} where there is a network"
     if "Unknown split" in str(error):
         return f"{error} Name one, or a part of one as in 'train[:80%]', in `data.train.split` or `data.eval.split`"
     if Path(data.path).expanduser().exists() or isinstance(error, ValueError):
         return " ".join(dict.fromkeys(str(cause) for cause in causes(error) if str(cause)))
     return (
-        f"there is no such file or folder (seen from {Path.cwd()}), and the Hub doesn't give it: {error}; check the "
+        f"there is no such file or folder, and the Hub doesn't give it: {error}; check the "
         "spelling, the network, and for a gated data set that `hf auth login` was done"
     )
 

@@ -76,7 +76,7 @@ def export(
         raise ValueError(f"{output} exists; choose another folder, or overwrite it (--overwrite, overwrite=True)")
     image = _image(model, processor, image_size)
     processor = None if processor is None else processor_at(processor, *image[1:])
-    own = _copy_to_export(model, image, tokens, kept, dtype)
+    own = copy_to_export(model, image, tokens, kept, dtype)
     try:
         program, outputs = trace_graph(own, image, any_size=any_size, tells_patches=tells_patches)
     except Exception as error:  # torch.export says in many ways what it can't
@@ -148,10 +148,14 @@ def require_exportable(model: PreTrainedModel) -> None:
         )
 
 
-def _copy_to_export(
-    model: PreTrainedModel, image: tuple[int, int, int], tokens: Tokens, kept: Sequence[int] | None, dtype: Precision
+def copy_to_export(
+    model: PreTrainedModel,
+    image: tuple[int, int, int],
+    tokens: Tokens = "adaptive",
+    kept: Sequence[int] | None = None,
+    dtype: Precision = "float32",
 ) -> PreTrainedModel:
-    """A copy on the CPU, in the dtype of the graph, with the policy that is asked for."""
+    """A copy on the CPU, in the dtype of the graph, with the policy that is asked for: what a graph is traced from."""
     if (kept is not None) != (tokens == "fixed"):
         raise ValueError("`kept`, patches behind each stage, goes with tokens: fixed, and fixed needs it")
     own = copy.deepcopy(model).eval()

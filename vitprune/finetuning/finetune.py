@@ -138,8 +138,7 @@ def finetune(
         accelerator.register_for_checkpointing(scheduler)
         stages = pruning_of(model).before_blocks
         update = TrainStep(accelerator, prepared, taught_by, optimizer, spec, thresholds, stages, images.stand_in())
-        at_a_time = spec.batch_size // state.num_processes
-        held_out = None if holdout is None else HeldOut(holdout, at_a_time, stages, budget)
+        held_out = None if holdout is None else HeldOut(holdout, stages, budget)
         tracking = _tracking(accelerator, prepared, thresholds, spec, tracker_context)
         loop = Loop(accelerator, update, scheduler, batches, states, tracking, held_out, ours.whole_weights)
         loop.resume()

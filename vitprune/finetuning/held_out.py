@@ -22,6 +22,8 @@ from vitprune.runtime import distributed
 
 # a state that costs so much more, than the budget or than before training, may be better only for that
 ABOVE = 0.02
+# images whose mean loss is one number of the comparison, whatever a batch of training is
+GROUP = 16
 NOTHING = Check(step=0, loss=math.inf, losses={}, ratio=0.0, kept=(), counts=False)
 
 
@@ -30,12 +32,11 @@ class HeldOut:
     """Looks at the student every so often, and keeps the best state.
 
     images: every process looks at all of them; what the main one finds counts. checks: so far, the first before any
-    step. first: losses of each batch before any step. best: of the best check, unless that is the first, whose state
+    step. first: losses of each `GROUP` before any step. best: of the best check, unless that is the first, whose state
     the caller has.
     """
 
     images: Images
-    batch_size: int
     before_blocks: Sequence[int]
     budget: float
     count: int = 0
@@ -47,15 +48,15 @@ class HeldOut:
     def look(self, update: TrainStep, step: int) -> bool:
         """Compare the student as it is; return whether it is the best so far."""
         sums: dict[str, float] = {}
-        images, batches = 0, list[float]()
+        images, groups = 0, list[float]()
         with eval_mode(update.student):
-            for number, batch in enumerate(self.images.loader(self.batch_size)):
+            for number, batch in enumerate(self.images.loader(GROUP)):
                 count = len(batch["pixel_values"])
                 images += count
                 if len(self._taught) == number:
                     self._taught.append(update.teach(batch))
                 found = update.look(batch, self._taught[number])
-                batches.append(sum(found[name] for name in LOSSES if name in found))
+                groups.append(sum(found[name] for name in LOSSES if name in found))
                 for name, value in found.items():
                     sums[name] = sums.get(name, 0.0) + count * value
         if not images:
@@ -66,8 +67,8 @@ class HeldOut:
         kept = tuple(means[f"kept/before_block_{block}"] for block in self.before_blocks)
         # these images may need more than those of the calibration, before training as after it
         allowed = max([self.budget, *(check.ratio for check in self.checks[:1])])
-        self.first = self.first or tuple(batches)
-        counts = step == 0 or (means["ratio"] <= allowed + ABOVE and _is_gain(self.first, batches))
+        self.first = self.first or tuple(groups)
+        counts = step == 0 or (means["ratio"] <= allowed + ABOVE and _is_gain(self.first, groups))
         own = Check(step=step, loss=sum(losses.values()), losses=losses, ratio=means["ratio"], kept=kept, counts=counts)
         check = distributed.on_main(lambda: own)
         best = min((one.loss for one in self.checks if one.counts), default=math.inf)
@@ -81,7 +82,7 @@ class HeldOut:
 
 
 def _is_gain(before: Sequence[float], after: Sequence[float]) -> bool:
-    """Whether losses of the same batches fell by more than chance would let them: by one standard error of the mean."""
+    """Whether losses of the same groups fell by more than chance would let them: by one standard error of the mean."""
     if len(before) != len(after) or len(before) < 2:
         return True
     gains = [one - other for one, other in zip(before, after, strict=True)]

@@ -32,7 +32,7 @@ _BEST = "best.safetensors"
 class Progress:
     """How far a fine-tuning has come: optimizer steps, where its data is, the log of the factor on its thresholds.
 
-    checks: of so many held-out images, so far; first: losses of their batches before training. best_factor: of the best
+    checks: of so many held-out images, so far; first: their losses before training, in groups. best_factor: of the best
     state, whose weights lie beside; None while it is the first.
     """
 

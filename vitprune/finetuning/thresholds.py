@@ -11,9 +11,11 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from vitprune.budget.calibration import TEMPERATURE_SHARE
 from vitprune.models.module import Pruning
@@ -80,6 +82,32 @@ class ThresholdTraining:
     def levels(self, parameters_S: Tensor) -> Tensor:
         """All thresholds, (S,)."""
         return torch.stack([self.level(stage, parameter) for stage, parameter in enumerate(parameters_S)])
+
+    def parameters(self, levels_S: Tensor) -> Tensor:
+        """Parameters that mean such thresholds now, (S,): what `levels` makes of them."""
+        found_S = levels_S * math.exp(-self.log_factor)
+        if self.mode != "learned":
+            return found_S
+        starts_S, units_S = (found_S.new_tensor(values) for values in (self.starts, self.units))
+        return starts_S + (found_S - starts_S) / units_S
+
+    def translate(self, pruning: Pruning) -> list[RemovableHandle]:
+        """While training lasts, the model's state has the thresholds that its parameters mean, and takes such.
+
+        Of a model whose state others save and load on the way. Returns handles that end it.
+        """
+
+        def saved(module: nn.Module, state: dict[str, Any], prefix: str, metadata: object) -> None:
+            key = f"{prefix}thresholds"
+            if key in state:
+                state[key] = self.levels(state[key].detach())
+
+        def loaded(module: nn.Module, state: dict[str, Any], prefix: str, *rest: object) -> None:
+            key = f"{prefix}thresholds"
+            if key in state:
+                state[key] = self.parameters(state[key])
+
+        return [pruning.register_state_dict_post_hook(saved), pruning.register_load_state_dict_pre_hook(loaded)]
 
     @torch.no_grad()
     def settle(self, pruning: Pruning) -> None:

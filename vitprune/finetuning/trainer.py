@@ -29,8 +29,8 @@ class TrainerCallback(transformers.TrainerCallback):
 
     `Trainer(model=pruned, callbacks=[vitprune.TrainerCallback(0.65, batches)], ...)`, also around PEFT. Tokens leave in
     training, too (`execution`), a common factor on the thresholds follows the ratio of MACs that is seen, and at the
-    end they are scaled so that the budget is met on `batches`. What `Trainer` saves on the way has the thresholds from
-    before training; what it leaves in memory is at the budget.
+    end they are scaled so that the budget is met on `batches`. What `Trainer` saves on the way has the thresholds of
+    that step, and a run goes on from there; what it leaves in memory is at the budget.
 
     Args:
         budget: MACs of the pruned pass ÷ dense, in (0, 1]; seconds where the model has a latency table.
@@ -85,6 +85,8 @@ class TrainerCallback(transformers.TrainerCallback):
             model.register_forward_pre_hook(self._enter, prepend=True),
             model.register_forward_hook(self._leave, always_call=True),
         ]
+        if pruning.spec.select == "threshold":
+            self._handles += self._training.translate(pruning)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Follow the ratio that all processes have seen in this step."""

@@ -44,7 +44,8 @@ def load_config(checkpoint: str, revision: str | None = None) -> PreTrainedConfi
     try:
         return AutoConfig.from_pretrained(checkpoint, revision=revision, trust_remote_code=False)
     except Exception as error:  # of a config.json with odd values anything
-        reason = absence(error, checkpoint, revision, "its config is", CONFIG) or _odd("config.json", error)
+        absent = absence(error, checkpoint, revision, "its config is", CONFIG)
+        reason = _odd("config.json", error) if absent is None else f"there is no such folder, and {absent}"
         raise ValueError(f"model.checkpoint {checkpoint}: {reason}") from error
 
 

@@ -124,17 +124,18 @@ def _unknown(name: str, parent: Key, spec: type[BaseModel]) -> str:
 
 def _section(spec: type[BaseModel], key: Key) -> type[BaseModel]:
     for name in key:
-        nested = _nested(spec.model_fields[str(name)].annotation)
+        if isinstance(name, int):  # of a list, whose sections are all of one kind
+            continue
+        nested = _nested(spec.model_fields[name].annotation)
         assert nested is not None
         spec = nested
     return spec
 
 
 def _nested(annotation: Any) -> type[BaseModel] | None:
-    for kind in get_args(annotation) or (annotation,):
-        if isinstance(kind, type) and issubclass(kind, BaseModel):
-            return kind
-    return None
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next((found for kind in get_args(annotation) if (found := _nested(kind)) is not None), None)
 
 
 def _paths(spec: type[BaseModel], prefix: str = "") -> Iterator[str]:

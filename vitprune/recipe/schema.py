@@ -26,7 +26,7 @@ from vitprune.recipe.finetune_spec import FinetuneSpec as FinetuneSpec
 from vitprune.recipe.finetune_spec import LossWeights as LossWeights
 from vitprune.recipe.finetune_spec import ThresholdMode as ThresholdMode
 from vitprune.recipe.pruning_spec import PruningSpec as PruningSpec
-from vitprune.recipe.values import LISTS_TOO, Fraction, Fractions, HubOrLocal, LocalFile, LocalPath, Spec, Text
+from vitprune.recipe.values import LISTS_TOO, Fraction, Fractions, HubOrLocal, LocalPath, PairsOrFile, Spec, Text
 from vitprune.recipe.yaml_source import Source, dump
 
 Task = Literal["single-label", "multi-label", "regression"]
@@ -98,7 +98,7 @@ class DataSpec(Spec):
     """The column of labels; found by its type if left out."""
     labels: Literal["auto", "ignore"] = "auto"
     """Whether labels are taken, where there are some; ignore: as if there were none."""
-    label_names: dict[str, str | int] | LocalFile | None = None
+    label_names: PairsOrFile | None = None
     """For classes of the data whose names aren't the checkpoint's: {name: the checkpoint's name or id}, or a YAML or
     JSON file with such pairs. Case, underscores and lists of names are matched without."""
     streaming: bool = False

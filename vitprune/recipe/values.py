@@ -36,7 +36,9 @@ class Spec(BaseModel):
 
 
 LARGEST_FLOAT32 = 3.4e38
-_FILE_SUFFIXES = (".parquet", ".arrow", ".csv", ".json", ".jsonl", ".zip", ".tar", ".safetensors", ".bin", ".pt")
+_FILE_SUFFIXES = frozenset(
+    [".parquet", ".arrow", ".csv", ".json", ".jsonl", ".yaml", ".yml", ".zip", ".tar", ".safetensors", ".bin", ".pt"]
+)
 
 
 def _number(value: object) -> object:
@@ -108,6 +110,14 @@ Text = Annotated[str, StringConstraints(min_length=1)]
 LocalPath = Annotated[Text, AfterValidator(_expanded)]
 LocalFile = Annotated[Text, AfterValidator(_existing)]
 HubOrLocal = Annotated[Text, AfterValidator(_existing)]
+PairsOrFile = Annotated[
+    Annotated[dict[str, str | int], Tag(LIST)] | Annotated[LocalFile, Tag(WORD)],
+    Discriminator(
+        lambda value: LIST if isinstance(value, Mapping) else WORD if isinstance(value, str) else None,
+        custom_error_type="wrong_form",
+        custom_error_message="should be pairs {name: the checkpoint's name or id}, or a YAML or JSON file of them",
+    ),
+]
 Positive = Annotated[float, Field(gt=0), BeforeValidator(_number)]
 NonNegative = Annotated[float, Field(ge=0), BeforeValidator(_number)]
 Fraction = Annotated[

@@ -184,7 +184,7 @@ class _Run(RunInputs):
         is_scaled = recipe.pruning.select == "threshold" and bool(levels.isfinite().all())
         if recipe.pruning.is_searched and recipe.budget.latency is None:
             return
-        adjust = scale_to_budget if is_scaled else calibrate
+        adjust = partial(scale_to_budget, must_meet=recipe.budget.latency is None) if is_scaled else calibrate
         settle = partial(adjust, self.pruned, self._calibration_batches, self._part, progress=self.is_main)
         # where training only starts from needn't be met in time
         met = settle if recipe.finetune is not None else self._until_met(settle)
@@ -193,7 +193,8 @@ class _Run(RunInputs):
     def begin_at_budget(self, folder: RunFolder) -> None:
         """Scale given thresholds, so that what training makes of them can be compared with what it began with."""
         scale = partial(scale_to_budget, self.pruned, self._calibration_batches, self._part, progress=self.is_main)
-        self._settle(folder, "start", scale)
+        # before hours of training at another budget
+        self._settle(folder, "start", partial(scale, must_meet=self.recipe.budget.latency is None))
 
     @property
     def _part(self) -> float:

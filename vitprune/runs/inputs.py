@@ -45,6 +45,7 @@ from vitprune.runtime import distributed
 # what may change while a run is interrupted
 _NO_MATTER = {
     "output": True,
+    "data": {"workers", "on_error"},
     "finetune": {
         "checkpoint_every",
         "checkpoints_kept",
@@ -127,6 +128,7 @@ class RunInputs:
             settings[key] = tuning.images_per_step
             if self.recipe.data.streaming:
                 settings["finetune.batch_size"] = tuning.batch_size
+                settings["data.workers"] = self.recipe.data.workers
         return {**settings, **found, **weights, "processes": distributed.init().num_processes}
 
 

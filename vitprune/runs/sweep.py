@@ -5,9 +5,13 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+
+from vitprune.finetuning.losses import NonFiniteLoss
 from vitprune.models.checkpoint import load_config, model_class, outline
 from vitprune.recipe.errors import first_line
 from vitprune.recipe.pruning_spec import at_depths
@@ -18,7 +22,7 @@ from vitprune.reports.text import percent
 from vitprune.runs.apply import apply
 from vitprune.runs.inputs import without_paths
 from vitprune.runtime import distributed
-from vitprune.runtime.files import write_text_whole
+from vitprune.runtime.files import beside, write_text_whole
 
 BASELINES = ("tome", "as-vit", "random")
 SWEEP_JSON, SWEEP_PAGE = "sweep.json", "sweep.html"
@@ -44,8 +48,44 @@ def sweep(
     baselines: of `BASELINES`. tell: is told what begins.
 
     Raises:
-        ValueError: the output holds a sweep of another recipe, or of none; names the way out.
+        ValueError: the output holds a sweep of another recipe, or of none, or one is under way there; names the way
+            out.
     """
+    with _alone(output):
+        return _sweep(recipe, budgets, baselines, output, restart, tell)
+
+
+@contextmanager
+def _alone(output: Path) -> Iterator[None]:
+    """While a sweep runs no other writes to its output."""
+    place = beside(output, "sweep")
+    lock = FileLock(place, blocking=False) if distributed.init().is_main_process else None
+
+    def take() -> None:
+        assert lock is not None
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise ValueError(f"a sweep into {output} is under way; wait for it, or choose another folder") from None
+
+    distributed.on_main(take)
+    try:
+        yield
+    finally:
+        if lock is not None:
+            place.unlink(missing_ok=True)
+            lock.release()
+
+
+def _sweep(
+    recipe: Recipe,
+    budgets: Sequence[float],
+    baselines: Sequence[str],
+    output: Path,
+    restart: bool,
+    tell: Callable[[str], object],
+) -> Sweep:
     asked = _fingerprint(recipe)
     found = distributed.on_main(lambda: _begun(output, asked, restart=restart))
     for method, budget, part in _points(recipe, sorted(budgets, reverse=True), baselines):
@@ -57,7 +97,7 @@ def sweep(
         spec = part.output.model_copy(update=own)
         try:
             report = apply(part.model_copy(update={"output": spec}), restart=restart)
-        except ValueError as error:
+        except (ValueError, NonFiniteLoss) as error:
             if not found.points or distributed.init().num_processes > 1:
                 raise  # a mistake in the recipe, most likely; of several processes the others wait for this one
             reason = without_paths(first_line(error), recipe)
