@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from vitprune import __version__
+from vitprune import __version__, cli
 from vitprune.bench.settings import BenchSettings
 from vitprune.cli import app
 from vitprune.recipe.schema import Recipe, RecipeError, json_schema, load_recipe
@@ -342,3 +343,11 @@ print(*(name for name in ("torch", "transformers", "datasets", "numpy") if name 
 def test_python_m() -> None:
     run = subprocess.run([sys.executable, "-m", "vitprune", "--version"], capture_output=True, text=True, check=True)
     assert run.stdout == f"vitprune {__version__}\n"
+
+
+def test_a_warning_is_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(cli, "app", lambda: None)
+    cli.main()
+    assert warnings.formatwarning(UserWarning("no labels"), UserWarning, "images.py", 49) == "note: no labels\n"
+    assert warnings.formatwarning("old", FutureWarning, "a.py", 1, line="x = 1") == "FutureWarning: old\n"

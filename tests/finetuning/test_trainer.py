@@ -52,7 +52,8 @@ def train(
     steps: int = 12,
     save_steps: int | None = None,
     resume: Path | None = None,
-) -> None:
+    **more: Any,
+) -> Trainer:
     arguments = TrainingArguments(
         output_dir=str(folder),
         max_steps=steps,
@@ -64,9 +65,12 @@ def train(
         save_steps=save_steps or steps,
         disable_tqdm=True,
         dataloader_pin_memory=False,
+        **more,
     )
-    trainer = Trainer(model=model, args=arguments, train_dataset=Pictures(), callbacks=list(callbacks))
+    data = {"train_dataset": Pictures(), "eval_dataset": Pictures() if more else None}
+    trainer = Trainer(model=model, args=arguments, callbacks=list(callbacks), **data)
     trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return trainer
 
 
 @pytest.mark.parametrize("name", SPECS)
@@ -142,6 +146,19 @@ def test_checkpoints_on_the_way_have_the_thresholds_of_their_step(tmp_path: Path
     assert again._training is not None
     assert again._training.starts == pytest.approx(watch.seen[6].tolist())
     assert abs(sum(again.ratios[-3:]) / 3 - BUDGET) < 0.1
+
+
+@pytest.mark.parametrize("thresholds", ["scaled", "learned"])
+def test_the_best_checkpoint_is_taken_with_its_thresholds(tmp_path: Path, thresholds: Any) -> None:
+    model = calibrated("as-vit")
+    callback = vitprune.TrainerCallback(BUDGET, [tiny.images(16)], thresholds=thresholds)
+    watch = Watch(callback)
+    best = {"eval_strategy": "steps", "eval_steps": 6, "load_best_model_at_end": True, "greater_is_better": True}
+    trainer = train(model, tmp_path, callback, watch, save_steps=6, metric_for_best_model="loss", **best)
+    step = trainer.state.best_global_step
+    assert step == 6, "the loss falls, so that the first is the worst, which is asked for"
+    factors = pruning_of(model).levels.detach() / watch.seen[step]  # scaled to the budget afterwards
+    assert_close(factors, factors[:1].expand_as(factors))
 
 
 def test_the_price_of_macs_is_in_the_models_loss(tmp_path: Path) -> None:

@@ -71,6 +71,9 @@ def test_several_budgets_in_one_checkpoint(tmp_path: Path, finetune: str) -> Non
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "Operating points" in page
     assert "accuracy, by budget" in page
+    # it wasn't made for another budget of the recipe
+    another = load_recipe(tmp_path / "out" / "recipe.yaml", ["budget.macs=30%", "evaluate.batch_sizes=[]"])
+    assert evaluate(str(tmp_path / "out"), another, tmp_path / "evaluated").budget == 0.6
     lower = vitprune.load(tmp_path / "out", budget=0.45)
     assert pruning_of(lower).levels.tolist() == list(vitprune.points_of(back)[2].levels)
 

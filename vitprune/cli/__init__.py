@@ -5,6 +5,7 @@ What needs torch is imported by the verbs that need it, so that help comes at on
 
 from __future__ import annotations
 
+import warnings
 from typing import Annotated
 
 import typer
@@ -36,7 +37,13 @@ app.add_typer(recipes.app, name="recipes")
 
 def main() -> None:
     """Entry point of the command `vitprune`."""
+    warnings.formatwarning = _as_a_line
     app()
+
+
+def _as_a_line(message: Warning | str, category: type[Warning], *place: object, **more: object) -> str:
+    """A warning without the line of code that it comes from, which tells a user nothing."""
+    return f"{'note' if category is UserWarning else category.__name__}: {message}\n"
 
 
 def _print_version(wanted: bool) -> None:

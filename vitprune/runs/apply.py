@@ -133,11 +133,13 @@ def _push(output: Path, repo: str, *, private: bool) -> None:
 def evaluate(checkpoint: str, recipe: Recipe, output: Path) -> Report:
     """Compare a pruned checkpoint with the recipe's dense one on the recipe's images.
 
-    Writes report.json and report.html to the folder `output`.
+    The budget is the checkpoint's own, where its report says one. Writes report.json and report.html to the folder
+    `output`.
     """
     run = _Run.load(recipe, pruned=checkpoint)
     found = run.compare_closely()
     report = run.report(*found, run.compare_points(found[0], lambda name, kind, compute: compute()))
+    report = report.model_copy(update={"budget": _own_budget(checkpoint, report.budget)})
     if run.is_main:
         name = Path(checkpoint).name if Path(checkpoint).exists() else checkpoint
         page = report_page(report, name, run.show(report))
@@ -145,6 +147,16 @@ def evaluate(checkpoint: str, recipe: Recipe, output: Path) -> Report:
         report.save(output / "report.json")
         write_text_whole(output / "report.html", page)
     return report
+
+
+def _own_budget(checkpoint: str, asked: float | None) -> float | None:
+    """Of MACs, that a checkpoint was made for; `asked` where it doesn't say."""
+    place = Path(checkpoint) / "report.json"
+    try:
+        own = Report.load(place) if place.is_file() else None
+    except ValueError:  # of another version
+        return asked
+    return asked if own is None else own.budget
 
 
 class _Run(RunInputs):
