@@ -78,6 +78,18 @@ def test_several_budgets_in_one_checkpoint(tmp_path: Path, finetune: str) -> Non
     assert pruning_of(lower).levels.tolist() == list(vitprune.points_of(back)[2].levels)
 
 
+def test_a_metric_that_can_not_be_had_is_missed_aloud(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    samples.write_data(tmp_path / "data", labelled=False)
+    reports = [
+        apply(load_recipe(path, ["evaluate.batch_sizes=[]", "output.overwrite=true", f"data.labels={labels}"]))
+        for labels in ("auto", "ignore")
+    ]
+    assert [dict(report.comparison.metrics) for report in reports] == [{}, {}]
+    assert any("There are no labels in data, split test, so no metric" in note for note in reports[0].notes)
+    assert reports[1].notes == ()
+
+
 def test_pictures_can_be_left_out(tmp_path: Path) -> None:
     apply(recipe(tmp_path, RECIPE, "vit", "output.pictures=false"))
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")

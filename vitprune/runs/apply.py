@@ -378,6 +378,12 @@ class _Run(RunInputs):
         latency = self._check_latency()
         missed = None if latency is None else shortfall(latency)
         notes = [*self.eval.notes] if missed is None else [*self.eval.notes, missed]
+        if self._lacks_labels:
+            place = f"{self.recipe.data.path}, split {self.recipe.data.eval.split}"
+            notes.append(
+                f"There are no labels in {place}, so no metric is given that needs them; `data.label_column` names a "
+                "column that isn't found by itself, and `data.labels: ignore` does without."
+            )
         found_at, shown = pruning_of(self.pruned).spec.patches, comparison.kept[0].patches
         if found_at is not None and found_at != shown:
             notes.append(
@@ -399,6 +405,12 @@ class _Run(RunInputs):
             latency=latency,
             notes=tuple(without_paths(note, self.recipe) for note in notes),
         )
+
+    @property
+    def _lacks_labels(self) -> bool:
+        """Whether the images have no labels, though the model's answers could be judged by some."""
+        wanted = self.recipe.data.labels != "ignore" and self.answers[0].kind.takes_labels
+        return wanted and not self.eval.labelled
 
     def _measure_throughput(self) -> tuple[Throughput, ...]:
         spec = self.recipe.evaluate
