@@ -102,7 +102,7 @@ def test_two_machines_keep_their_states_in_a_folder_that_both_see(folder: Path) 
     assert [process.returncode for process in started] == [0, 0], "\n".join(ended)
     assert sorted(path.name for path in out.glob("step-*")) == ["step-000000015", "step-000000020"]
     records = json.loads((out / "records.json").read_text())
-    expected_records, expected_weights = trained(folder, 2, text)
+    expected_records, expected_weights = trained(folder, 2, text, 16, 1, fsdp=False)
     assert_close(records, expected_records, **EXACT)
     assert_close(load_file(out / "weights.safetensors"), expected_weights, **EXACT)
 
