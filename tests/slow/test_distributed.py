@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from functools import cache
@@ -13,6 +12,7 @@ from pathlib import Path
 import pytest
 import samples
 import torch
+from ports import free_port
 from safetensors.torch import load_file
 from tiny import Tolerance
 from torch.testing import assert_close
@@ -88,9 +88,7 @@ def test_two_processes_train_as_one_does(folder: Path, policy: dict[str, object]
 def test_two_machines_keep_their_states_in_a_folder_that_both_see(folder: Path) -> None:
     """Each has one process, so both are the first of their machine."""
     out, text = folder / "machines", json.dumps(PAPER)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        place = ["--master_addr", "127.0.0.1", "--master_port", str(free.getsockname()[1])]
+    place = ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     started = []
     for machine in range(2):
         torchrun = ["-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1", "--node_rank"]

@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from made_up_recipe import RECIPE, write
+from ports import free_port
 from safetensors.torch import load_file
 from tiny import Tolerance
 from torch.testing import assert_close
@@ -172,9 +173,7 @@ def test_a_port_in_use(tmp_path: Path, port: int) -> None:
 
 
 def test_processes_with_different_recipes(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     recipe = str(write(tmp_path, TEXT))
     first = start([*VITPRUNE, recipe], **place(0, port))
     second = start([*VITPRUNE, recipe, "--set", "finetune.epochs=2"], **place(1, port))

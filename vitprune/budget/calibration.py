@@ -104,11 +104,9 @@ def calibrate(model: nn.Module, batches: Batches, budget: float | str, *, progre
             ratio = _scale(pruning, passes, budget)
         else:
             ratio = passes.run(Trace(pruning, pruning.before_blocks))
-    try:
-        _require_met(pruning, ratio, budget, first)
-    except ValueError:
+    if not _meets(ratio, budget):
         pruning.adopt(spec, first)
-        raise
+        raise _unmet(pruning, ratio, budget)
     return found(ratio)
 
 
@@ -136,7 +134,7 @@ def find_schedule(passes: _Passes, patches: int, budget: float) -> tuple[list[Tr
             if abs(ratio - budget) <= 2 * TOLERANCE:
                 break
             off += ratio - budget
-        if abs(ratio - budget) > 5 * TOLERANCE or not math.isfinite(distance):
+        if not _meets(ratio, budget) or not math.isfinite(distance):
             return None
         error = off
         return Tried(schedule, ratio, distance)
@@ -160,15 +158,19 @@ def scale_to_budget(
     pruning.keep_points(None)
     with task("meeting the budget", unit="pass", shown=progress) as bar:
         ratio = _scale(pruning, _Passes(model, batches, bar), budget)
-    if must_meet:
-        _require_met(pruning, ratio, budget, pruning.before_blocks)
+    if must_meet and not _meets(ratio, budget):
+        raise _unmet(pruning, ratio, budget)
     return ratio
 
 
-def _require_met(pruning: Pruning, ratio: float, budget: float, before_blocks: Sequence[int]) -> None:
-    if abs(ratio - budget) > 5 * TOLERANCE:
-        key, unit = ("macs", "MACs") if pruning.latency is None else ("latency", "time")
-        raise ValueError(f"budget.{key}: {unreachable(budget, before_blocks, ratio, unit)}")
+def _meets(ratio: float, budget: float) -> bool:
+    """Whether that is as near as levels that are found come."""
+    return abs(ratio - budget) <= 5 * TOLERANCE
+
+
+def _unmet(pruning: Pruning, ratio: float, budget: float) -> ValueError:
+    key, unit = ("macs", "MACs") if pruning.latency is None else ("latency", "time")
+    return ValueError(f"budget.{key}: {unreachable(budget, pruning.before_blocks, ratio, unit)}")
 
 
 def _listed(batches: Batches, model: PreTrainedModel) -> list[Inputs]:

@@ -103,7 +103,7 @@ def _kept(checkpoint: str, kept: str, budget: str | None) -> Sequence[int]:
         raise ValueError(
             f"{checkpoint} has no report.json that says how many patches images keep; name them: --kept 180,126,87"
         )
-    report = Report.model_validate_json(path.read_text(encoding="utf-8"))
+    report = Report.load(path)
     found: Comparison = report.comparison
     if budget is not None:
         asked = read_budget(budget)

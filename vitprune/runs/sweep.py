@@ -51,8 +51,27 @@ def sweep(
         ValueError: the output holds a sweep of another recipe, or of none, or one is under way there; names the way
             out.
     """
+    asked = _fingerprint(recipe)
     with _alone(output):
-        return _sweep(recipe, budgets, baselines, output, restart, tell)
+        found = distributed.on_main(lambda: _begun(output, asked, restart=restart))
+        for method, budget, part in _points(recipe, sorted(budgets, reverse=True), baselines):
+            if found.has(method, budget):
+                continue
+            name = f"{method}-{100 * budget:g}"
+            tell(f"{method} at {percent(budget, 0)}")
+            own = {"path": str(output / name), "overwrite": True, "push_to_hub": None, "private": False}
+            spec = part.output.model_copy(update=own)
+            try:
+                report = apply(part.model_copy(update={"output": spec}), restart=restart)
+            except (ValueError, NonFiniteLoss) as error:
+                if not found.points or distributed.init().num_processes > 1:
+                    raise  # a mistake in the recipe, most likely; of several processes the others wait for this one
+                reason = without_paths(first_line(error), recipe)
+                found = _kept(found.without(Missed(method=method, budget=budget, reason=reason)), output)
+                continue
+            now, point = datetime.now(timezone.utc), SweepPoint.of(method, budget, name, report)
+            found = _kept(found.with_(point, environment=report.environment, created=now), output)
+    return found
 
 
 @contextmanager
@@ -76,36 +95,6 @@ def _alone(output: Path) -> Iterator[None]:
         if lock is not None:
             place.unlink(missing_ok=True)
             lock.release()
-
-
-def _sweep(
-    recipe: Recipe,
-    budgets: Sequence[float],
-    baselines: Sequence[str],
-    output: Path,
-    restart: bool,
-    tell: Callable[[str], object],
-) -> Sweep:
-    asked = _fingerprint(recipe)
-    found = distributed.on_main(lambda: _begun(output, asked, restart=restart))
-    for method, budget, part in _points(recipe, sorted(budgets, reverse=True), baselines):
-        if found.has(method, budget):
-            continue
-        name = f"{method}-{100 * budget:g}"
-        tell(f"{method} at {percent(budget, 0)}")
-        own = {"path": str(output / name), "overwrite": True, "push_to_hub": None, "private": False}
-        spec = part.output.model_copy(update=own)
-        try:
-            report = apply(part.model_copy(update={"output": spec}), restart=restart)
-        except (ValueError, NonFiniteLoss) as error:
-            if not found.points or distributed.init().num_processes > 1:
-                raise  # a mistake in the recipe, most likely; of several processes the others wait for this one
-            reason = without_paths(first_line(error), recipe)
-            found = _kept(found.without(Missed(method=method, budget=budget, reason=reason)), output)
-            continue
-        now, point = datetime.now(timezone.utc), SweepPoint.of(method, budget, name, report)
-        found = _kept(found.with_(point, environment=report.environment, created=now), output)
-    return found
 
 
 def _kept(found: Sweep, output: Path) -> Sweep:
