@@ -50,6 +50,7 @@ def heavy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Heavy:
     heavy = Heavy()
     names = (
         "runs.apply",
+        "runs.evaluate",
         "runs.plan",
         "runs.prefetch",
         "runs.show",
@@ -59,10 +60,9 @@ def heavy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Heavy:
         "reports.bench_report",
     )
     modules = {name: ModuleType(f"vitprune.{name}") for name in names}
-    work = modules["runs.apply"]
-    for module, verb in ((work, "apply"), (modules["runs.plan"], "plan"), (work, "evaluate")):
+    for verb in ("apply", "plan", "evaluate"):
         setattr(
-            module,
+            modules[f"runs.{verb}"],
             verb,
             lambda *arguments, verb=verb, **options: heavy.run(
                 verb, *arguments, *(name for name, value in options.items() if value)

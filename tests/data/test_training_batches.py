@@ -163,5 +163,5 @@ def test_changes_depend_on_the_seed_alone(tmp_path: Path, streaming: bool, kind:
 
 
 def test_processes_that_cannot_share_a_batch(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"finetune\.batch_size is 4, which 3 processes can't share"):
+    with pytest.raises(ValueError, match=r"finetune\.batch_size: 4 can't be shared evenly by 3"):
         batches(load(write(tmp_path / "data", 1), streaming=False), Share(0, 3))

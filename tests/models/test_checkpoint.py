@@ -219,7 +219,7 @@ def test_a_failure_while_saving_leaves_nothing(
 
 def test_what_is_there_stays_unless_overwritten(saved: tuple[PreTrainedModel, Path]) -> None:
     model, path = saved
-    with pytest.raises(ValueError, match=r"output\.path .* exists; choose another path or set output\.overwrite=true"):
+    with pytest.raises(ValueError, match=r" exists; choose another path or set output\.overwrite=true"):
         vitprune.save(model, path)
     vitprune.save(model, path, overwrite=True)
     assert not (path / "recipe.yaml").exists()
@@ -272,7 +272,7 @@ def test_a_tokenizer_without_words_is_none(tmp_path: Path) -> None:
     assert load_tokenizer(str(folder))("a photo")["input_ids"][1:3] == [3, 4]
     for file in folder.glob("tokenizer*"):
         file.unlink()
-    with pytest.raises(ValueError, match=r"model\.checkpoint .*: no tokenizer: .*; add its files$"):
+    with pytest.raises(ValueError, match=r": no tokenizer: .*; add its files$"):
         load_tokenizer(str(folder))
 
 
@@ -354,7 +354,7 @@ def test_a_disk_without_room_is_found_at_the_start_and_at_the_end(
     model, _ = saved
     require_room(tmp_path / "new" / "out", model)
     monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=1000))
-    with pytest.raises(ValueError, match=r"output\.path .*out: the checkpoint takes .* GiB, and .* are free"):
+    with pytest.raises(ValueError, match=r"out: the checkpoint takes .* GiB, and .* are free"):
         require_room(tmp_path / "new" / "out", model)
 
     def write(*args: object, **kwargs: object) -> None:

@@ -19,7 +19,8 @@ import vitprune
 from vitprune.models.module import is_pruned
 from vitprune.recipe.schema import Recipe, RecipeError, load_recipe
 from vitprune.reports.run_report import findings
-from vitprune.runs.apply import apply, evaluate
+from vitprune.runs.apply import apply
+from vitprune.runs.evaluate import evaluate
 from vitprune.runs.plan import plan
 
 RECIPE = """\

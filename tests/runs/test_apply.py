@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,10 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Au
 import vitprune
 from vitprune.finetuning.finetune import NonFiniteLoss
 from vitprune.models.module import is_pruned, pruning_of
-from vitprune.recipe.schema import RecipeError, load_recipe
+from vitprune.recipe.schema import Recipe, RecipeError, load_recipe
 from vitprune.reports.results import Report
-from vitprune.runs.apply import apply, evaluate
+from vitprune.runs.apply import apply
+from vitprune.runs.evaluate import evaluate
 from vitprune.runs.inputs import RunInputs
 from vitprune.runs.plan import plan
 
@@ -102,7 +104,7 @@ def test_a_picture_that_can_not_be_drawn_loses_nothing(tmp_path: Path, monkeypat
     def broken(*arguments: object) -> None:
         raise ValueError("no grid")
 
-    monkeypatch.setattr("vitprune.runs.apply.look_at", broken)
+    monkeypatch.setattr("vitprune.runs.evaluate.look_at", broken)
     apply(recipe(tmp_path))
     assert "Left out: no grid." in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert is_pruned(vitprune.load(tmp_path / "out"))
@@ -186,7 +188,7 @@ def test_an_output_that_is_taken_is_refused_before_anything_runs(tmp_path: Path)
     asked = recipe(tmp_path)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "precious").write_text("mine")
-    with pytest.raises(ValueError, match=r"output\.path .* exists"):
+    with pytest.raises(ValueError, match=r"output\.path: .* exists"):
         apply(asked)
     assert [file.name for file in (tmp_path / "out").iterdir()] == ["precious"]
 
@@ -243,7 +245,7 @@ def test_dropout_of_attention_is_refused_before_anything_is_done(tmp_path: Path)
 
 @pytest.mark.parametrize(
     ("path", "trouble"),
-    [("/", r"output\.path / is no folder of its own"), ("recipe.yaml/x/y", r"recipe\.yaml is no folder")],
+    [("/", r"output\.path: / is no folder of its own"), ("recipe.yaml/x/y", r"recipe\.yaml is no folder")],
 )
 def test_an_output_that_can_be_no_folder_is_refused(tmp_path: Path, path: str, trouble: str) -> None:
     with pytest.raises(ValueError, match=trouble):
@@ -380,9 +382,38 @@ def test_a_plan_for_a_budget_of_time_expects_no_tokens(tmp_path: Path) -> None:
         ["pruning={select: tome}", "budget.macs=10%"],
     ],
 )
-def test_a_plan_knows_budgets_that_nothing_reaches(tmp_path: Path, changes: list[str]) -> None:
+@pytest.mark.parametrize("run", [plan, apply])
+def test_a_budget_that_nothing_reaches(tmp_path: Path, changes: list[str], run: Callable[[Recipe], object]) -> None:
     with pytest.raises(RecipeError, match=r"budget\.macs: .*% can't be met by pruning before blocks .* the nearest is"):
-        plan(recipe(tmp_path, RECIPE, "vit", *changes))
+        run(recipe(tmp_path, RECIPE, "vit", *changes))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "key"),
+    [
+        (["model.checkpoint=HERE/empty"], "model.checkpoint"),
+        (["data.path=HERE/empty"], "data.path"),
+        (["data.eval.split=nope"], "data.path"),
+        (["finetune.trackers=[comet_ml]"], "finetune.trackers"),
+        (["finetune.losses={task: 1.0, distillation: 0.0}", "data.labels=ignore"], "finetune.losses"),
+        (["evaluate.metrics=[correlation]"], "evaluate.metrics"),
+    ],
+)
+@pytest.mark.parametrize("run", [plan, apply])
+def test_what_does_not_fit_is_said_of_a_key(
+    tmp_path: Path, changes: list[str], key: str, run: Callable[[Recipe], object]
+) -> None:
+    (tmp_path / "empty").mkdir()
+    asked = recipe(tmp_path, RECIPE + FINETUNE, "vit", *(one.replace("HERE", str(tmp_path)) for one in changes))
+    with pytest.raises(RecipeError) as raised:
+        run(asked)
+    assert [".".join(map(str, problem.key)) for problem in raised.value.problems] == [key]
+
+
+def test_a_checkpoint_that_no_recipe_names_is_called_by_its_name(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"^no/where: there is no such folder"):
+        evaluate("no/where", recipe(tmp_path, RECIPE), tmp_path / "evaluated")
 
 
 def test_given_thresholds_are_trained_at_the_budget(tmp_path: Path) -> None:

@@ -16,7 +16,8 @@ from huggingface_hub.errors import EntryNotFoundError
 from safetensors.torch import load_file, save_file
 
 from vitprune.recipe.schema import Recipe, load_recipe
-from vitprune.runs.apply import apply, evaluate
+from vitprune.runs.apply import apply
+from vitprune.runs.evaluate import evaluate
 from vitprune.runs.plan import plan
 from vitprune.runs.prefetch import prefetch
 
@@ -176,7 +177,7 @@ def test_a_tokenizer_that_is_not_there(home: Path, hub: Hub) -> None:
     hub.put(CONFIG, PROCESSOR, WEIGHTS)
     for run in (apply, prefetch):
         put_data(home)
-        assert "model.checkpoint org/tiny: its tokenizer is not in the cache" in error(run, recipe(home))
+        assert "model.checkpoint: org/tiny: its tokenizer is not in the cache" in error(run, recipe(home))
 
 
 def test_it_runs_offline_from_the_cache(hub: Hub, home: Path) -> None:
@@ -202,7 +203,7 @@ def test_a_part_of_a_checkpoint_that_is_not_there(hub: Hub, home: Path, cached: 
         hub.put(*cached)
     for run in runs:
         said = error(run, recipe(home))
-        assert said.startswith(f"model.checkpoint org/tiny: {what} not in the cache {home / 'hub'}, and the Hub isn't")
+        assert said.startswith(f"model.checkpoint: org/tiny: {what} not in the cache {home / 'hub'}, and the Hub isn't")
         assert said.endswith(f"{WAY_OUT} (or `hf download org/tiny`) where there is a network")
 
 
@@ -210,7 +211,7 @@ def test_data_that_is_not_there(hub: Hub, home: Path) -> None:
     hub.put(CONFIG, PROCESSOR, WEIGHTS)
     for run in (apply, prefetch):
         said = error(run, recipe(home))
-        assert said.startswith("data.path org/digits")
+        assert said.startswith("data.path: org/digits")
         assert f"not in the cache {home / 'datasets'}" in said
         assert said.endswith(f"{WAY_OUT} where there is a network")
     put_data(home)
@@ -263,7 +264,7 @@ def _raise(error: Exception) -> None:
 
 
 def test_mistakes_show_before_weights_are_fetched(connected: Hub, home: Path) -> None:
-    assert "data.path org/digits" in error(prefetch, recipe(home))
+    assert "data.path: org/digits" in error(prefetch, recipe(home))
     assert "blocks" in error(prefetch, recipe(home, "pruning.before_blocks=[99]"))
     config = json.loads((connected.remote / CONFIG).read_text())
     (connected.snapshot / CONFIG).write_text(json.dumps({**config, "architectures": ["Nothing"]}))

@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from vitprune.data.decoding import blank_image
 from vitprune.data.images import load_images
+from vitprune.exporting.export import image_shape
 from vitprune.models.checkpoint import load_processor
-from vitprune.models.structure import channels, examine
+from vitprune.models.structure import channels
+from vitprune.recipe.errors import concerning
 from vitprune.recipe.schema import Recipe, SplitSpec
 
 RANDOM_PIXELS = "random pixels"
@@ -47,7 +48,12 @@ def random_images(recipe: Recipe, model: PreTrainedModel, calibration: int, time
 
         return at
 
-    return BenchImages(RANDOM_PIXELS, _own_size(recipe, model), noise(calibration, 0), noise(timed, 1))
+    try:
+        processor = load_processor(recipe.model.checkpoint, recipe.model.revision)
+    except ValueError:  # the config may say
+        processor = None
+    size = image_shape(model, processor)[-1]
+    return BenchImages(RANDOM_PIXELS, size, noise(calibration, 0), noise(timed, 1))
 
 
 def real_images(recipe: Recipe, calibration: int, timed: int) -> BenchImages:
@@ -63,10 +69,11 @@ def real_images(recipe: Recipe, calibration: int, timed: int) -> BenchImages:
 
 def _load(recipe: Recipe, split: SplitSpec, count: int) -> Tensor:
     processor = load_processor(recipe.model.checkpoint, recipe.model.revision)
-    images = load_images(recipe.data, split, processor, id2label=None, labelled=False, seed=recipe.seed)
-    x_BCHW = images.sample(count, recipe.seed).pixels()
-    if not len(x_BCHW):
-        raise ValueError(f"data: split '{split.split}' of {recipe.data.path} has no image")
+    with concerning("data", "path"):
+        images = load_images(recipe.data, split, processor, id2label=None, labelled=False, seed=recipe.seed)
+        x_BCHW = images.sample(count, recipe.seed).pixels()
+        if not len(x_BCHW):
+            raise ValueError(f"split '{split.split}' of {recipe.data.path} has no image")
     return x_BCHW
 
 
@@ -77,15 +84,3 @@ def _resized(x_BCHW: Tensor) -> Callable[[int], Tensor]:
         return F.interpolate(x_BCHW, (size, size), mode="bicubic", antialias=True)
 
     return at
-
-
-def _own_size(recipe: Recipe, model: PreTrainedModel) -> int:
-    """What the image processor gives; without one, what the config says."""
-    try:
-        processor = load_processor(recipe.model.checkpoint, recipe.model.revision)
-    except ValueError:
-        size = getattr(examine(model).backbone.config, "image_size", None)
-        if isinstance(size, int):
-            return size
-        raise
-    return blank_image(processor).shape[-1]

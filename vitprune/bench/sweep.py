@@ -25,7 +25,7 @@ from vitprune.measure.memory import is_out_of_memory
 from vitprune.measure.throughput import describe_environment
 from vitprune.measure.timing import PlacedBatches
 from vitprune.models.structure import examine, require_images
-from vitprune.recipe.errors import first_line
+from vitprune.recipe.errors import concerning, first_line
 from vitprune.reports.bench_results import Benchmark, Case, Failure, Setting, TrainingStep
 from vitprune.reports.results import Environment
 from vitprune.runtime.progress import Task, task
@@ -96,7 +96,8 @@ class _Sweep:
         recipe, device = settings.recipe, _device()
         dtypes = settings.dtypes or (recipe.model.dtype,)
         subjects = BenchSubjects.load(recipe, getattr(torch, dtypes[0]), device)
-        require_images(recipe.model.checkpoint, examine(subjects.dense))
+        with concerning("model", "checkpoint"):
+            require_images(recipe.model.checkpoint, examine(subjects.dense))
         for size in settings.image_sizes:  # better now than after an hour
             subjects.at(size)
         timed = max(FEWEST_TIMED, *settings.batch_sizes)

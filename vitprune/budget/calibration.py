@@ -22,6 +22,7 @@ from vitprune.models.hooks import pruned_part
 from vitprune.models.module import Pruning, pruning_of
 from vitprune.models.structure import Inputs, first_image, run_on_images
 from vitprune.models.trace import Trace, eval_mode, trace, watching
+from vitprune.recipe.errors import Problem, RecipeError
 from vitprune.recipe.values import read_budget
 from vitprune.runtime.progress import Task, task
 
@@ -168,9 +169,9 @@ def _meets(ratio: float, budget: float) -> bool:
     return abs(ratio - budget) <= 5 * TOLERANCE
 
 
-def _unmet(pruning: Pruning, ratio: float, budget: float) -> ValueError:
+def _unmet(pruning: Pruning, ratio: float, budget: float) -> RecipeError:
     key, unit = ("macs", "MACs") if pruning.latency is None else ("latency", "time")
-    return ValueError(f"budget.{key}: {unreachable(budget, pruning.before_blocks, ratio, unit)}")
+    return RecipeError([Problem(("budget", key), unreachable(budget, pruning.before_blocks, ratio, unit))])
 
 
 def _listed(batches: Batches, model: PreTrainedModel) -> list[Inputs]:

@@ -87,7 +87,7 @@ def evaluate(
     talk = Talk(quiet, as_json)
     with loaded(recipe, overrides) as settings:
         from vitprune.reports.run_report import print_report
-        from vitprune.runs.apply import evaluate as run
+        from vitprune.runs.evaluate import evaluate as run
 
         with talk.progress():
             report = run(checkpoint, settings, output)

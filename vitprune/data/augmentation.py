@@ -16,6 +16,8 @@ from torch import Tensor, nn
 from transformers.image_processing_utils import BaseImageProcessor
 from typing_extensions import assert_never
 
+from vitprune.recipe.errors import Problem, RecipeError
+
 Augmentation = Literal["none", "light", "strong"]
 Augment = Callable[[Tensor], Tensor]
 """Pixel values (B, C, H, W), scaled as an image processor scales them, to the same, changed by chance."""
@@ -68,10 +70,8 @@ class _Strong(nn.Module):
     def __init__(self, scale_C: Tensor, shift_C: Tensor) -> None:
         super().__init__()
         if len(scale_C) != 3:
-            raise ValueError(
-                f"finetune.augmentation: 'strong' changes colours, so it needs images of 3 channels, not "
-                f"{len(scale_C)}; use 'light'"
-            )
+            text = f"'strong' changes colours, so it needs images of 3 channels, not {len(scale_C)}; use 'light'"
+            raise RecipeError([Problem(("finetune", "augmentation"), text)])
         from kornia.augmentation import RandomAffine, RandomBrightness, RandomContrast, RandomErasing, RandomSaturation
 
         self.register_buffer("scale", scale_C[:, None, None])

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitprune.recipe.errors import did_you_mean
+from vitprune.recipe.errors import Problem, RecipeError, did_you_mean
 from vitprune.recipe.schema import Task
 
 SHOWN = 20  # names that an error shows
@@ -44,7 +44,8 @@ class Classes:
         meant, found = self.given.get(name, name), self.ids_of(name)
         if isinstance(meant, int):
             if meant not in self.names:
-                raise ValueError(f"data.label_names gives {name!r} the id {meant}, which the checkpoint hasn't")
+                text = f"gives {name!r} the id {meant}, which the checkpoint hasn't"
+                raise RecipeError([Problem(("data", "label_names"), text)])
             return meant
         if len(found) > 1:
             raise ValueError(

@@ -18,7 +18,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Iterable
 from datasets.exceptions import DatasetsError
 
 from vitprune.data.labels import Classes, Labels, match, some
-from vitprune.recipe.errors import first_line
+from vitprune.recipe.errors import Problem, RecipeError, first_line
 from vitprune.recipe.schema import DataSpec, Task
 from vitprune.runtime.hub_cache import PREFETCH, Cache, Disconnected, causes, is_hub_id
 
@@ -61,7 +61,7 @@ def open_source(
 
     Raises ValueError, which names the place and the way out.
     """
-    place = f"data.path {data.path}, split {split!r}"
+    place = f"{data.path}, split {split!r}"
     try:
         rows = _open(data, split)
     except _CANT_BE_OPENED as error:
@@ -138,7 +138,7 @@ def require_found(data: DataSpec) -> None:
         try:
             _find(data)
         except _CANT_BE_OPENED as error:
-            raise ValueError(f"data.path {data.path}: {_reason(data, error)}") from error
+            raise RecipeError([Problem(("data", "path"), f"{data.path}: {_reason(data, error)}")]) from error
 
 
 def require_splits(data: DataSpec, splits: Sequence[str]) -> None:
@@ -150,10 +150,9 @@ def require_splits(data: DataSpec, splits: Sequence[str]) -> None:
     for split in splits:
         names = [re.split(r"\[", part)[0].strip() for part in split.split("+")]
         if unknown := [name for name in names if name not in {*known, "all"}]:
-            raise ValueError(
-                f"data.path {data.path} has no split {unknown[0]!r}; it has {', '.join(map(str, known))}: name one in "
-                "`data.train.split` or `data.eval.split`"
-            )
+            has = ", ".join(map(str, known))
+            key = ("data", "train" if data.train.split == split else "eval", "split")
+            raise RecipeError([Problem(key, f"{data.path} has no split {unknown[0]!r}; it has {has}")])
 
 
 def _find(data: DataSpec) -> None:
@@ -328,9 +327,9 @@ def _given(label_names: Mapping[str, str | int] | str | None) -> Mapping[str, st
     try:
         found: Any = yaml.safe_load(Path(label_names).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ValueError(f"data.label_names: {label_names} can't be read: {first_line(error)}") from error
+        raise _names_error(f"{label_names} can't be read: {first_line(error)}") from error
     if not isinstance(found, dict) or not all(isinstance(meant, str | int) for meant in found.values()):
-        raise ValueError(f"data.label_names: {label_names} holds no mapping of the data's names to classes")
+        raise _names_error(f"{label_names} holds no mapping of the data's names to classes")
     return {str(name): meant for name, meant in found.items()}
 
 
@@ -364,3 +363,7 @@ def _kind(feature: Any) -> str:
     if (element := _element(feature)) is not None:
         return f"lists of {_kind(element)}"
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
+
+
+def _names_error(text: str) -> RecipeError:
+    return RecipeError([Problem(("data", "label_names"), text)])

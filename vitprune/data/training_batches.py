@@ -22,6 +22,7 @@ from vitprune.data.augmentation import Augment, Augmentation, augment
 from vitprune.data.decoding import Collate, Sample
 from vitprune.data.images import Images
 from vitprune.data.splits import Order, Stream, Table, digest
+from vitprune.recipe.errors import Problem, RecipeError
 
 
 @dataclass(frozen=True)
@@ -64,10 +65,9 @@ class TrainingBatches:
 
     def __post_init__(self) -> None:
         if self.batch_size % self.share.count:
-            raise ValueError(
-                f"finetune.batch_size is {self.batch_size}, which {self.share.count} processes can't share evenly; "
-                f"make it a multiple of {self.share.count}"
-            )
+            count = self.share.count
+            text = f"{self.batch_size} can't be shared evenly by {count} processes; make it a multiple of {count}"
+            raise RecipeError([Problem(("finetune", "batch_size"), text)])
 
     def __next__(self) -> dict[str, Tensor] | None:
         if self._loader is None:

@@ -74,7 +74,7 @@ def export(
     require_exportable(model)
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists; choose another folder, or overwrite it (--overwrite, overwrite=True)")
-    image = _image(model, processor, image_size)
+    image = image_shape(model, processor, image_size)
     processor = None if processor is None else processor_at(processor, *image[1:])
     own = copy_to_export(model, image, tokens, kept, dtype)
     try:
@@ -190,8 +190,13 @@ def copy_to_export(
     return prune_(own, spec.model_copy(update=changes))
 
 
-def _image(model: PreTrainedModel, processor: BaseImageProcessor | None, size: int | None) -> tuple[int, int, int]:
-    """Channels, height and width of the images that the graph is made for."""
+def image_shape(
+    model: PreTrainedModel, processor: BaseImageProcessor | None, size: int | None = None
+) -> tuple[int, int, int]:
+    """Channels, height and width of a model's images: of `size`, as the processor gives them, or as the config says.
+
+    Raises ValueError where nothing says so.
+    """
     if size is not None:
         return channels(model), size, size
     if processor is not None:

@@ -23,6 +23,7 @@ from vitprune.finetuning.losses import LOSSES
 from vitprune.finetuning.thresholds import ThresholdTraining
 from vitprune.models.module import pruning_of
 from vitprune.models.trace import eval_mode, trace
+from vitprune.recipe.errors import Problem, RecipeError
 from vitprune.reports.results import Check
 from vitprune.runtime import distributed
 
@@ -53,7 +54,8 @@ def require_installed(trackers: Sequence[str]) -> None:
     there = {str(name) for name in get_available_trackers()}
     for name in trackers:
         if name not in there:
-            raise ValueError(f"finetune.trackers: {name!r} isn't installed; pip install {_PACKAGES.get(name, name)}")
+            text = f"{name!r} isn't installed; pip install {_PACKAGES.get(name, name)}"
+            raise RecipeError([Problem(("finetune", "trackers"), text)])
 
 
 @dataclass

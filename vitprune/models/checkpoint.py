@@ -46,7 +46,7 @@ def load_config(checkpoint: str, revision: str | None = None) -> PreTrainedConfi
     except Exception as error:  # of a config.json with odd values anything
         absent = absence(error, checkpoint, revision, "its config is", CONFIG)
         reason = _odd("config.json", error) if absent is None else f"there is no such folder, and {absent}"
-        raise ValueError(f"model.checkpoint {checkpoint}: {reason}") from error
+        raise ValueError(f"{checkpoint}: {reason}") from error
 
 
 def _odd(file: str, error: Exception) -> str:
@@ -62,25 +62,24 @@ def _odd(file: str, error: Exception) -> str:
 
 def model_class(checkpoint: str, config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class that a checkpoint was saved from, if vitprune can prune it. Raises ValueError listing what works."""
-    place = f"model.checkpoint {checkpoint}"
     given: Any = config.architectures
     architectures = [given] if isinstance(given, str) and given else given if isinstance(given, list) else []
     if not architectures:
         raise ValueError(
-            f"{place}: its config.json doesn't say what it was saved from; add the class's name, such as "
+            f"{checkpoint}: its config.json doesn't say what it was saved from; add the class's name, such as "
             f'"architectures": ["{_classifier_of(config)}"]'
         )
     names = [name for name in architectures if isinstance(getattr(transformers, str(name), None), type)]
     if not names:
         raise ValueError(
-            f"{place}: {', '.join(map(str, architectures))} (`architectures` in config.json, model type "
+            f"{checkpoint}: {', '.join(map(str, architectures))} (`architectures` in config.json, model type "
             f"'{config.model_type}') is none of transformers' models; supported are {supported()}"
         )
     cls = getattr(transformers, names[0])
     try:
         outline(cls, config)
     except Exception as error:  # as above
-        raise ValueError(f"{place}: {_odd('config.json', error)}") from error
+        raise ValueError(f"{checkpoint}: {_odd('config.json', error)}") from error
     return cls
 
 
@@ -107,7 +106,7 @@ def load_tokenizer(checkpoint: str, revision: str | None = None) -> PreTrainedTo
     except (OSError, ValueError) as error:
         absent = absence(error, checkpoint, revision, "its tokenizer is", TOKENIZER)
         reason = absent or f"no tokenizer: {first_line(error)}; add its files"
-        raise ValueError(f"model.checkpoint {checkpoint}: {reason}") from error
+        raise ValueError(f"{checkpoint}: {reason}") from error
 
 
 def load(
@@ -156,7 +155,7 @@ def _read(
     except Exception as error:  # as above
         absent = absence(error, checkpoint, revision, "its weights are", (WEIGHTS, WEIGHTS_INDEX))
         if absent is not None:
-            raise ValueError(f"model.checkpoint {checkpoint}: {absent}") from error
+            raise ValueError(f"{checkpoint}: {absent}") from error
         hint = "; is it a Git LFS pointer? run `git lfs pull`" if isinstance(error, SafetensorError) else ""
         raise ValueError(f"{checkpoint}: its weights can't be read: {_odd('weights', error)}{hint}") from error
     model, info = loaded
@@ -167,7 +166,7 @@ def require_safetensors(checkpoint: str) -> None:
     """Raise ValueError for a folder whose weights lie in other files alone."""
     folder = Path(checkpoint)
     if folder.is_dir() and not any((folder / name).is_file() for name in (WEIGHTS, WEIGHTS_INDEX)):
-        raise ValueError(f"model.checkpoint {checkpoint}: {NO_SAFETENSORS}")
+        raise ValueError(f"{checkpoint}: {NO_SAFETENSORS}")
 
 
 def digest_weights(model: PreTrainedModel) -> str:
@@ -186,7 +185,7 @@ def load_processor(checkpoint: str, revision: str | None = None) -> BaseImagePro
     except Exception as error:  # as above
         absent = absence(error, checkpoint, revision, "its image processor is", PROCESSOR)
         reason = absent or f"no image processor: {first_line(error)}; add a preprocessor_config.json"
-        raise ValueError(f"model.checkpoint {checkpoint}: {reason}") from error
+        raise ValueError(f"{checkpoint}: {reason}") from error
 
 
 def require_free(path: Path, *, overwrite: bool) -> None:
@@ -195,11 +194,11 @@ def require_free(path: Path, *, overwrite: bool) -> None:
     Only a folder that holds nothing but a pruned checkpoint is ever overwritten.
     """
     if path == path.parent:
-        raise ValueError(f"output.path {path} is no folder of its own; name one below it")
+        raise ValueError(f"{path} is no folder of its own; name one below it")
     above = path if path.is_mount() else _there(path.parent)
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         trouble = "may not be written" if above.is_dir() else "is no folder"
-        raise ValueError(f"output.path {path}: {above} {trouble}; choose another path")
+        raise ValueError(f"{path}: {above} {trouble}; choose another path")
     old = beside(path, "old")
     if old.exists() and not path.exists():  # of a run that was killed between two renames
         old.rename(path)
@@ -209,9 +208,9 @@ def require_free(path: Path, *, overwrite: bool) -> None:
     if not path.exists() or (path.is_dir() and not any(contents(path))):
         return
     if not overwrite:
-        raise ValueError(f"output.path {path} exists; choose another path or set output.overwrite=true")
+        raise ValueError(f"{path} exists; choose another path or set output.overwrite=true")
     if not _is_pruned_checkpoint(path):
-        raise ValueError(f"output.path {path} is no pruned checkpoint, so it isn't overwritten; choose another path")
+        raise ValueError(f"{path} is no pruned checkpoint, so it isn't overwritten; choose another path")
 
 
 def _is_pruned_checkpoint(path: Path) -> bool:
@@ -284,7 +283,7 @@ def require_room(path: Path, model: PreTrainedModel) -> None:
     free = shutil.disk_usage(_there(path)).free
     if free < needed:
         raise ValueError(
-            f"output.path {path}: the checkpoint takes {needed / GIB:.3g} GiB, and {free / GIB:.3g} GiB are free "
+            f"{path}: the checkpoint takes {needed / GIB:.3g} GiB, and {free / GIB:.3g} GiB are free "
             "there; make room, or choose another path"
         )
 

@@ -246,6 +246,6 @@ def require_images(checkpoint: str, structure: Structure) -> None:
     """Raise ValueError for a model that a recipe can't feed."""
     if structure.family.media != "images":
         raise ValueError(
-            f"model.checkpoint {checkpoint}: {type(structure.backbone).__name__} takes {structure.family.media}, and "
+            f"{checkpoint}: {type(structure.backbone).__name__} takes {structure.family.media}, and "
             "recipes read images; use the Python API: prune_, calibrate and a training loop of your own"
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NamedTuple, get_args
@@ -52,6 +53,17 @@ class RecipeError(ValueError):
     def __init__(self, problems: Sequence[Problem]) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
+
+
+@contextmanager
+def concerning(*key: str) -> Iterator[None]:
+    """Say of a ValueError inside which key of the recipe it is about."""
+    try:
+        yield
+    except RecipeError:
+        raise
+    except ValueError as error:
+        raise RecipeError([Problem(key, str(error))]) from error
 
 
 def show(value: object) -> str:

@@ -38,7 +38,7 @@ from vitprune.models.checkpoint import digest_weights, load, load_processor, loa
 from vitprune.models.module import is_pruned, spec_of
 from vitprune.models.prune import prune_, restore_
 from vitprune.models.structure import examine, require_images
-from vitprune.recipe.errors import Problem, RecipeError
+from vitprune.recipe.errors import Problem, RecipeError, concerning
 from vitprune.recipe.schema import Recipe, SplitSpec
 from vitprune.runtime import distributed
 
@@ -83,7 +83,8 @@ class RunInputs:
         recipe, dense, model = _load_models(recipe, pruned, state.device)
         spec = recipe.model
         processor = _load_processor(recipe, pruned)
-        tokenizer = load_tokenizer(spec.checkpoint, spec.revision) if is_two_towers(dense) else None
+        with concerning("model", "checkpoint"):
+            tokenizer = load_tokenizer(spec.checkpoint, spec.revision) if is_two_towers(dense) else None
         read = partial(read_images, recipe, processor, dense)
         train = holdout = None
         several = len(recipe.budget.points) > 1
@@ -137,7 +138,8 @@ def _load_processor(recipe: Recipe, pruned: str | None) -> BaseImageProcessor:
     folder = None if pruned is None else folder_of(pruned)
     if folder is not None and (folder / IMAGE_PROCESSOR_NAME).is_file():
         return load_processor(str(folder))
-    return load_processor(recipe.model.checkpoint, recipe.model.revision)
+    with concerning("model", "checkpoint"):
+        return load_processor(recipe.model.checkpoint, recipe.model.revision)
 
 
 def _load_models(
@@ -151,8 +153,9 @@ def _load_models(
     # weights are trained in float32, whatever the model computes in afterwards
     dtype = torch.float32 if recipe.finetune is not None and pruned is None else _dtype(recipe)
     spec = recipe.model
-    found = moved(load(spec.checkpoint, dtype=dtype, revision=spec.revision), device)
-    require_images(spec.checkpoint, examine(found))
+    with concerning("model", "checkpoint"):
+        found = moved(load(spec.checkpoint, dtype=dtype, revision=spec.revision), device)
+        require_images(spec.checkpoint, examine(found))
     prepare(recipe, found)
     _require_device(recipe, found.device)
     dense = restore_(copy.deepcopy(found)) if is_pruned(found) else found
@@ -194,14 +197,10 @@ def prepare(recipe: Recipe, dense: PreTrainedModel) -> None:
     if spec.prompt is not None and not is_two_towers(dense):
         raise RecipeError([Problem(("model", "prompt"), f"{type(dense).__name__} reads no text; leave the prompt out")])
     if spec.task is not None:
-        try:
+        with concerning("model", "task"):
             declare_task(dense, spec.task)
-        except ValueError as error:
-            raise RecipeError([Problem(("model", "task"), str(error))]) from error
-    try:
+    with concerning("evaluate", "metrics"):
         metrics_of(_kind(recipe, dense), metrics)
-    except ValueError as error:
-        raise RecipeError([Problem(("evaluate", "metrics"), str(error))]) from error
 
 
 def require_training_images(recipe: Recipe, dense: PreTrainedModel, train: Images) -> tuple[Images, Images]:
@@ -242,15 +241,16 @@ def read_images(recipe: Recipe, processor: BaseImageProcessor, dense: PreTrained
     """Labels are the model's classes; without a head they are those of the data; of no use without a prompt."""
     kind = _kind(recipe, dense)
     labels = class_names(dense) if has_head(dense) else None
-    return load_images(
-        recipe.data,
-        split,
-        processor,
-        id2label=labels,
-        labelled=kind.takes_labels,
-        task="single-label" if kind.name == "embedding" else kind.name,
-        seed=recipe.seed,
-    )
+    with concerning("data", "path"):
+        return load_images(
+            recipe.data,
+            split,
+            processor,
+            id2label=labels,
+            labelled=kind.takes_labels,
+            task="single-label" if kind.name == "embedding" else kind.name,
+            seed=recipe.seed,
+        )
 
 
 def for_readers(recipe: Recipe) -> dict[str, Any]:

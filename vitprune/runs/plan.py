@@ -15,7 +15,7 @@ from vitprune.models.checkpoint import load_config, load_processor, model_class,
 from vitprune.models.module import spec_of
 from vitprune.models.structure import count_tokens, require_images
 from vitprune.pruning.costs import CostModel
-from vitprune.recipe.errors import Problem, RecipeError
+from vitprune.recipe.errors import Problem, RecipeError, concerning
 from vitprune.recipe.pruning_spec import ANCHORS
 from vitprune.recipe.schema import Recipe
 from vitprune.reports.results import Plan, PlanRow
@@ -31,14 +31,15 @@ def plan(recipe: Recipe) -> Plan:
     isn't there, labels that don't fit the model.
     """
     spec = recipe.model
-    config = load_config(spec.checkpoint, spec.revision)
-    cls = model_class(spec.checkpoint, config)
-    model, structure = outline(cls, config)
-    require_images(spec.checkpoint, structure)
+    with concerning("model", "checkpoint"):
+        config = load_config(spec.checkpoint, spec.revision)
+        cls = model_class(spec.checkpoint, config)
+        model, structure = outline(cls, config)
+        require_images(spec.checkpoint, structure)
+        processor = load_processor(spec.checkpoint, spec.revision)
     is_pruned = spec_of(config) is not None
     recipe = with_policy_of(recipe, config)
     stages = structure.stages(recipe.pruning)
-    processor = load_processor(spec.checkpoint, spec.revision)
     prepare(recipe, model)
     pixels = blank_image(processor)
     prefix, cost = structure.num_prefix_tokens, structure.cost

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from vitprune.data.source import open_source, require_found
 from vitprune.measure.outputs import is_two_towers
 from vitprune.models.checkpoint import load_config, load_tokenizer, model_class, outline, require_safetensors
-from vitprune.recipe.errors import first_line
+from vitprune.recipe.errors import concerning, first_line
 from vitprune.recipe.schema import DataSpec, ModelSpec, Recipe
 from vitprune.runs.plan import plan
 from vitprune.runtime.hub_cache import (
@@ -64,7 +64,10 @@ def prefetch(recipe: Recipe) -> tuple[Piece, ...]:
     """
     plan(recipe)
     require_found(recipe.data)
-    return (*_fetch_checkpoint(recipe.model), *_fetch_data(recipe))
+    with concerning("model", "checkpoint"):
+        checkpoint = tuple(_fetch_checkpoint(recipe.model))
+    with concerning("data", "path"):
+        return (*checkpoint, *_fetch_data(recipe))
 
 
 def _fetch_checkpoint(spec: ModelSpec) -> Iterator[Piece]:
@@ -90,18 +93,17 @@ def _outline(spec: ModelSpec) -> PreTrainedModel:
 
 def _fetch_weights(spec: ModelSpec) -> list[Path]:
     """Safetensors alone, and of these the ones that transformers loads: not other precisions beside them."""
-    place = f"model.checkpoint {spec.checkpoint}"
     try:
         _download(spec, (WEIGHTS, WEIGHTS_INDEX))
         if not in_cache(spec.checkpoint, spec.revision, (WEIGHTS,)):
             for index in in_cache(spec.checkpoint, spec.revision, (WEIGHTS_INDEX,)):
                 _download(spec, shard_names(index))
     except (OSError, ValueError, Disconnected) as error:
-        raise ValueError(f"{place}: {_absent(spec, error) or first_line(error)}") from error
+        raise ValueError(f"{spec.checkpoint}: {_absent(spec, error) or first_line(error)}") from error
     files = weights_in_cache(spec.checkpoint, spec.revision)
     if not files:
         error = ValueError(NO_SAFETENSORS)
-        raise ValueError(f"{place}: {_absent(spec, error) or error}")
+        raise ValueError(f"{spec.checkpoint}: {_absent(spec, error) or error}")
     return files
 
 

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from vitprune.finetuning.losses import NonFiniteLoss
 from vitprune.models.checkpoint import load_config, model_class, outline
-from vitprune.recipe.errors import first_line
+from vitprune.recipe.errors import concerning, first_line
 from vitprune.recipe.pruning_spec import at_depths
 from vitprune.recipe.schema import BudgetSpec, PruningSpec, Recipe
 from vitprune.reports.page import sweep_page
@@ -145,8 +145,9 @@ def _baseline(recipe: Recipe, name: str) -> Recipe:
     """The same run with another policy. Thresholds that would learn are held: most baselines have none."""
     if name not in BASELINES:
         raise ValueError(f"there is no baseline {name!r}; there are {', '.join(BASELINES)}")
-    config = load_config(recipe.model.checkpoint, recipe.model.revision)
-    _, structure = outline(model_class(recipe.model.checkpoint, config), config)
+    with concerning("model", "checkpoint"):
+        config = load_config(recipe.model.checkpoint, recipe.model.revision)
+        _, structure = outline(model_class(recipe.model.checkpoint, config), config)
     blocks = len(structure.blocks)
     published = at_depths(PUBLISHED_DEPTHS, blocks)
     score = "head-weighted-class-attention" if structure.has_class_token else "head-weighted-mean-attention"

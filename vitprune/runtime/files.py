@@ -42,7 +42,7 @@ def require_name_fits(path: Path) -> None:
     limit = os.pathconf(above, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     if (excess := len(os.fsencode(longest)) - limit) > 0:
         raise ValueError(
-            f"output.path {path}: its last name is {excess} bytes too long, as a run writes beside it "
+            f"{path}: its last name is {excess} bytes too long, as a run writes beside it "
             f"({longest[:12]}…{longest[-12:]}); choose a shorter one"
         )
 
