@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from vitprune.finetuning.held_out import GROUP, HeldOut, _is_gain
+from vitprune.finetuning.held_out import GROUP, NEAR, HeldOut, _is_gain
+from vitprune.finetuning.thresholds import ThresholdTraining
 
 
 class Pictures:
@@ -27,6 +28,7 @@ class Updates:
         self.student = nn.Dropout().train()
         self.losses = losses
         self.seen = self.taught = 0
+        self.thresholds = ThresholdTraining("calibrated", holds=False, budget=0.6, starts=(0.1,), units=(0.01,))
 
     def teach(self, batch: Any) -> None:
         self.taught += 1
@@ -54,6 +56,37 @@ def test_a_check_is_the_mean_over_the_images_and_the_lowest_loss_is_kept() -> No
     assert (first.ratio, first.kept) == (pytest.approx(0.6), pytest.approx((0.25,)))
     assert update.student.training
     assert update.taught == 3  # the teacher is asked once
+
+
+class Growing(Updates):
+    """Whose ratio falls as the factor grows, and which grows dearer or cheaper as it learns; more costs gain."""
+
+    def __init__(self, drift: list[float]) -> None:
+        super().__init__([])
+        self.thresholds = ThresholdTraining("scaled", holds=True, budget=0.6, starts=(0.1,), units=(0.01,))
+        self.drift = drift
+
+    def look(self, batch: Any, taught: None) -> dict[str, float]:
+        self.seen += 1
+        ratio = 0.6 + self.drift[0] - 0.3 * self.thresholds.log_factor
+        return {"task": 1.0 - ratio, "ratio": ratio, "kept/before_block_4": 0.25}
+
+
+def test_states_are_compared_at_one_ratio() -> None:
+    update: Any = Growing([0.0])
+    images: Any = Pictures()
+    held = HeldOut(images, (4,), 0.6)
+    assert held.look(update, 0)
+    looks = []
+    for step, drift in ((10, -0.04), (20, -0.04), (30, -0.042), (40, 0.03)):
+        update.drift, before = [drift], update.seen
+        held.look(update, step)
+        looks.append((update.seen - before) // 3)
+        assert update.thresholds.log_factor == 0.0, "training goes on as it was"
+    assert [check.ratio for check in held.checks] == pytest.approx([0.6] * 5, abs=0.015)
+    assert looks == [2, 2, 1, 2], "what a look has found out the next one knows"
+    assert held.checks[2].ratio == pytest.approx(0.6, abs=NEAR)
+    assert held.log_factor == pytest.approx(0.1, abs=0.05)
 
 
 def test_without_an_image_there_is_nothing_to_choose_by() -> None:

@@ -84,7 +84,7 @@ def _say(message: str) -> None:
 
 @dataclass(frozen=True)
 class Talk:
-    """How much a command says: tables and progress, JSON for scripts, or nothing but errors."""
+    """How much a command says: tables and progress, JSON for scripts, or nothing but errors and warnings."""
 
     quiet: bool
     as_json: bool
@@ -117,7 +117,7 @@ class Talk:
         return [option for option, given in (("--quiet", self.quiet), ("--json", self.as_json)) if given]
 
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors and warnings.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON, and nothing else, to stdout.")]
 
 

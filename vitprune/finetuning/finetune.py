@@ -150,7 +150,7 @@ def finetune(
                 accelerator.unwrap_model(prepared).load_state_dict(update.good_weights)
                 thresholds.log_factor = update.good_factor
             raise
-        if held_out is not None and held_out.checks and held_out.kept_step != loop.step:
+        if held_out is not None and held_out.checks:
             ours.go_back(held_out.best)
     return History(loop.step, loop.records, loop.training)
 

@@ -1,6 +1,8 @@
 """Training images that are kept back: which state of a training is the best, and whether it gained anything.
 
-Knows how states are compared: by what training minimises, on the same images, at the budget.
+Knows how states are compared: by what training minimises, on the same images, at the same ratio of costs. Images as
+they are keep another part of their patches than the varied ones of training, whose ratio the common factor follows; so
+a factor of their own makes up for it.
 """
 
 from __future__ import annotations
@@ -24,6 +26,10 @@ from vitprune.runtime import distributed
 ABOVE = 0.02
 # images whose mean loss is one number of the comparison, whatever a batch of training is
 GROUP = 16
+# what a ratio may differ from the first check's without a second look
+NEAR = 0.005
+# change of the ratio ÷ change of the log of the factor, roughly; what is wrong of it the next look sees
+SENSITIVITY = -0.26
 NOTHING = Check(step=0, loss=math.inf, losses={}, ratio=0.0, kept=(), counts=False)
 
 
@@ -33,7 +39,7 @@ class HeldOut:
 
     images: every process looks at all of them; what the main one finds counts. checks: so far, the first before any
     step. first: losses of each `GROUP` before any step. best: of the best check, unless that is the first, whose state
-    the caller has.
+    the caller has. log_factor: of the factor that these images need beside that of training.
     """
 
     images: Images
@@ -43,13 +49,39 @@ class HeldOut:
     checks: list[Check] = field(default_factory=list)
     best: State | None = None
     first: tuple[float, ...] = ()
+    log_factor: float = 0.0
     _taught: list[Tensor | None] = field(default_factory=list, init=False)
 
     def look(self, update: TrainStep, step: int) -> bool:
-        """Compare the student as it is; return whether it is the best so far."""
+        """Compare the student as it is, at the first check's ratio; return whether it is the best so far."""
+        found = self._see(update)
+        if found is None:
+            return False
+        if self.checks and update.thresholds.holds:
+            first, seen = self.checks[0].ratio, found[0]["ratio"]
+            off = distributed.on_main(lambda: seen - first)
+            if abs(off) > NEAR:
+                self.log_factor -= off / SENSITIVITY
+                found = self._see(update)
+                assert found is not None
+        means, groups = found
+        losses = {name: means[name] for name in LOSSES if name in means}
+        kept = tuple(means[f"kept/before_block_{block}"] for block in self.before_blocks)
+        # these images may need more than those of the calibration, before training as after it
+        allowed = max([self.budget, *(check.ratio for check in self.checks[:1])])
+        self.first = self.first or groups
+        counts = step == 0 or (means["ratio"] <= allowed + ABOVE and _is_gain(self.first, groups))
+        own = Check(step=step, loss=sum(losses.values()), losses=losses, ratio=means["ratio"], kept=kept, counts=counts)
+        check = distributed.on_main(lambda: own)
+        best = min((one.loss for one in self.checks if one.counts), default=math.inf)
+        self.checks.append(check)
+        return check.counts and check.loss < best
+
+    def _see(self, update: TrainStep) -> tuple[dict[str, float], tuple[float, ...]] | None:
+        """Means over the images, and the loss of each group; None without an image."""
         sums: dict[str, float] = {}
         images, groups = 0, list[float]()
-        with eval_mode(update.student):
+        with eval_mode(update.student), update.thresholds.times(self.log_factor):
             for number, batch in enumerate(self.images.loader(GROUP)):
                 count = len(batch["pixel_values"])
                 images += count
@@ -59,21 +91,8 @@ class HeldOut:
                 groups.append(sum(found[name] for name in LOSSES if name in found))
                 for name, value in found.items():
                     sums[name] = sums.get(name, 0.0) + count * value
-        if not images:
-            return False
         self.count = images
-        means = {name: value / images for name, value in sums.items()}
-        losses = {name: means[name] for name in LOSSES if name in means}
-        kept = tuple(means[f"kept/before_block_{block}"] for block in self.before_blocks)
-        # these images may need more than those of the calibration, before training as after it
-        allowed = max([self.budget, *(check.ratio for check in self.checks[:1])])
-        self.first = self.first or tuple(groups)
-        counts = step == 0 or (means["ratio"] <= allowed + ABOVE and _is_gain(self.first, groups))
-        own = Check(step=step, loss=sum(losses.values()), losses=losses, ratio=means["ratio"], kept=kept, counts=counts)
-        check = distributed.on_main(lambda: own)
-        best = min((one.loss for one in self.checks if one.counts), default=math.inf)
-        self.checks.append(check)
-        return check.counts and check.loss < best
+        return ({name: value / images for name, value in sums.items()}, tuple(groups)) if images else None
 
     @property
     def kept_step(self) -> int:

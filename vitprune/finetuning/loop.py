@@ -60,6 +60,7 @@ class Loop:
         if self.held_out is not None:
             self.held_out.checks = [Check.model_validate(check) for check in progress.checks]
             self.held_out.count, self.held_out.first = progress.held_out, progress.first
+            self.held_out.log_factor = progress.held_out_factor
             if best is not None:
                 assert progress.best_factor is not None
                 self.held_out.best = State(best, progress.best_factor)
@@ -107,7 +108,7 @@ class Loop:
         with self._clear_of_memory():
             is_best = held.look(self.update, self.step)
         if is_best and self.step:
-            held.best = State(copied(self.whole_weights()), self.update.thresholds.log_factor)
+            held.best = State(copied(self.whole_weights()), self.update.thresholds.log_factor + held.log_factor)
         if self.tracking is not None:
             self.tracking.leave_out(time.perf_counter() - began)
         return held.checks[-1] if held.checks else None
@@ -116,13 +117,14 @@ class Loop:
         held = self.held_out
         checks = () if held is None else tuple(check.model_dump(mode="json") for check in held.checks)
         factor = None if held is None or held.best is None else held.best.log_factor
-        images, first = (0, ()) if held is None else (held.count, held.first)
+        images, first, own = (0, (), 0.0) if held is None else (held.count, held.first, held.log_factor)
         return Progress(
             self.step,
             self.batches.position,
             self.update.thresholds.log_factor,
             held_out=images,
             first=first,
+            held_out_factor=own,
             checks=checks,
             best_factor=factor,
         )

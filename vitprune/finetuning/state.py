@@ -32,8 +32,8 @@ _BEST = "best.safetensors"
 class Progress:
     """How far a fine-tuning has come: optimizer steps, where its data is, the log of the factor on its thresholds.
 
-    checks: of so many held-out images, so far; first: their losses before training, in groups. best_factor: of the best
-    state, whose weights lie beside; None while it is the first.
+    checks: of so many held-out images, so far; first: their losses before training, in groups; held_out_factor: the log
+    of theirs. best_factor: of the best state, whose weights lie beside; None while it is the first.
     """
 
     steps: int
@@ -42,6 +42,7 @@ class Progress:
     held_out: int = 0
     first: tuple[float, ...] = ()
     checks: tuple[dict[str, Any], ...] = ()
+    held_out_factor: float = 0.0
     best_factor: float | None = None
 
 

@@ -60,6 +60,16 @@ class ThresholdTraining:
             moved = self.log_factor + GAIN * (ratio - self.budget)
             self.log_factor = max(-FARTHEST, min(FARTHEST, moved))
 
+    @contextmanager
+    def times(self, log_factor: float) -> Iterator[None]:
+        """Another factor on top, inside."""
+        before = self.log_factor
+        self.log_factor += log_factor
+        try:
+            yield
+        finally:
+            self.log_factor = before
+
     def price(self, strength: float) -> float:
         """What the loss counts a part of the dense model's cost at, where thresholds learn.
 
