@@ -24,7 +24,10 @@ def page() -> str:
     return "\n".join([HEAD, *_sections(schema, schema, "")])
 
 
-def _sections(schema: dict[str, Any], section: dict[str, Any], path: str) -> Iterator[str]:
+def _sections(
+    schema: dict[str, Any], section: dict[str, Any], path: str, given: dict[str, Any] | None = None
+) -> Iterator[str]:
+    """A table of the section, then those of the sections in it. given: its own default, for keys that have none."""
     inner = []
     if path:
         yield f"## `{path}`\n\n{section.get('description', '')}\n"
@@ -32,13 +35,14 @@ def _sections(schema: dict[str, Any], section: dict[str, Any], path: str) -> Ite
     for key, field in section["properties"].items():
         refers = _section_of(schema, field)
         if refers is not None:
-            inner.append((f"{path}.{key}".lstrip("."), refers))
+            inner.append((f"{path}.{key}".lstrip("."), refers, field.get("default")))
+        field = {"default": given[key], **field} if given and key in given else field
         kind = "a section" if refers is not None else _kind(schema, field)
         meaning = " ".join((field.get("description") or (refers or {}).get("description", "")).split())
         yield f"| `{key}` | {kind} | {_default(field, refers)} | {meaning.replace('|', chr(92) + '|')} |"
     yield ""
-    for name, refers in inner:
-        yield from _sections(schema, refers, name)
+    for name, refers, default in inner:
+        yield from _sections(schema, refers, name, default)
 
 
 def _section_of(schema: dict[str, Any], field: dict[str, Any]) -> dict[str, Any] | None:

@@ -228,6 +228,11 @@ def test_counts_cannot_be_scaled() -> None:
         scale_to_budget(pruned(select="top-k"), batches(), 0.7, progress=False)
 
 
+def test_thresholds_that_were_never_found_cannot_be_scaled() -> None:
+    with pytest.raises(ValueError, match=r"never found, .* call vitprune\.calibrate"):
+        scale_to_budget(pruned(before_blocks=[1, 3]), batches(), 0.7, progress=False)
+
+
 @pytest.mark.parametrize(
     ("spec", "blocks", "nearest"),
     [

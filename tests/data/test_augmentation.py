@@ -14,7 +14,7 @@ from transformers import ViTImageProcessorPil
 
 from vitprune.data.augmentation import augment
 
-IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+IMAGENET: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 PROCESSORS: dict[str, dict[str, Any]] = {
     "imagenet": IMAGENET,
     "not-normalised": {"do_normalize": False},

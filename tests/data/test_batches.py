@@ -66,8 +66,10 @@ def test_what_holds_no_images_is_a_type_error(wrong: Any) -> None:
 
 
 def test_specs_and_budgets_that_say_nothing_sensible() -> None:
-    with pytest.raises(ValueError, match=r"PruningSpec: before_block: Extra inputs"):
+    with pytest.raises(ValueError, match=r"^before_block: unknown key \(did you mean 'before_blocks'\?\)$"):
         vitprune.prune_(tiny.build("vit"), {"before_block": [1]})
+    with pytest.raises(ValueError, match=r"^before_blocks\[0\]: is 0, should be greater than 0$"):
+        vitprune.prune_(tiny.build("vit"), {"before_blocks": [0, 2]})
     with pytest.raises(TypeError, match="str is no PruningSpec"):
         vitprune.prune_(tiny.build("vit"), "as-vit")  # type: ignore[arg-type]
     for budget in ("much", "0%", 1.5, "130 %", None):

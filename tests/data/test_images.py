@@ -224,6 +224,14 @@ def test_plain_integers_named_label_are_labels(parquet: Callable[..., Path]) -> 
     assert load(parquet(rows(3, Value("int64")))).labelled
 
 
+def test_sections_may_be_dicts(parquet: Callable[..., Path]) -> None:
+    found = load_images({"path": str(parquet(rows(3)))}, {"split": "train", "limit": 2}, PROCESSOR)
+    assert len(found) == 2
+    assert len(load_images({"path": str(parquet(rows(3)))}, "train", PROCESSOR)) == 3
+    with pytest.raises(ValueError, match=r"(?m)^pfad: unknown key"):
+        load_images({"pfad": "data"}, "train", PROCESSOR)
+
+
 def label_error(folder: Path, id2label: dict[int, str], **options: Any) -> str:
     with pytest.raises(ValueError, match=r", split ") as error:
         list(load(folder, id2label=id2label, **options).loader(4))
@@ -479,10 +487,12 @@ def test_what_is_not_there(parquet: Callable[..., Path], tmp_path: Path, monkeyp
     assert error("no/where").endswith("check the spelling, or run `vitprune prefetch RECIPE` where there is a network")
     assert "set `data.streaming: false` and run `vitprune prefetch RECIPE`" in error("no/where", streaming=True)
     assert "vitprune prefetch" not in error(tmp_path / "nowhere")
-    assert "Should be one of ['train']" in error(folder, "test")
-    assert "the splits are train, test" in error(saved(tmp_path / "saved"), "validation")
+    assert error(folder, "test").startswith("data.eval.split: ")
+    assert "some into train/CLASS, others into test/CLASS" in error(folder, "test")
+    assert "Should be one of ['train', 'test']" in error(saved(tmp_path / "saved"), "validation")
     assert ".parquet, .arrow" in error(tmp_path / "readme.txt")
-    assert "image_column names 'photo'" in error(folder, image_column="photo")
+    assert "data.image_column: " in error(folder, image_column="photo")
+    assert "there is no column 'photo'; the columns are" in error(folder, image_column="photo")
     assert "holds no images but ClassLabel" in error(folder, image_column="label")
     assert "holds no labels but Image" in error(folder, label_column="image")
 

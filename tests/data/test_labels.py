@@ -63,9 +63,9 @@ def test_wordnet_ids_are_known_by_their_order() -> None:
 
 def test_a_recipe_says_what_is_meant() -> None:
     assert ids(["fish", "bird"], IMAGENET, {"fish": "tench", "bird": 2}) == [0, 2]
-    with pytest.raises(ValueError, match="gives 'fish' the id 9, which the checkpoint hasn't"):
+    with pytest.raises(ValueError, match="label_names: 'fish' is given the id 9, which the checkpoint hasn't"):
         ids(["fish"], IMAGENET, {"fish": 9})
-    with pytest.raises(ValueError, match=r"'goldfsh' is not among .*|1 of the data's 1 classes"):
+    with pytest.raises(ValueError, match=r"label_names: 'fish' is given the name 'goldfsh', which is not among the"):
         ids(["fish"], IMAGENET, {"fish": "goldfsh"})
 
 

@@ -325,19 +325,24 @@ def test_a_plan_loads_neither_weights_nor_images(tmp_path: Path, monkeypatch: py
     [
         ("data.eval.split=validation", "Unknown split"),
         ("data.train.split=train[:20]", "24 images can't be held out of 20"),
-        ("data.label_column=caption", "names 'caption', but the columns are"),
-        ("data.label_names={white: 7}", "gives 'white' the id 7"),
-        ("data.path=nowhere", "nowhere"),
+        ("data.label_column=caption", "no column 'caption'; the columns are"),
+        ("data.label_names={white: 7}", "'white' is given the id 7"),
     ],
 )
 def test_a_plan_knows_what_of_the_data_would_stop_a_run(tmp_path: Path, override: str, text: str) -> None:
     asked = recipe(tmp_path, RECIPE + FINETUNE, "vit", override)
-    if override == "data.path=nowhere":  # a place on the Hub, which can't be asked here
-        assert plan(asked).obstacle is None
-        return
     with pytest.raises(ValueError, match=re.escape(text)):
         plan(asked)
     with pytest.raises(ValueError, match=re.escape(text)):
+        apply(asked)
+
+
+def test_a_plan_says_of_data_that_are_not_here_and_cannot_be_asked_for(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, RECIPE, "vit", "data.path=nowhere")
+    obstacle = plan(asked).obstacle
+    assert obstacle is not None
+    assert obstacle.startswith("data.path: nowhere: there is no such file or folder")
+    with pytest.raises(ValueError, match=re.escape(obstacle.partition(",")[0].rpartition(": ")[2])):
         apply(asked)
 
 
@@ -394,7 +399,9 @@ def test_a_budget_that_nothing_reaches(tmp_path: Path, changes: list[str], run: 
     [
         (["model.checkpoint=HERE/empty"], "model.checkpoint"),
         (["data.path=HERE/empty"], "data.path"),
-        (["data.eval.split=nope"], "data.path"),
+        (["data.eval.split=nope"], "data.eval.split"),
+        (["data.image_column=nope"], "data.image_column"),
+        (["finetune.holdout=5000"], "finetune.holdout"),
         (["finetune.trackers=[comet_ml]"], "finetune.trackers"),
         (["finetune.losses={task: 1.0, distillation: 0.0}", "data.labels=ignore"], "finetune.losses"),
         (["evaluate.metrics=[correlation]"], "evaluate.metrics"),
@@ -409,6 +416,16 @@ def test_what_does_not_fit_is_said_of_a_key(
     with pytest.raises(RecipeError) as raised:
         run(asked)
     assert [".".join(map(str, problem.key)) for problem in raised.value.problems] == [key]
+
+
+def test_a_recipe_by_its_file(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, RECIPE, "vit", "evaluate.batch_sizes=[]")
+    place = tmp_path / "resolved.yaml"
+    place.write_text(asked.to_yaml(), encoding="utf-8")
+    assert plan(place) == plan(asked)
+    assert apply(str(place)).recipe == Report.load(tmp_path / "out" / "report.json").recipe
+    with pytest.raises(TypeError, match="dict is no recipe"):
+        apply({})  # type: ignore[arg-type]
 
 
 def test_a_checkpoint_that_no_recipe_names_is_called_by_its_name(tmp_path: Path) -> None:

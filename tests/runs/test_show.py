@@ -133,6 +133,16 @@ def test_what_is_refused(
         next(show_files(str(checkpoint), **options, output=tmp_path / "out"))  # pyright: ignore[reportArgumentType]
 
 
+def test_what_python_gives_is_refused_in_words(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="Tensor is no picture; pass files, folders or PIL images, not pixel values"):
+        vitprune.show(checkpoint, torch.rand(2, 3, 32, 32))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="from no checkpoint has no image processor; pass one: processor="):
+        vitprune.show(pruned(), photo())
+    samples.write_data(tmp_path / "data")
+    with pytest.raises(ValueError, match=r"^\S+data, split 'validation': Unknown split"):
+        next(show_files(str(checkpoint), [], data=str(tmp_path / "data"), split="validation", output=tmp_path / "out"))
+
+
 def test_a_dense_model_is_refused(tmp_path: Path) -> None:
     dense = samples.write_checkpoint(tmp_path / "dense")
     with pytest.raises(ValueError, match="isn't pruned"):

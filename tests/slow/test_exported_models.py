@@ -215,6 +215,9 @@ def test_the_folder_is_whole_and_reads_as_a_checkpoints(checkpoint: Path, export
     result = CliRunner().invoke(app, ["export", str(checkpoint), "--output", str(exported)])
     assert result.exit_code == 1
     assert "exists; choose another folder, or overwrite it" in result.output
+    result = CliRunner().invoke(app, ["export", str(checkpoint), "--kept", "q95", "--output", str(exported)])
+    assert result.exit_code == 1
+    assert "add --tokens fixed" in result.output
 
 
 def test_the_script_needs_neither_torch_nor_vitprune(tmp_path: Path, exported: Path) -> None:

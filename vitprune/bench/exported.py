@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -54,7 +54,7 @@ def bench_exported(folder: Path, settings: BenchSettings, fewest: int, *, progre
     models = dense, exported.model
     timed = measure_throughput(*models, x_BCHW, settings.batch_sizes, settings.repeats, progress=progress)
     return Benchmark(
-        created=datetime.now(timezone.utc),
+        created=datetime.now(UTC),
         environment=describe_environment(exported.model),
         checkpoint=folder.name,
         pruning=pruning_of(exported.model).spec.model_dump(mode="json"),

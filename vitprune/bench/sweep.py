@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
@@ -126,7 +126,7 @@ class _Sweep:
 
     def benchmark(self) -> Benchmark:
         return Benchmark(
-            created=datetime.now(timezone.utc),
+            created=datetime.now(UTC),
             environment=self.environment,
             checkpoint=self.settings.recipe.model.checkpoint,
             pruning=self.pruning,

@@ -152,10 +152,14 @@ def scale_to_budget(
 
     batches, budget: as for `calibrate`. must_meet: raise ValueError for a budget that no factor reaches; otherwise it
     is the nearest that is got.
+
+    Raises ValueError for thresholds that were never found.
     """
     pruning, model = pruning_of(model), pruned_part(model)
     batches = _listed(batches, model)
     budget = _checked(batches, budget)
+    if pruning.spec.select == "threshold" and not pruning.levels.isfinite().all():
+        raise ValueError("the model's thresholds were never found, so there are none to scale; call vitprune.calibrate")
     pruning.keep_points(None)
     with task("meeting the budget", unit="pass", shown=progress) as bar:
         ratio = _scale(pruning, _Passes(model, batches, bar), budget)

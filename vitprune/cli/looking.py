@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -20,8 +20,8 @@ def show(
         list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Image files, or folders of them.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Or a data set, as data.path in a recipe.")] = None,
-    split: Annotated[str, typer.Option(help="Of it.")] = "test",
-    rows: Annotated[str, typer.Option(help="Of that, such as 0-9,20.")] = "0-9",
+    split: Annotated[str, typer.Option(help="Split of --data.")] = "test",
+    rows: Annotated[str, typer.Option(help="Rows of the split to draw, such as 0-9,20.")] = "0-9",
     dense: Annotated[
         str | None, typer.Option(help="Dense checkpoint to show beside; the same weights, unpruned, if left out.")
     ] = None,
@@ -42,7 +42,7 @@ def show(
                 typer.echo(f"{path}: {in_a_line(seen)}")
 
 
-class Dtype(str, Enum):
+class Dtype(StrEnum):
     """What a benchmark computes in."""
 
     float32 = "float32"
@@ -50,7 +50,7 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-class BenchMode(str, Enum):
+class BenchMode(StrEnum):
     """How a benchmark runs the blocks."""
 
     eager = "eager"

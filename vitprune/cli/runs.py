@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -106,7 +106,7 @@ def push(
         typer.echo(run(checkpoint, repo, private=private))
 
 
-class ExportFormat(str, Enum):
+class ExportFormat(StrEnum):
     """What a model is exported to."""
 
     onnx = "onnx"
@@ -114,14 +114,14 @@ class ExportFormat(str, Enum):
     openvino = "openvino"
 
 
-class ExportTokens(str, Enum):
+class ExportTokens(StrEnum):
     """How many tokens an exported model keeps."""
 
     adaptive = "adaptive"
     fixed = "fixed"
 
 
-class ExportDtype(str, Enum):
+class ExportDtype(StrEnum):
     """What an exported model computes in."""
 
     float32 = "float32"
@@ -137,13 +137,16 @@ def export(
         ExportTokens, typer.Option(help="Each image its own number, or all as many, for static shapes.")
     ] = ExportTokens.adaptive,
     kept: Annotated[
-        str,
-        typer.Option(help="With fixed: patches behind each stage, 180,126,87; or mean, q50, q75, q95 of the report."),
-    ] = "mean",
+        str | None,
+        typer.Option(
+            help="With fixed: patches behind each stage, 180,126,87; or q50, q75, q95 of the report, or its mean, the "
+            "default."
+        ),
+    ] = None,
     dtype: Annotated[
         ExportDtype, typer.Option(help="bfloat16: pt2 alone; int8: linear layers, ONNX alone.")
     ] = ExportDtype.float32,
-    opset: Annotated[int, typer.Option(min=18, help="Of ONNX.")] = 20,
+    opset: Annotated[int, typer.Option(min=18, help="Version of ONNX's operators.")] = 20,
     image_size: Annotated[int | None, typer.Option(min=1, help="Pixels; the checkpoint's own size.")] = None,
     any_size: Annotated[bool, typer.Option("--any-size", help="Other heights and widths fit, too.")] = False,
     tells_patches: Annotated[
@@ -151,7 +154,7 @@ def export(
     ] = False,
     budget: Annotated[str | None, typer.Option(help="Of a checkpoint with several operating points.")] = None,
     output: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/export"),
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="An exported folder that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an exported folder that is there.")] = False,
 ) -> None:
     """Write a checkpoint as a graph for ONNX Runtime, torch.export or OpenVINO, and check it there."""
     with clear_messages(lambda error: error):
@@ -179,7 +182,7 @@ def export(
         typer.echo(f"How to run it: {found.model.folder / 'README.md'}")
 
 
-class Baseline(str, Enum):
+class Baseline(StrEnum):
     """What a sweep compares with."""
 
     tome = "tome"

@@ -9,12 +9,11 @@ Tensor suffixes: B images, C channels, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, Literal, assert_never
 
 import torch
 from torch import Tensor, nn
 from transformers.image_processing_utils import BaseImageProcessor
-from typing_extensions import assert_never
 
 from vitprune.recipe.errors import Problem, RecipeError
 

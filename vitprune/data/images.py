@@ -20,22 +20,24 @@ from vitprune.data.decoding import Collate, Reader, blank_image
 from vitprune.data.source import open_source
 from vitprune.data.splits import Stream, Table
 from vitprune.recipe.schema import DataSpec, SplitSpec, Task
+from vitprune.recipe.values import as_spec
 
 LOADED = 32  # images decoded at a time where all are wanted
 
 
 def load_images(
-    data: DataSpec,
-    split: SplitSpec,
+    data: DataSpec | Mapping[str, Any],
+    split: SplitSpec | Mapping[str, Any] | str,
     processor: BaseImageProcessor,
     *,
-    id2label: Mapping[int, str] | None,
+    id2label: Mapping[int, str] | None = None,
     labelled: bool = True,
     task: Task = "single-label",
     seed: int = 0,
 ) -> Images:
     """Open one split of a data set: a Hub id, an image folder, parquet or arrow files, or what `save_to_disk` wrote.
 
+    data, split: as a recipe's sections `data` and `data.train`, also dicts of their keys; a split's name is enough.
     `split.limit` takes that many images by chance, by `seed`: data sets are often sorted. Images are decoded and
     processed when a loader asks for them.
 
@@ -44,6 +46,8 @@ def load_images(
     are: a class id, several (`"multi-label"`), or numbers (`"regression"`). Warns of columns that may hold labels and
     weren't taken for them.
     """
+    data = as_spec(DataSpec, data)
+    split = SplitSpec(split=split) if isinstance(split, str) else as_spec(SplitSpec, split)
     source = open_source(data, split.split, id2label, labelled=labelled, task=task)
     for note in source.doubts:
         warnings.warn(note, stacklevel=2)
@@ -116,7 +120,7 @@ class Images:
         if not self.streamed and count >= len(self):
             raise ValueError(
                 f"{self.rows.reader.source.place}: {count} images can't be held out of {len(self)}; give more, or "
-                "lower `finetune.holdout`"
+                "hold out fewer"
             )
         rest, held_out = self.rows.split(count, seed)
         return Images(rest, workers=self.workers), Images(held_out, workers=self.workers)

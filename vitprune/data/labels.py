@@ -44,7 +44,7 @@ class Classes:
         meant, found = self.given.get(name, name), self.ids_of(name)
         if isinstance(meant, int):
             if meant not in self.names:
-                text = f"gives {name!r} the id {meant}, which the checkpoint hasn't"
+                text = f"{name!r} is given the id {meant}, which the checkpoint hasn't"
                 raise RecipeError([Problem(("data", "label_names"), text)])
             return meant
         if len(found) > 1:
@@ -53,8 +53,12 @@ class Classes:
                 f"it one of them in data.label_names, such as {{{name}: {found[0]}}}"
             )
         if not found:
-            near = did_you_mean(meant, list(self.names.values()))
-            raise ValueError(f"{name!r} is not among the checkpoint's labels: {some(list(self.names.values()))}{near}")
+            known = list(self.names.values())
+            text = f"is not among the checkpoint's labels: {some(known)}{did_you_mean(meant, known)}"
+            if name in self.given:
+                text = f"{name!r} is given the name {meant!r}, which {text}"
+                raise RecipeError([Problem(("data", "label_names"), text)])
+            raise ValueError(f"{name!r} {text}")
         return found[0]
 
     def ids_of(self, name: str) -> Sequence[int]:
@@ -183,10 +187,14 @@ def _by_name(names: Sequence[str], classes: Classes, place: str) -> tuple[int, .
     ids, lacking = dict[str, int](), list[str]()
     for name in names:
         if not classes.ids_of(name):
+            if name in classes.given:
+                classes.id_of(name)
             lacking.append(name)
             continue
         try:
             ids[name] = classes.id_of(name)
+        except RecipeError:
+            raise
         except ValueError as error:
             raise ValueError(f"{place}: {error}") from None
     if lacking:

@@ -31,6 +31,7 @@ _EXPECTED: Mapping[Task, str] = {
 }
 _SPLITS = {"train", "training", "test", "testing", "validation", "valid", "val", "dev", "eval", "evaluation"}
 _MAY_BE_LABELS = (*LABEL_NAMES, "class", "classes", "target", "targets", "category", "class_id", "label_id", "y")
+_UNKNOWN_SPLIT = "Unknown split"  # as `datasets` says it
 _CANT_BE_OPENED = (OSError, ValueError, RuntimeError, DatasetsError, Disconnected)
 
 
@@ -65,7 +66,8 @@ def open_source(
     try:
         rows = _open(data, split)
     except _CANT_BE_OPENED as error:
-        raise ValueError(f"{place}: {_reason(data, error)}") from error
+        text = f"{place}: {_reason(data, error)}"
+        raise (_refused(_key_of(data, split), text) if _UNKNOWN_SPLIT in str(error) else ValueError(text)) from error
     if rows.features is None:
         raise ValueError(f"{place}: what the columns hold can't be told while streaming; set `data.streaming: false`")
     image = _image_column(rows.features, data.image_column, place)
@@ -151,8 +153,7 @@ def require_splits(data: DataSpec, splits: Sequence[str]) -> None:
         names = [re.split(r"\[", part)[0].strip() for part in split.split("+")]
         if unknown := [name for name in names if name not in {*known, "all"}]:
             has = ", ".join(map(str, known))
-            key = ("data", "train" if data.train.split == split else "eval", "split")
-            raise RecipeError([Problem(key, f"{data.path} has no split {unknown[0]!r}; it has {has}")])
+            raise _refused(_key_of(data, split), f"{data.path} has no split {unknown[0]!r}; it has {has}")
 
 
 def _find(data: DataSpec) -> None:
@@ -185,7 +186,7 @@ def _open_saved(path: Path, split: str) -> Dataset:
     saved = datasets.load_from_disk(str(path))
     splits = saved if isinstance(saved, DatasetDict) else {str(saved.split or split): saved}
     if split not in splits:
-        raise ValueError(f"there is no such split; the splits are {', '.join(map(str, splits))}")
+        raise ValueError(f"{_UNKNOWN_SPLIT} {split!r}. Should be one of {[*map(str, splits)]}.")
     return splits[split]
 
 
@@ -214,8 +215,11 @@ def _reason(data: DataSpec, error: Exception) -> str:
             if isinstance(error, OSError):
                 return f"there is no such file or folder, {absent}"
             return f"{error}\nName one of them in `data.name`, or {fetch} where there is a network"
-    if "Unknown split" in str(error):
-        return f"{error} Name one, or a part of one as in 'train[:80%]', in `data.train.split` or `data.eval.split`"
+    if _UNKNOWN_SPLIT in str(error):
+        way_out = f"{error} Name one, or a part of one as in 'train[:80%]'"
+        if "['train']" not in str(error) or not Path(data.path).expanduser().is_dir():
+            return way_out
+        return f"{way_out}; or, of pictures in folders by class, put some into train/CLASS, others into test/CLASS"
     if Path(data.path).expanduser().exists() or isinstance(error, ValueError):
         return " ".join(dict.fromkeys(str(cause) for cause in causes(error) if str(cause)))
     return (
@@ -236,13 +240,14 @@ def _is_found(data: DataSpec) -> bool:
 def _image_column(features: Features, named: str | None, place: str) -> str:
     found = [name for name, feature in features.items() if isinstance(feature, Image)]
     if named is not None:
-        _require(features, named, "data.image_column", place)
+        _require(features, named, "image_column", place)
         if named not in found and not _could_be_image(features[named]):
-            raise ValueError(f"{place}: data.image_column {named!r} holds no images but {_kind(features[named])}")
+            text = f"{place}: column {named!r} holds no images but {_kind(features[named])}"
+            raise _refused(("data", "image_column"), text)
         return named
     if len(found) != 1:
         trouble = f"several columns hold images ({', '.join(found)})" if found else "no column is declared as images"
-        raise ValueError(f"{place}: {trouble}; name one in `data.image_column`. Columns: {_columns(features)}")
+        raise _refused(("data", "image_column"), f"{place}: {trouble}; name one. Columns: {_columns(features)}")
     return found[0]
 
 
@@ -255,7 +260,7 @@ def _could_be_image(feature: Any) -> bool:
 
 def _label_column(features: Features, named: str | None, place: str, task: Task) -> str | None:
     if named is not None:
-        _require(features, named, "data.label_column", place)
+        _require(features, named, "label_column", place)
         return named
     found: list[str] = []
     if task == "multi-label":
@@ -264,9 +269,8 @@ def _label_column(features: Features, named: str | None, place: str, task: Task)
         found = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
     found = found or [name for name in LABEL_NAMES if name in features and _may_hold(features[name], task)]
     if len(found) > 1:
-        raise ValueError(
-            f"{place}: several columns hold labels; name one in `data.label_column`. Columns: {_columns(features)}"
-        )
+        text = f"{place}: several columns hold labels; name one. Columns: {_columns(features)}"
+        raise _refused(("data", "label_column"), text)
     return found[0] if found else None
 
 
@@ -301,10 +305,9 @@ def _labels(
     if not _may_hold(feature, task):
         several = _element(feature) is not None and task == "single-label"
         hint = "; a model that gives several labels an image needs model.task: multi-label" if several else ""
-        raise ValueError(
-            f"{place}: data.label_column {column!r} holds no labels but {_kind(feature)}; a model whose task is {task} "
-            f"learns from {_EXPECTED[task]}{hint}"
-        )
+        wanted = f"a model whose task is {task} learns from {_EXPECTED[task]}{hint}"
+        text = f"{place}: column {column!r} holds no labels but {_kind(feature)}; {wanted}"
+        raise _refused(("data", "label_column"), text)
     if task == "regression":
         return Labels(column, count, task=task)
     classes = None if id2label is None else Classes(id2label, _given(data.label_names))
@@ -327,9 +330,9 @@ def _given(label_names: Mapping[str, str | int] | str | None) -> Mapping[str, st
     try:
         found: Any = yaml.safe_load(Path(label_names).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise _names_error(f"{label_names} can't be read: {first_line(error)}") from error
+        raise _refused(("data", "label_names"), f"{label_names} can't be read: {first_line(error)}") from error
     if not isinstance(found, dict) or not all(isinstance(meant, str | int) for meant in found.values()):
-        raise _names_error(f"{label_names} holds no mapping of the data's names to classes")
+        raise _refused(("data", "label_names"), f"{label_names} holds no mapping of the data's names to classes")
     return {str(name): meant for name, meant in found.items()}
 
 
@@ -346,13 +349,15 @@ def _require_readable(labels: Labels, values: Sequence[Any], place: str) -> None
     for value in values:
         try:
             labels.read(value)
+        except RecipeError:
+            raise
         except ValueError as error:
             raise ValueError(f"{place}, column {labels.column!r}: {error}") from error
 
 
 def _require(features: Features, column: str, key: str, place: str) -> None:
     if column not in features:
-        raise ValueError(f"{place}: {key} names {column!r}, but the columns are {_columns(features)}")
+        raise _refused(("data", key), f"{place}: there is no column {column!r}; the columns are {_columns(features)}")
 
 
 def _columns(features: Features) -> str:
@@ -365,5 +370,10 @@ def _kind(feature: Any) -> str:
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
 
 
-def _names_error(text: str) -> RecipeError:
-    return RecipeError([Problem(("data", "label_names"), text)])
+def _refused(key: tuple[str, ...], text: str) -> RecipeError:
+    return RecipeError([Problem(key, text)])
+
+
+def _key_of(data: DataSpec, split: str) -> tuple[str, str, str]:
+    """Where a recipe names a split."""
+    return ("data", "train" if data.train.split == split else "eval", "split")

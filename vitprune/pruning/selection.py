@@ -11,13 +11,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Protocol
+from typing import Protocol, assert_never
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from typing_extensions import assert_never
 
 from vitprune.pruning.costs import CostModel, Costs
 from vitprune.pruning.layout import on_device

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any, NamedTuple, get_args
 
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
 Key = tuple[str | int, ...]
@@ -66,6 +66,15 @@ def concerning(*key: str) -> Iterator[None]:
         raise RecipeError([Problem(key, str(error))]) from error
 
 
+@contextmanager
+def unkeyed() -> Iterator[None]:
+    """Say a RecipeError without its keys, where no recipe was written."""
+    try:
+        yield
+    except RecipeError as error:
+        raise ValueError("\n".join(problem.text for problem in error.problems)) from error
+
+
 def show(value: object) -> str:
     """A value as an error message names it."""
     match value:
@@ -88,7 +97,16 @@ def did_you_mean(name: str, known: Sequence[str]) -> str:
     return "".join(f" (did you mean {near!r}?)" for near in get_close_matches(name.lower(), known, n=1))
 
 
-def explain(error: ErrorDetails, key: Key, spec: type[BaseModel]) -> str:
+def problems_of(error: ValidationError, spec: type[BaseModel]) -> list[Problem]:
+    """What Pydantic refused of a `spec`, each with its key."""
+    found = []
+    for detail in error.errors(include_url=False):
+        key: Key = tuple(part for part in detail["loc"] if part not in (WORD, LIST))
+        found.append(Problem(key, _explain(detail, key, spec)))
+    return found
+
+
+def _explain(error: ErrorDetails, key: Key, spec: type[BaseModel]) -> str:
     """What Pydantic refused at `key` of a `spec`, in plain words and with the way out."""
     value, limits = error["input"], error.get("ctx", {})
     match error["type"]:

@@ -276,6 +276,15 @@ def load_recipe(path: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     return source.validate(Recipe, folders)
 
 
+def as_recipe(recipe: Recipe | str | Path) -> Recipe:
+    """A recipe, also by its file's name. Raises as `load_recipe`, and TypeError for neither."""
+    if isinstance(recipe, Recipe):
+        return recipe
+    if not isinstance(recipe, str | Path):
+        raise TypeError(f"{type(recipe).__name__} is no recipe; pass a recipe's file, or what load_recipe(...) gives")
+    return load_recipe(recipe)
+
+
 def locate(error: RecipeError, path: str | Path, overrides: Sequence[str] = ()) -> RecipeError:
     """The error with its lines: what shows only beside the model (stage 99 of 12) was still written in the recipe."""
     if all(problem.place for problem in error.problems):

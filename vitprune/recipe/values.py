@@ -24,7 +24,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from vitprune.recipe.errors import LIST, WORD
+from vitprune.recipe.errors import LIST, WORD, RecipeError, problems_of
 
 
 class Spec(BaseModel):
@@ -197,7 +197,7 @@ AnySpec = TypeVar("AnySpec", bound=Spec)
 
 
 def as_spec(kind: type[AnySpec], given: AnySpec | Mapping[str, Any]) -> AnySpec:
-    """A spec, also from a mapping of its keys. Raises ValueError for values that don't fit, TypeError for neither."""
+    """A spec, also from a mapping of its keys. Raises RecipeError for values that don't fit, TypeError for neither."""
     if isinstance(given, kind):
         return given
     if not isinstance(given, Mapping):
@@ -205,6 +205,4 @@ def as_spec(kind: type[AnySpec], given: AnySpec | Mapping[str, Any]) -> AnySpec:
     try:
         return kind.model_validate(dict(given), strict=False)
     except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(map(str, first["loc"]))
-        raise ValueError(f"{kind.__name__}: {key}: {first['msg']}") from error
+        raise RecipeError(problems_of(error, kind)) from error

@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from yaml.reader import ReaderError
 
-from vitprune.recipe.errors import LIST, WORD, Key, Place, Problem, RecipeError, explain, show
+from vitprune.recipe.errors import Key, Place, Problem, RecipeError, problems_of, show
 
 Spec = TypeVar("Spec", bound=BaseModel)
 
@@ -78,12 +78,7 @@ class Source:
             found: list[Problem] = []
         except ValidationError as error:
             valid = None
-            details = error.errors(include_url=False)
-            keys: list[Key] = [tuple(part for part in detail["loc"] if part not in (WORD, LIST)) for detail in details]
-            found = [
-                Problem(key, explain(detail, key, spec), self.place(key))
-                for key, detail in zip(keys, details, strict=True)
-            ]
+            found = [problem._replace(place=self.place(problem.key)) for problem in problems_of(error, spec)]
         problems = sorted(self.problems + found, key=_reading_order)
         if valid is None or problems:
             raise RecipeError(problems)

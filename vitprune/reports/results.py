@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import (
     AliasChoices,
@@ -20,7 +20,6 @@ from pydantic import (
     ValidationError,
     computed_field,
 )
-from typing_extensions import Self
 
 from vitprune.recipe.schema import Task
 from vitprune.runtime.files import write_text_whole

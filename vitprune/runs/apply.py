@@ -24,7 +24,7 @@ from vitprune.finetuning.tracking import TrackerContext
 from vitprune.models.checkpoint import require_room, save
 from vitprune.models.module import Levels, pruning_of
 from vitprune.recipe.errors import concerning
-from vitprune.recipe.schema import Recipe
+from vitprune.recipe.schema import Recipe, as_recipe
 from vitprune.reports.model_card import PICTURES, model_card
 from vitprune.reports.page import report_page
 from vitprune.reports.results import (
@@ -48,10 +48,11 @@ from vitprune.runtime.hub_upload import require_rights
 SHOWN = 8
 
 
-def apply(recipe: Recipe, *, restart: bool = False) -> Report:
+def apply(recipe: Recipe | str | Path, *, restart: bool = False) -> Report:
     """Prune, calibrate, fine-tune, compare and save, as the recipe says; return what was measured.
 
-    An interrupted run is resumed, unless `restart`; what is finished isn't done again.
+    recipe: a file, or what `load_recipe` makes of it. An interrupted run is resumed, unless `restart`; what is finished
+    isn't done again.
 
     Raises:
         ValueError: something in the recipe, its data or its checkpoint doesn't fit, or differs from what the run began
@@ -59,6 +60,7 @@ def apply(recipe: Recipe, *, restart: bool = False) -> Report:
         NonFiniteLoss: fine-tuning broke off; the model from before is saved beside the output path.
         Terminated: by SIGTERM; the same call resumes.
     """
+    recipe = as_recipe(recipe)
     output = Path(recipe.output.path).resolve()
     with signals.watch():
         _require_free(recipe, output)

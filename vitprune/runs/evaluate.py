@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -147,7 +147,7 @@ class Evaluation(RunInputs):
                 "be another; `vitprune apply` with images of this size finds thresholds for it."
             )
         return Report(
-            created=datetime.now(timezone.utc),
+            created=datetime.now(UTC),
             environment=describe_environment(self.pruned),
             recipe=for_readers(self.recipe),
             budget=None if self.recipe.budget.macs is None else self.recipe.budget.part,

@@ -49,17 +49,19 @@ def export_checkpoint(
     *,
     to: FormatName = "onnx",
     tokens: Tokens = "adaptive",
-    kept: str = "mean",
+    kept: str | None = None,
     budget: str | None = None,
     **options: Any,
 ) -> Exported:
     """Export a checkpoint and run a few images through the result and through torch.
 
-    kept: with fixed tokens numbers such as "180,126,87", or one of `QUANTILES` of the checkpoint's own report. options:
-    as of `vitprune.export`.
+    kept: with fixed tokens numbers such as "180,126,87", or one of `QUANTILES` of the checkpoint's own report, the mean
+    if None. options: as of `vitprune.export`.
 
     Raises ValueError as `vitprune.export`, and where the checkpoint's report doesn't say what images keep.
     """
+    if kept is not None and tokens != "fixed":
+        raise ValueError(f"--kept {kept} says how many patches fixed tokens keep; add --tokens fixed, or leave it out")
     model = load(checkpoint, budget=budget)
     processor = _processor(checkpoint)
     began = time.perf_counter()
@@ -69,7 +71,7 @@ def export_checkpoint(
             output,
             to=to,
             tokens=tokens,
-            kept=_kept(checkpoint, kept, budget) if tokens == "fixed" and is_pruned(model) else None,
+            kept=_kept(checkpoint, kept or "mean", budget) if tokens == "fixed" and is_pruned(model) else None,
             processor=processor,
             **options,
         )

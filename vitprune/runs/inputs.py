@@ -10,14 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.image_processing_utils import BaseImageProcessor
 from transformers.utils import IMAGE_PROCESSOR_NAME
-from typing_extensions import Self
 
 from vitprune.data.images import Images, load_images
 from vitprune.exporting.export import export_like
@@ -207,7 +206,8 @@ def require_training_images(recipe: Recipe, dense: PreTrainedModel, train: Image
     """Those to train on, and those held out. Raises ValueError where images, losses and model don't go together."""
     assert recipe.finetune is not None
     require_trainable(train, recipe.finetune, dense, takes_labels=_kind(recipe, dense).takes_labels)
-    return train.holdout(recipe.finetune.holdout, recipe.seed)
+    with concerning("finetune", "holdout"):
+        return train.holdout(recipe.finetune.holdout, recipe.seed)
 
 
 def _require_device(recipe: Recipe, device: torch.device) -> None:

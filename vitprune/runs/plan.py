@@ -10,26 +10,29 @@ from transformers.image_processing_utils import BaseImageProcessor
 from vitprune.budget.calibration import TOLERANCE
 from vitprune.budget.schedule import MOST_TRIES, Schedule, unreachable
 from vitprune.data.decoding import blank_image
-from vitprune.data.source import require_splits
+from vitprune.data.source import require_found, require_splits
 from vitprune.models.checkpoint import load_config, load_processor, model_class, outline
 from vitprune.models.module import spec_of
 from vitprune.models.structure import count_tokens, require_images
 from vitprune.pruning.costs import CostModel
 from vitprune.recipe.errors import Problem, RecipeError, concerning
 from vitprune.recipe.pruning_spec import ANCHORS
-from vitprune.recipe.schema import Recipe
+from vitprune.recipe.schema import Recipe, as_recipe
 from vitprune.reports.results import Plan, PlanRow
 from vitprune.reports.run_report import plan_steps
 from vitprune.runs.inputs import prepare, read_images, require_training_images, with_policy_of
 from vitprune.runs.resume import require_output
 
 
-def plan(recipe: Recipe) -> Plan:
+def plan(recipe: Recipe | str | Path) -> Plan:
     """Say what `apply` would do; no weights are loaded, and of data that is here what labels and splits it has.
+
+    recipe: a file, or what `load_recipe` makes of it.
 
     Raises ValueError, as `apply` would, for all that can be known of it: a budget that can't be reached, a split that
     isn't there, labels that don't fit the model.
     """
+    recipe = as_recipe(recipe)
     spec = recipe.model
     with concerning("model", "checkpoint"):
         config = load_config(spec.checkpoint, spec.revision)
@@ -72,7 +75,7 @@ def plan(recipe: Recipe) -> Plan:
         counts="time" if recipe.budget.macs is None else "MACs",
         rows=rows,
         steps=plan_steps(recipe, MOST_TRIES, is_pruned=is_pruned),
-        obstacle=_obstacle(Path(recipe.output.path).resolve(), recipe.output.overwrite),
+        obstacle=_obstacle(recipe),
     )
 
 
@@ -89,9 +92,12 @@ def _require_data(recipe: Recipe, model: PreTrainedModel, processor: BaseImagePr
     read_images(recipe, processor, model, data.eval)
 
 
-def _obstacle(output: Path, overwrite: bool) -> str | None:
+def _obstacle(recipe: Recipe) -> str | None:
+    """An output that is taken, or a data set that isn't here and that the Hub can't be asked for now."""
     try:
-        require_output(output, overwrite=overwrite)
+        require_found(recipe.data)
+        with concerning("output", "path"):
+            require_output(Path(recipe.output.path).resolve(), overwrite=recipe.output.overwrite)
     except ValueError as error:
         return str(error)
     return None

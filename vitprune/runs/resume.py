@@ -12,11 +12,10 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
-from typing_extensions import Self
 
 from vitprune.models.checkpoint import require_free
 from vitprune.runtime import distributed

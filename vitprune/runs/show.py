@@ -22,8 +22,7 @@ from vitprune.models.module import is_pruned
 from vitprune.models.points import set_budget
 from vitprune.models.prune import restore_
 from vitprune.models.structure import examine, require_images
-from vitprune.recipe.schema import DataSpec, SplitSpec
-from vitprune.recipe.values import as_spec
+from vitprune.recipe.errors import unkeyed
 from vitprune.reports.token_pictures import SeenImage, draw_image, draw_sheet
 from vitprune.runtime.files import write_whole
 from vitprune.runtime.progress import track
@@ -53,7 +52,10 @@ def show(
         ValueError: the model isn't pruned or takes no images, or there is no image.
     """
     viewer = Viewer.of(model, processor, dense, budget)
-    several = [images] if isinstance(images, str | Path | PIL.Image.Image) else images
+    several = [images] if isinstance(images, str | Path | PIL.Image.Image) else [*images]
+    others = [type(one).__name__ for one in several if not isinstance(one, str | Path | PIL.Image.Image)]
+    if others:
+        raise TypeError(f"{others[0]} is no picture; pass files, folders or PIL images, not pixel values")
     seen = [*viewer.look(_opened(several))]
     if not seen:
         raise ValueError(f"there is no image in {', '.join(map(str, several)) or 'an empty list'}")
@@ -133,6 +135,8 @@ class Viewer:
         beside = ImageModel.of(dense)
         answers = ImageModel.of(pruned)
         require_same_kind(answers, beside)
+        if processor is None and not name:
+            raise ValueError("a model that comes from no checkpoint has no image processor; pass one: processor=")
         return cls(beside, answers, processor or load_processor(name))
 
     def look(self, pictures: Iterable[Named]) -> Iterator[SeenImage]:
@@ -143,11 +147,12 @@ class Viewer:
         kind, model = self.dense.kind, self.dense.model
         id2label = class_names(model) if has_head(model) else None
         task = "single-label" if kind.name == "embedding" else kind.name
-        spec, part = as_spec(DataSpec, {"path": data}), SplitSpec(split=split)
+        place = {"path": data}
         try:
-            return load_images(spec, part, self.processor, id2label=id2label, labelled=kind.takes_labels, task=task)
+            return load_images(place, split, self.processor, id2label=id2label, labelled=kind.takes_labels, task=task)
         except ValueError:  # labels of other classes are no reason not to look
-            return load_images(spec, part, self.processor, id2label=None, labelled=False)
+            with unkeyed():
+                return load_images(place, split, self.processor, labelled=False)
 
 
 def _files(places: Sequence[str | Path]) -> Iterator[Path]:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from datetime import datetime, timezone
+from datetime import UTC, datetime
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -69,7 +69,7 @@ def sweep(
                 reason = without_paths(first_line(error), recipe)
                 found = _kept(found.without(Missed(method=method, budget=budget, reason=reason)), output)
                 continue
-            now, point = datetime.now(timezone.utc), SweepPoint.of(method, budget, name, report)
+            now, point = datetime.now(UTC), SweepPoint.of(method, budget, name, report)
             found = _kept(found.with_(point, environment=report.environment, created=now), output)
     return found
 
