@@ -187,7 +187,9 @@ def parts(model: Any, batch: Tensor) -> dict[str, Any]:
         with profile(activities=activities) as profiled:
             model(batch)
             wait(batch)
-    events: list[Any] = list(profiled.key_averages())
+    everything: list[Any] = list(profiled.key_averages())
+    kind = "CUDA" if batch.is_cuda else "CPU"  # not what the host calls
+    events = [event for event in everything if event.device_type.name == kind]
     times = {
         event.key: event.self_device_time_total if batch.is_cuda else event.self_cpu_time_total for event in events
     }
@@ -233,22 +235,27 @@ class Results:
         try:
             to.append({**case, **measure(*values)})
             print(to[-1], flush=True)
-        except torch.OutOfMemoryError:
-            self.left_out.append(f"{name} (out of memory)")
+        except Exception as error:  # a case that a compiler can't do is no reason to lose the others
+            self.leave_out(name, error)
         found = {"lines": self.lines, "parts": self.parts, "left out": self.left_out}
         (self.output / "gpu.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
 
+    def leave_out(self, name: str, error: Exception) -> None:
+        why = (str(error).strip() or type(error).__name__).splitlines()[0]
+        print(f"{name}: {why}", flush=True)
+        self.left_out.append(f"{name} ({why})")
+
     def write(self, where: str) -> None:
         text = f"{where}\n\n{table(self.lines, COLUMNS)}\n\n{table(self.parts, PARTS)}\n"
-        text += f"\nNot measured for want of time or memory: {'; '.join(self.left_out) or 'nothing'}.\n"
+        text += f"\nNot measured, for want of time where no reason is said: {'; '.join(self.left_out) or 'nothing'}.\n"
         (self.output / "gpu.md").write_text(text, encoding="utf-8")
         print(text)
 
 
-def measure_model(
+def measure_eager(
     results: Results, name: str, dense: PreTrainedModel, images: tuple[Tensor, Tensor], args: argparse.Namespace
 ) -> None:
-    """All of one model in one dtype. images: for calibration, and those that are timed."""
+    """One model in one dtype, and of the first budget where its time goes. images: to calibrate with, to time with."""
     own, timed = images
     half = str(dense.dtype)[6:]
     in_full = dense.dtype == torch.bfloat16
@@ -257,18 +264,27 @@ def measure_model(
         for size in args.batch_sizes if in_full else args.batch_sizes[:1]:
             case = {"model": name, "dtype": half, "mode": "eager", "batch": size}
             results.add(results.lines, case, line, models, batches_of(timed, size), args.repeats)
-        if not in_full or budget != args.budgets[0]:
-            continue
-        size, pair = args.batch_sizes[0], {key: models[key] for key in ("dense", "pruned")}
-        for key, model in pair.items():
-            results.add(results.parts, {"model": name, "batch": size, "name": key}, parts, model, timed[:size])
-        case = {"model": name, "dtype": half, "mode": "compiled", "batch": size}
-        in_blocks = {key: compiled(model) for key, model in pair.items()}
-        results.add(results.lines, case, line, in_blocks, batches_of(timed, size), args.repeats)
-        graphs = cache(partial(graphs_of, pair, timed[:CALIBRATION_IMAGES]))  # once, and not where time is over
-        for size in args.batch_sizes[:3]:
-            case = {"model": name, "dtype": half, "mode": "one graph, fixed", "batch": size}
-            results.add(results.lines, case, line, pair, batches_of(timed, size), args.repeats, graphs)
+        if in_full and budget == args.budgets[0]:
+            size = args.batch_sizes[0]
+            for key in ("dense", "pruned"):
+                case = {"model": name, "batch": size, "name": key}
+                results.add(results.parts, case, parts, models[key], timed[:size])
+
+
+def measure_compiled(
+    results: Results, name: str, dense: PreTrainedModel, images: tuple[Tensor, Tensor], args: argparse.Namespace
+) -> None:
+    """The same model at the first budget, compiled block by block, and as one graph."""
+    own, timed = images
+    half, size = str(dense.dtype)[6:], args.batch_sizes[0]
+    pair = {"dense": dense, "pruned": contestants(dense, own, args.budgets[0])["pruned"]}
+    case = {"model": name, "dtype": half, "mode": "compiled", "batch": size}
+    in_blocks = {key: compiled(model) for key, model in pair.items()}
+    results.add(results.lines, case, line, in_blocks, batches_of(timed, size), args.repeats)
+    graphs = cache(partial(graphs_of, pair, timed[:CALIBRATION_IMAGES]))  # once, and not where time is over
+    for size in args.batch_sizes[:3]:
+        case = {"model": name, "dtype": half, "mode": "one graph, fixed", "batch": size}
+        results.add(results.lines, case, line, pair, batches_of(timed, size), args.repeats, graphs)
 
 
 def batches_of(images: Tensor, size: int) -> list[Tensor]:
@@ -294,15 +310,21 @@ def main() -> None:
     splits = SplitSpec(split="train", limit=CALIBRATION_IMAGES), SplitSpec(split="test", limit=256)
     data = DataSpec(path=args.data)
     own, timed = (load_images(data, split, processor, id2label=None).pixels() for split in splits)
-    for dtype in (torch.bfloat16, torch.float16):
+    half, other = torch.bfloat16, torch.float16
+    rounds = ((half, measure_eager), (half, measure_compiled), (other, measure_eager))
+    for dtype, measure in rounds:
         for name in args.models:
+            case = f"{name} {str(dtype)[6:]}, {measure.__name__.removeprefix('measure_')}"
             if time.monotonic() > results.ends:
-                results.left_out.append(f"{name} {dtype}")
+                results.left_out.append(case)
                 continue
-            dense = build(name, args.checkpoint)
-            nn.Module.to(dense, device, dtype)
-            known = images_for(dense, own).to(device, dtype), images_for(dense, timed).to(device, dtype)
-            measure_model(results, name, dense, known, args)
+            try:
+                dense = build(name, args.checkpoint)
+                nn.Module.to(dense, device, dtype)
+                known = images_for(dense, own).to(device, dtype), images_for(dense, timed).to(device, dtype)
+                measure(results, name, dense, known, args)
+            except Exception as error:
+                results.leave_out(case, error)
     environment = describe_environment(nn.Linear(1, 1))
     where = torch.cuda.get_device_name() if device.type == "cuda" else environment.cpu
     results.write(f"{where}, torch {environment.torch}, transformers {environment.transformers}")

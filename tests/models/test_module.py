@@ -70,6 +70,11 @@ def test_the_host_waits_for_levels_of_a_device_once(monkeypatch: pytest.MonkeyPa
     assert levels.waits == 2
     levels.levels.data = torch.tensor([0.75, 0.5])
     assert pruning().known_levels == (0.75, 0.5)
+    # of thresholds one that nothing reaches leaves no stage out
+    levels.levels.copy_(torch.tensor([0.75, 1.25]))
+    waits = levels.waits
+    assert [pruning().known_levels for _ in range(3)] == [(0.75, 1.25)] * 3
+    assert levels.waits == waits + 1
     # one that keeps everything leaves its stage out, so it is looked at each time, whoever changed it how
     levels.levels.copy_(torch.tensor([-torch.inf, 0.5]))
     assert pruning().known_levels == (-torch.inf, 0.5)

@@ -61,7 +61,7 @@ class TrainStep:
 
         Raises NonFiniteLoss, in all processes.
         """
-        images = self._sum(torch.tensor(float(sum(map(_count, parts)))))
+        images = self._sum(torch.tensor(float(sum(map(_count, parts))))).item()
         if not images:
             return None
         batches = [(self._placed(part or self.stand_in), _count(part)) for part in parts]
@@ -123,7 +123,7 @@ class TrainStep:
         stages = {f"kept/before_block_{block}": kept for block, kept in zip(self.before_blocks, kept_S, strict=True)}
         return {**losses, "ratio": (seen.costs_B / seen.dense_costs_B).mean(), "kept": kept_S[-1], **stages}
 
-    def _record(self, sums: Mapping[str, Tensor], images: Tensor) -> dict[str, float]:
+    def _record(self, sums: Mapping[str, Tensor], images: float) -> dict[str, float]:
         means = (self._sum(torch.stack(list(sums.values()))) / images).tolist()
         record = dict(zip(sums, means, strict=True))
         loss = sum(record[name] for name in LOSSES if name in record)

@@ -127,7 +127,7 @@ class Pruning(nn.Module):
         if self._seen is None or self._seen[0] is not levels or self._seen[1:3] != _state_of(levels):
             self._seen = levels, *_state_of(levels), tuple(levels.tolist())
         numbers = self._seen[3]
-        if any(level < 0 or level >= 1 for level in numbers):
+        if any(level < 0 if self.spec.select == "threshold" else level >= 1 for level in numbers):
             self._seen = None
         return numbers
 

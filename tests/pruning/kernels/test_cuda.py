@@ -31,6 +31,15 @@ def _device() -> Iterator[None]:
         yield
 
 
+def test_where_triton_cannot_build_operators_do_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def launches() -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    monkeypatch.setattr(cuda, "_launches", launches)
+    with pytest.warns(UserWarning, match=r"Triton doesn't work here \(Failed to find C compiler.*torch's operators"):
+        assert not cuda._can_launch.__wrapped__()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("sized", [True, False])
 @pytest.mark.parametrize("lengths", [(9, 1, 70, 14), (130,)], ids=["images", "an image alone"])

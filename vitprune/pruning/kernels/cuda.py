@@ -10,6 +10,7 @@ sequence, H heads, K head width, D width.
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from contextlib import nullcontext
 from functools import cache
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from vitprune.pruning.layout import Layout
 from vitprune.pruning.token_batch import Pairs
+from vitprune.recipe.errors import first_line
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 # Triton has matrix products of bfloat16 from NVIDIA's Ampere on
@@ -41,11 +43,30 @@ def _launches() -> Any:
     return cuda_launches
 
 
+@cache
+def _can_launch() -> bool:
+    """Whether Triton is there and works: it builds in C what launches its kernels."""
+    try:
+        if _launches() is None:
+            return False
+        from triton.runtime import driver
+
+        active: Any = driver.active
+        return active.utils is not None
+    except Exception as error:  # without a compiler, Python's headers, or a cache that can be written
+        warnings.warn(
+            f"Triton doesn't work here ({first_line(error)}), so pruning is done by torch's operators, which takes "
+            "longer; it needs a C compiler such as gcc, and a cache that it can write to (TRITON_CACHE_DIR)",
+            stacklevel=2,
+        )
+        return False
+
+
 def fits(x: Tensor) -> bool:
     """Whether kernels may do the stages of a forward on such hidden states."""
-    if not x.is_cuda or x.dtype not in _DTYPES or torch.is_grad_enabled() or _launches() is None:
+    if not x.is_cuda or x.dtype not in _DTYPES or torch.is_grad_enabled():
         return False
-    return torch.cuda.get_device_capability(x.device) >= _LEAST_CAPABILITY
+    return torch.cuda.get_device_capability(x.device) >= _LEAST_CAPABILITY and _can_launch()
 
 
 def fits_attention(q: Tensor) -> bool:
@@ -257,20 +278,17 @@ def _of_pairs(pairs: Pairs | None) -> tuple[Tensor | None, Tensor | None, int, i
     return pairs.table_1HNN, pairs.positions_T, head, query, key
 
 
-# what follows fits into 99 KiB, what the smallest of these devices has for a program
-
-
 def _paired_tile(width: int) -> int:
-    """Tokens of an image that a program compares with as many others at a time, by keys of such a width."""
-    return 64 if width <= 128 else 32
+    """Tokens of an image that a program compares with as many others at a time; more don't fit into its registers."""
+    return 32 if width <= 128 else 16
 
 
 def _attention_tiles(v_THK: Tensor, longest: int) -> tuple[int, int]:
-    """Queries and keys of a tile."""
+    """Queries and keys of a tile; they fit into 99 KiB, what the smallest of these devices has for a program."""
     width = v_THK.shape[-1]
     if v_THK.dtype == torch.float32:
         return (64, 32) if width <= 64 else (32, 32) if width <= 128 else (16, 16)
-    return (128, 64) if width <= 64 and longest > 64 else (64, 64) if width <= 128 else (64, 32)
+    return (128, 64) if width <= 64 and longest > 64 else (64, 64) if width <= 128 else (32, 32)
 
 
 def _launch(name: str, grid: tuple[int, ...], *values: Any, **constants: int) -> None:

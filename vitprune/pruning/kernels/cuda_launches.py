@@ -12,6 +12,9 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
+# Triton builds a kernel anew where an integer becomes a multiple of 16, and this one changes from batch to batch
+_of_any_length = triton.jit(do_not_specialize=["longest"])
+
 
 @triton.jit
 def token_stats(
@@ -58,7 +61,7 @@ def token_stats(
         tl.store(metric + rows[:, None] * WIDTH + columns[None], keys / length_of_key[:, None], mask=is_both)
 
 
-@triton.jit
+@_of_any_length
 def head_weighted_attention(
     logits, norms, starts, lengths, scores, longest, HEADS: tl.constexpr, BLOCK_M: tl.constexpr
 ):
@@ -106,7 +109,7 @@ def _importance(scores, image, longest, slots, is_patch):
     return tl.where(score == score, score, float("inf"))
 
 
-@triton.jit
+@_of_any_length
 def order_by_importance(scores, lengths, order, longest, PREFIX: tl.constexpr, BLOCK: tl.constexpr):
     """Each image's patches by falling score, of equal ones the first first, (B, M). Grid: images, tiles of patches.
 
@@ -133,7 +136,7 @@ def _keys_at(metric, order, image, longest, start, places, are_there, WIDTH: tl.
     return slots, tl.load(metric + at, mask=are_there[:, None] & (columns < WIDTH)[None], other=0.0)
 
 
-@triton.jit
+@_of_any_length
 def density_peaks(
     metric, scores, order, patches, starts, lengths, redundancy, longest, dense_patches, exponent,
     PREFIX: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
@@ -176,7 +179,7 @@ def density_peaks(
     tl.store(out + slots, tl.where(places == 0, float("inf"), score), mask=is_patch)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["longest"], do_not_specialize_on_alignment=["level"])
 def select(scores, level, lengths, keep, kept, order, longest, at_least, PREFIX: tl.constexpr, BLOCK_M: tl.constexpr):
     """`selection.above_threshold`: who stays (B, M), how many (B,), and the order, who stays first. Grid: images."""
     image, slots = tl.program_id(0), tl.arange(0, BLOCK_M)
@@ -198,7 +201,7 @@ def select(scores, level, lengths, keep, kept, order, longest, at_least, PREFIX:
     tl.store(order + image * longest + place, slots, mask=is_token)
 
 
-@triton.jit
+@_of_any_length
 def nearest_kept(
     metric, order, kept, starts, lengths, dst, longest,
     PREFIX: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
@@ -229,7 +232,7 @@ def nearest_kept(
     tl.store(dst + image * longest + slots, chosen.to(tl.int64), mask=leaves)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["images"])
 def lay_end_to_end(kept, starts, images, BLOCK_B: tl.constexpr):
     """First row of each image when images of so many tokens lie end to end, (B,). One program."""
     index = tl.arange(0, BLOCK_B)
@@ -237,7 +240,7 @@ def lay_end_to_end(kept, starts, images, BLOCK_B: tl.constexpr):
     tl.store(starts + index, tl.cumsum(count, 0) - count, mask=index < images)
 
 
-@triton.jit
+@_of_any_length
 def number_kept(keep, lengths, order, slots_after, longest, BLOCK_M: tl.constexpr):
     """Tokens in order, who stays first, and what number each that stays has afterwards, (B, M) each. Grid: images."""
     image, slots = tl.program_id(0), tl.arange(0, BLOCK_M)
@@ -249,7 +252,7 @@ def number_kept(keep, lengths, order, slots_after, longest, BLOCK_M: tl.constexp
     tl.store(slots_after + image * longest + slots, before - 1, mask=is_token)
 
 
-@triton.jit
+@_of_any_length
 def reduce(
     x, positions, sizes, dst, order, starts, lengths, starts_after, kept,
     y, positions_after, sizes_after, longest, x_row,
@@ -285,7 +288,7 @@ def reduce(
     tl.store(y + row_after * WIDTH + columns, state, mask=is_column)
 
 
-@triton.jit
+@_of_any_length
 def move_patches(
     patch_token, keep, dst, slots_after, patch_token_after, longest, dense_tokens,
     BLOCK_N: tl.constexpr, MERGES: tl.constexpr,

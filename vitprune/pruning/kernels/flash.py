@@ -29,8 +29,10 @@ def fits_flash(q: Tensor) -> bool:
 
 
 def _has_flash(device: torch.device) -> bool:
-    """Flash attention is for NVIDIA's Ampere and later."""
-    return device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) >= (8, 0)
+    """Flash attention is for NVIDIA's Ampere and later, and torch for Windows comes without."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.backends.cuda.is_flash_attention_available():
+        return False
+    return torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def varlen_attention(
