@@ -25,6 +25,7 @@ from .models.prune import prune_ as prune_
 from .models.prune import restore_ as restore_
 from .models.trace import Trace as Trace
 from .models.trace import trace as trace
+from .recipe.errors import RecipeError as RecipeError
 from .recipe.schema import DataSpec as DataSpec
 from .recipe.schema import EvaluateSpec as EvaluateSpec
 from .recipe.schema import FinetuneSpec as FinetuneSpec
@@ -32,6 +33,8 @@ from .recipe.schema import PruningSpec as PruningSpec
 from .recipe.schema import Recipe as Recipe
 from .recipe.schema import SplitSpec as SplitSpec
 from .recipe.schema import load_recipe as load_recipe
+from .reports.bench_results import Benchmark as Benchmark
+from .reports.results import Report as Report
 from .runs.apply import apply as apply
 from .runs.plan import plan as plan
 from .runs.push import push as push

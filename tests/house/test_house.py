@@ -184,6 +184,7 @@ def test_a_room_without_torch_imports_none() -> None:
 def test_the_page_on_python_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """docs/python.md, from top to bottom, but for what needs torchao: integrations/torchao tests that."""
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipes").symlink_to(ROOT / "recipes")
     code = "\n".join(part for part in code_of("python.md") if "torchao" not in part)
     torch.manual_seed(0)
     names: dict[str, Any] = {"__name__": "page"}

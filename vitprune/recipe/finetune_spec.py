@@ -23,7 +23,7 @@ class LossWeights(Spec):
     """What the fine-tuner minimises."""
 
     task: NonNegative = 1.0
-    """Cross-entropy with the labels."""
+    """The labels' loss: cross-entropy, binary where an image has several of them, squared error for numbers."""
     budget: NonNegative = 2.0
     """What thresholds that learn are held to the budget by."""
     distillation: NonNegative = 0.5

@@ -68,7 +68,7 @@ class PruningSpec(Spec):
     temperature: Positive | None = None
     """Softness of the threshold in training; if left out 1e-4, or fitted to the scores where those are calibrated."""
     patches: PositiveInt | None = None
-    """Of an image at which the thresholds were found; scores of attention are scaled to it at other image sizes."""
+    """Of an image at which the thresholds were found; scores are scaled to it at other image sizes."""
     points: Annotated[tuple[OperatingPoint, ...], LISTS_TOO] | None = None
     """Levels for several budgets, which calibration finds (budget.macs with a list); the highest first."""
 

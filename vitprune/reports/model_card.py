@@ -36,7 +36,9 @@ CARD = """
 {pictures}
 ## Limits
 
-- Without `import vitprune` transformers warns and loads the weights as a dense model: nothing is dropped or faster.
+- Without `import vitprune` transformers loads the weights as a dense model, where nothing is dropped or faster, and
+  warns of an unknown quantization type. Don't delete `quantization_config` from config.json, as it advises: it says
+  where tokens leave.
 - How fast it is depends on machine, batch size and images; measure it with `vitprune evaluate`.
 - How many tokens stay depends on the image: the budget holds on average over images like those it was calibrated on.
 - Evaluated on {images} images of {data} only.
