@@ -98,7 +98,7 @@ def test_a_pruned_checkpoint_becomes_dense_again(checkpoint: Path, tmp_path: Pat
     assert found.own is not None
     assert torch.equal(found.own.levels, levels)
     torch.testing.assert_close(logits(found.pruned(found.own)), after)
-    with pytest.raises(ValueError, match="pruning: .* is pruned already; leave this section out"):
+    with pytest.raises(ValueError, match=r"^pruning: .* is pruned already; leave this section out"):
         subjects(path, "pruning.dropped=leave")
 
 
