@@ -49,6 +49,13 @@ def made_up(pruned: PreTrainedModel, *, fixed: float = 0.0) -> CostTable:
     )
 
 
+def test_a_budget_is_no_table() -> None:
+    _, pruned = models()
+    with pytest.raises(TypeError, match=r"float is no table of costs; pass what vitprune\.measure_latency gives"):
+        budget_latency(pruned, 0.6)  # type: ignore[arg-type]
+    assert pruning_of(pruned).latency is None
+
+
 @pytest.mark.parametrize("budget", [0.8, 0.65])
 @pytest.mark.parametrize("spec", [tiny.AS_VIT, {}], ids=["as-vit", "redundancy"])
 def test_calibration_counts_by_the_table_and_macs_go_on(spec: dict[str, Any], budget: float) -> None:

@@ -31,7 +31,14 @@ def budget_latency(model: nn.Module, table: CostTable | None) -> None:
     """Count a pruned model's budget in the dense model's time from here on; without a table, in its MACs again.
 
     `calibrate`, `finetune`, `scale_to_budget` and `trace(...).costs` count by the table. It isn't saved with the model.
+
+    table: of `measure_latency`; the budget itself is `calibrate`'s. Raises TypeError for anything else.
     """
+    if not isinstance(table, CostTable | None):
+        kind = type(table).__name__
+        raise TypeError(
+            f"{kind} is no table of costs; pass what vitprune.measure_latency gives, the budget to calibrate"
+        )
     pruning_of(model).latency = table
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import datasets
 import yaml
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, IterableDataset, LargeList, List, Value
-from datasets.exceptions import DatasetsError
+from datasets.exceptions import DataFilesNotFoundError, DatasetsError
 
 from vitprune.data.labels import Classes, Labels, match, some
 from vitprune.recipe.errors import Problem, RecipeError, first_line
@@ -220,6 +220,8 @@ def _reason(data: DataSpec, error: Exception) -> str:
         if "['train']" not in str(error) or not Path(data.path).expanduser().is_dir():
             return way_out
         return f"{way_out}; or, of pictures in folders by class, put some into train/CLASS, others into test/CLASS"
+    if isinstance(error, DataFilesNotFoundError) and Path(data.path).expanduser().is_dir():
+        return "this folder holds neither pictures nor parquet or arrow files; name the one that does"
     if Path(data.path).expanduser().exists() or isinstance(error, ValueError):
         return " ".join(dict.fromkeys(str(cause) for cause in causes(error) if str(cause)))
     return (
