@@ -145,9 +145,9 @@ def test_a_mistake_is_told_once(tmp_path: Path) -> None:
 
 def test_a_batch_that_cannot_be_shared(tmp_path: Path) -> None:
     code, _, error = run([*VITPRUNE, str(write(tmp_path, TEXT)), "--set", "finetune.batch_size=7", *TWO])
-    assert code == 1
+    assert code == USAGE
     (line,) = said(error)
-    assert "finetune.batch_size is 7, which 2 processes can't share evenly; make it a multiple of 2" in line
+    assert "finetune.batch_size: 7 can't be shared evenly by 2 processes; make it a multiple of 2" in line
 
 
 @pytest.fixture

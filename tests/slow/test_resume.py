@@ -28,6 +28,7 @@ from vitprune.finetuning.state import States
 from vitprune.finetuning.step import TrainStep
 from vitprune.recipe.schema import Recipe, load_recipe
 from vitprune.runs import apply as steps
+from vitprune.runs import evaluate as evaluation
 from vitprune.runs.apply import apply
 from vitprune.runs.resume import place_of
 from vitprune.runtime import signals
@@ -97,7 +98,7 @@ def break_off(asked: Recipe, owner: Any, name: str, when: Callable[..., bool] = 
         (Loop, "_next_record", lambda loop: loop.step == 7),
         (Accelerator, "save_state", lambda accelerator, path: "000000006" in path),
         (steps, "scale_to_budget", lambda *_: True),
-        (steps, "compare_closely", lambda *_: True),
+        (evaluation, "compare_closely", lambda *_: True),
         (steps, "model_card", lambda *_: True),
         (steps, "save", lambda *_: True),
     ],
