@@ -27,7 +27,7 @@ from vitprune.pruning.token_batch import Pairs
 SHARED_MEMORY = {80: 163, 86: 99, 90: 227}
 STACK = 1024  # bytes
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-built: dict[str, set[int]] = {}
+built: dict[str, list[Any]] = {}
 
 
 class Device:
@@ -68,16 +68,13 @@ def stack_of(cubin: bytes) -> int:
 def build(name: str, grid: Any, *values: Any, **constants: int) -> None:
     made = getattr(cuda_launches, name).warmup(*values, grid=grid, **constants)
     made = made.result() if hasattr(made, "result") else made
-    if id(made) in built.setdefault(name, set()):
+    known = built.setdefault(name, [])
+    if any(one is made for one in known):
         return
-    built[name].add(id(made))
-    KEPT.append(made)
+    known.append(made)
     stack = stack_of(made.asm["cubin"])
     if made.metadata.shared > 1024 * SHARED_MEMORY[made.metadata.target.arch] or stack > STACK:
         print(name, made.metadata.target, constants, f"shared {made.metadata.shared}, stack {stack}")
-
-
-KEPT: list[Any] = []  # so that ids stay theirs
 
 
 def run(dtype: torch.dtype, width: int, *, sized: bool, tokens: int = 197) -> None:

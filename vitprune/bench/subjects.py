@@ -18,7 +18,7 @@ from vitprune.models.checkpoint import load
 from vitprune.models.module import Levels, is_pruned, pruning_of
 from vitprune.models.prune import prune_, restore_
 from vitprune.models.structure import channels, count_patches, examine
-from vitprune.recipe.errors import Problem, RecipeError, concerning, first_line
+from vitprune.recipe.errors import RecipeError, concerning, first_line
 from vitprune.recipe.schema import PruningSpec, Recipe
 
 NOTHING_IS_BELOW = -1.0  # no score is negative
@@ -45,7 +45,7 @@ class BenchSubjects:
             pruning = pruning_of(model)
             if "pruning" in recipe.model_fields_set:
                 text = f"{recipe.model.checkpoint} is pruned already; leave this section out, or name the dense model"
-                raise RecipeError([Problem(("pruning",), text)])
+                raise RecipeError.at(("pruning",), text)
             spec, own = pruning.spec, Levels.of(pruning)
             return cls(restore_(model), spec, own)
         pruning = pruning_of(prune_(twin(model), recipe.pruning))

@@ -22,7 +22,7 @@ from vitprune.models.hooks import pruned_part
 from vitprune.models.module import Pruning, pruning_of
 from vitprune.models.structure import Inputs, first_image, run_on_images
 from vitprune.models.trace import Trace, eval_mode, trace, watching
-from vitprune.recipe.errors import Problem, RecipeError
+from vitprune.recipe.errors import RecipeError
 from vitprune.recipe.values import read_budget
 from vitprune.runtime.progress import Task, task
 
@@ -158,7 +158,7 @@ def scale_to_budget(
     pruning, model = pruning_of(model), pruned_part(model)
     batches = _listed(batches, model)
     budget = _checked(batches, budget)
-    if pruning.spec.select == "threshold" and not pruning.levels.isfinite().all():
+    if pruning.is_forgotten:
         raise ValueError("the model's thresholds were never found, so there are none to scale; call vitprune.calibrate")
     pruning.keep_points(None)
     with task("meeting the budget", unit="pass", shown=progress) as bar:
@@ -175,7 +175,7 @@ def _meets(ratio: float, budget: float) -> bool:
 
 def _unmet(pruning: Pruning, ratio: float, budget: float) -> RecipeError:
     key, unit = ("macs", "MACs") if pruning.latency is None else ("latency", "time")
-    return RecipeError([Problem(("budget", key), unreachable(budget, pruning.before_blocks, ratio, unit))])
+    return RecipeError.at(("budget", key), unreachable(budget, pruning.before_blocks, ratio, unit))
 
 
 def _listed(batches: Batches, model: PreTrainedModel) -> list[Inputs]:

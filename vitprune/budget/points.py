@@ -12,7 +12,7 @@ from vitprune.data.batches import Batches, each
 from vitprune.data.images import Images
 from vitprune.models.module import pruning_of
 from vitprune.models.points import set_budget
-from vitprune.recipe.errors import Problem, RecipeError
+from vitprune.recipe.errors import RecipeError
 from vitprune.recipe.pruning_spec import OperatingPoint
 from vitprune.recipe.values import read_budget
 
@@ -30,7 +30,9 @@ def find_points(
     """
     pruning, parts = pruning_of(model), [read_budget(budget) for budget in budgets]
     if 1.0 in parts:
-        raise _refused("100% needs no levels; leave it out, as vitprune.set_budget(model, 1) drops nothing")
+        raise RecipeError.at(
+            ("budget", "macs"), "100% needs no levels; leave it out, as vitprune.set_budget(model, 1) drops nothing"
+        )
     if not isinstance(batches, Images | Tensor):
         batches = [*each(batches)]
     if not pruning.levels.isfinite().all():
@@ -46,11 +48,7 @@ def find_points(
     ratios = [point.ratio for point in found]
     if any(second <= first for first, second in pairwise(ratios)):
         named = ", ".join(f"{point.budget:g}" for point in found)
-        raise _refused(f"{named} come to the same work in part; name fewer, further apart")
+        raise RecipeError.at(("budget", "macs"), f"{named} come to the same work in part; name fewer, further apart")
     pruning.keep_points(tuple(reversed(found)))
     set_budget(model, parts[0])
     return tuple(reversed(found))
-
-
-def _refused(why: str) -> RecipeError:
-    return RecipeError([Problem(("budget", "macs"), why)])

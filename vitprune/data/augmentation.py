@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers.image_processing_utils import BaseImageProcessor
 
-from vitprune.recipe.errors import Problem, RecipeError
+from vitprune.recipe.errors import RecipeError
 
 Augmentation = Literal["none", "light", "strong"]
 Augment = Callable[[Tensor], Tensor]
@@ -70,7 +70,7 @@ class _Strong(nn.Module):
         super().__init__()
         if len(scale_C) != 3:
             text = f"'strong' changes colours, so it needs images of 3 channels, not {len(scale_C)}; use 'light'"
-            raise RecipeError([Problem(("finetune", "augmentation"), text)])
+            raise RecipeError.at(("finetune", "augmentation"), text)
         from kornia.augmentation import RandomAffine, RandomBrightness, RandomContrast, RandomErasing, RandomSaturation
 
         self.register_buffer("scale", scale_C[:, None, None])

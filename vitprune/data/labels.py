@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vitprune.recipe.errors import Problem, RecipeError, did_you_mean
+from vitprune.recipe.errors import RecipeError, did_you_mean
 from vitprune.recipe.schema import Task
 
 SHOWN = 20  # names that an error shows
@@ -45,7 +45,7 @@ class Classes:
         if isinstance(meant, int):
             if meant not in self.names:
                 text = f"{name!r} is given the id {meant}, which the checkpoint hasn't"
-                raise RecipeError([Problem(("data", "label_names"), text)])
+                raise RecipeError.at(("data", "label_names"), text)
             return meant
         if len(found) > 1:
             raise ValueError(
@@ -57,7 +57,7 @@ class Classes:
             text = f"is not among the checkpoint's labels: {some(known)}{did_you_mean(meant, known)}"
             if name in self.given:
                 text = f"{name!r} is given the name {meant!r}, which {text}"
-                raise RecipeError([Problem(("data", "label_names"), text)])
+                raise RecipeError.at(("data", "label_names"), text)
             raise ValueError(f"{name!r} {text}")
         return found[0]
 

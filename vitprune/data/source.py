@@ -18,7 +18,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Iterable
 from datasets.exceptions import DataFilesNotFoundError, DatasetsError
 
 from vitprune.data.labels import Classes, Labels, match, some
-from vitprune.recipe.errors import Problem, RecipeError, first_line
+from vitprune.recipe.errors import RecipeError, first_line
 from vitprune.recipe.schema import DataSpec, Task
 from vitprune.runtime.hub_cache import PREFETCH, Cache, Disconnected, causes, is_hub_id
 
@@ -67,7 +67,9 @@ def open_source(
         rows = _open(data, split)
     except _CANT_BE_OPENED as error:
         text = f"{place}: {_reason(data, error)}"
-        raise (_refused(_key_of(data, split), text) if _UNKNOWN_SPLIT in str(error) else ValueError(text)) from error
+        if _UNKNOWN_SPLIT in str(error):
+            raise RecipeError.at(_key_of(data, split), text) from error
+        raise ValueError(text) from error
     if rows.features is None:
         raise ValueError(f"{place}: what the columns hold can't be told while streaming; set `data.streaming: false`")
     image = _image_column(rows.features, data.image_column, place)
@@ -140,7 +142,7 @@ def require_found(data: DataSpec) -> None:
         try:
             _find(data)
         except _CANT_BE_OPENED as error:
-            raise RecipeError([Problem(("data", "path"), f"{data.path}: {_reason(data, error)}")]) from error
+            raise RecipeError.at(("data", "path"), f"{data.path}: {_reason(data, error)}") from error
 
 
 def require_splits(data: DataSpec, splits: Sequence[str]) -> None:
@@ -153,7 +155,7 @@ def require_splits(data: DataSpec, splits: Sequence[str]) -> None:
         names = [re.split(r"\[", part)[0].strip() for part in split.split("+")]
         if unknown := [name for name in names if name not in {*known, "all"}]:
             has = ", ".join(map(str, known))
-            raise _refused(_key_of(data, split), f"{data.path} has no split {unknown[0]!r}; it has {has}")
+            raise RecipeError.at(_key_of(data, split), f"{data.path} has no split {unknown[0]!r}; it has {has}")
 
 
 def _find(data: DataSpec) -> None:
@@ -245,11 +247,11 @@ def _image_column(features: Features, named: str | None, place: str) -> str:
         _require(features, named, "image_column", place)
         if named not in found and not _could_be_image(features[named]):
             text = f"{place}: column {named!r} holds no images but {_kind(features[named])}"
-            raise _refused(("data", "image_column"), text)
+            raise RecipeError.at(("data", "image_column"), text)
         return named
     if len(found) != 1:
         trouble = f"several columns hold images ({', '.join(found)})" if found else "no column is declared as images"
-        raise _refused(("data", "image_column"), f"{place}: {trouble}; name one. Columns: {_columns(features)}")
+        raise RecipeError.at(("data", "image_column"), f"{place}: {trouble}; name one. Columns: {_columns(features)}")
     return found[0]
 
 
@@ -272,7 +274,7 @@ def _label_column(features: Features, named: str | None, place: str, task: Task)
     found = found or [name for name in LABEL_NAMES if name in features and _may_hold(features[name], task)]
     if len(found) > 1:
         text = f"{place}: several columns hold labels; name one. Columns: {_columns(features)}"
-        raise _refused(("data", "label_column"), text)
+        raise RecipeError.at(("data", "label_column"), text)
     return found[0] if found else None
 
 
@@ -309,7 +311,7 @@ def _labels(
         hint = "; a model that gives several labels an image needs model.task: multi-label" if several else ""
         wanted = f"a model whose task is {task} learns from {_EXPECTED[task]}{hint}"
         text = f"{place}: column {column!r} holds no labels but {_kind(feature)}; {wanted}"
-        raise _refused(("data", "label_column"), text)
+        raise RecipeError.at(("data", "label_column"), text)
     if task == "regression":
         return Labels(column, count, task=task)
     classes = None if id2label is None else Classes(id2label, _given(data.label_names))
@@ -332,9 +334,9 @@ def _given(label_names: Mapping[str, str | int] | str | None) -> Mapping[str, st
     try:
         found: Any = yaml.safe_load(Path(label_names).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise _refused(("data", "label_names"), f"{label_names} can't be read: {first_line(error)}") from error
+        raise RecipeError.at(("data", "label_names"), f"{label_names} can't be read: {first_line(error)}") from error
     if not isinstance(found, dict) or not all(isinstance(meant, str | int) for meant in found.values()):
-        raise _refused(("data", "label_names"), f"{label_names} holds no mapping of the data's names to classes")
+        raise RecipeError.at(("data", "label_names"), f"{label_names} holds no mapping of the data's names to classes")
     return {str(name): meant for name, meant in found.items()}
 
 
@@ -359,7 +361,9 @@ def _require_readable(labels: Labels, values: Sequence[Any], place: str) -> None
 
 def _require(features: Features, column: str, key: str, place: str) -> None:
     if column not in features:
-        raise _refused(("data", key), f"{place}: there is no column {column!r}; the columns are {_columns(features)}")
+        raise RecipeError.at(
+            ("data", key), f"{place}: there is no column {column!r}; the columns are {_columns(features)}"
+        )
 
 
 def _columns(features: Features) -> str:
@@ -370,10 +374,6 @@ def _kind(feature: Any) -> str:
     if (element := _element(feature)) is not None:
         return f"lists of {_kind(element)}"
     return feature.dtype if isinstance(feature, Value) else type(feature).__name__
-
-
-def _refused(key: tuple[str, ...], text: str) -> RecipeError:
-    return RecipeError([Problem(key, text)])
 
 
 def _key_of(data: DataSpec, split: str) -> tuple[str, str, str]:

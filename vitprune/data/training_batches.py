@@ -22,7 +22,7 @@ from vitprune.data.augmentation import Augment, Augmentation, augment
 from vitprune.data.decoding import Collate, Sample
 from vitprune.data.images import Images
 from vitprune.data.splits import Order, Stream, Table, digest
-from vitprune.recipe.errors import Problem, RecipeError
+from vitprune.recipe.errors import RecipeError
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class TrainingBatches:
         if self.batch_size % self.share.count:
             count = self.share.count
             text = f"{self.batch_size} can't be shared evenly by {count} processes; make it a multiple of {count}"
-            raise RecipeError([Problem(("finetune", "batch_size"), text)])
+            raise RecipeError.at(("finetune", "batch_size"), text)
 
     def __next__(self) -> dict[str, Tensor] | None:
         if self._loader is None:

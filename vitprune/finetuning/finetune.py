@@ -33,7 +33,7 @@ from vitprune.measure.outputs import ImageModel, require_same_kind
 from vitprune.models.detection import find_backbone
 from vitprune.models.module import pruning_of
 from vitprune.pruning.packed.attention import require_no_dropout
-from vitprune.recipe.errors import Problem, RecipeError
+from vitprune.recipe.errors import RecipeError
 from vitprune.recipe.schema import FinetuneSpec, require_thresholds
 from vitprune.recipe.values import as_spec, read_budget
 from vitprune.reports.results import Training
@@ -165,7 +165,9 @@ def _tracking(
     if not spec.trackers:
         return None
     if tracker_context is None:
-        raise _refused("trackers", f"there are {list(spec.trackers)}; pass finetune() a tracker_context for them")
+        raise RecipeError.at(
+            ("finetune", "trackers"), f"there are {list(spec.trackers)}; pass finetune() a tracker_context for them"
+        )
     return Tracking(accelerator, student, thresholds, tracker_context, spec.images_per_step)
 
 
@@ -190,11 +192,7 @@ def require_trainable(images: Images, spec: FinetuneSpec, model: PreTrainedModel
     require_installed(spec.trackers)
     if not spec.losses.distillation and not (images.labelled and takes_labels):
         lacking = "images without labels need" if takes_labels else "a model without classes needs"
-        raise _refused("losses", f"{lacking} losses.distillation > 0")
-
-
-def _refused(key: str, why: str) -> RecipeError:
-    return RecipeError([Problem(("finetune", key), why)])
+        raise RecipeError.at(("finetune", "losses"), f"{lacking} losses.distillation > 0")
 
 
 def count_steps(spec: FinetuneSpec, images: Images) -> int:
@@ -202,8 +200,10 @@ def count_steps(spec: FinetuneSpec, images: Images) -> int:
     if spec.steps is not None:
         return spec.steps
     if images.length is None:
-        raise _refused("steps", "needed with data.streaming, as this stream doesn't tell how long an epoch is")
+        raise RecipeError.at(
+            ("finetune", "steps"), "needed with data.streaming, as this stream doesn't tell how long an epoch is"
+        )
     steps = math.ceil(spec.epochs * images.length / spec.images_per_step)
     if steps < 1:
-        raise RecipeError([Problem(("data", "train"), "there are no images left to fine-tune with")])
+        raise RecipeError.at(("data", "train"), "there are no images left to fine-tune with")
     return steps

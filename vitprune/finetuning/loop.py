@@ -21,7 +21,7 @@ from vitprune.finetuning.step import TrainStep
 from vitprune.finetuning.student import State, copied
 from vitprune.finetuning.tracking import Tracking
 from vitprune.measure.memory import is_out_of_memory
-from vitprune.recipe.errors import Problem, RecipeError
+from vitprune.recipe.errors import RecipeError
 from vitprune.recipe.schema import FinetuneSpec
 from vitprune.reports.results import Check, Training
 from vitprune.runtime.progress import Task, task
@@ -199,7 +199,7 @@ def _out_of_memory(spec: FinetuneSpec, step: int, accelerator: Accelerator) -> s
 
 def _require_some(position: Position, images_per_step: int) -> None:
     if position.images <= images_per_step:
-        raise RecipeError([Problem(("data", "train"), "the stream has no images to fine-tune with")])
+        raise RecipeError.at(("data", "train"), "the stream has no images to fine-tune with")
 
 
 def _summary(record: dict[str, float]) -> str:

@@ -23,7 +23,7 @@ from vitprune.finetuning.losses import LOSSES
 from vitprune.finetuning.thresholds import ThresholdTraining
 from vitprune.models.module import pruning_of
 from vitprune.models.trace import eval_mode, trace
-from vitprune.recipe.errors import Problem, RecipeError
+from vitprune.recipe.errors import RecipeError
 from vitprune.reports.results import Check
 from vitprune.runtime import distributed
 
@@ -55,7 +55,7 @@ def require_installed(trackers: Sequence[str]) -> None:
     for name in trackers:
         if name not in there:
             text = f"{name!r} isn't installed; pip install {_PACKAGES.get(name, name)}"
-            raise RecipeError([Problem(("finetune", "trackers"), text)])
+            raise RecipeError.at(("finetune", "trackers"), text)
 
 
 @dataclass

@@ -22,7 +22,7 @@ from vitprune.measure.statistics import paired_difference, part_interval
 from vitprune.measure.timing import placed
 from vitprune.models.module import pruning_of
 from vitprune.models.trace import eval_mode, trace
-from vitprune.recipe.errors import Problem, RecipeError
+from vitprune.recipe.errors import RecipeError
 from vitprune.recipe.schema import EvaluateSpec
 from vitprune.recipe.values import as_spec
 from vitprune.reports.results import (
@@ -95,7 +95,7 @@ def compare_closely(
     everybodys = distributed.all_gather(found) if isinstance(own, Images) else [found]
     parts = [one for theirs, _, _ in everybodys for one in theirs]
     if not parts:
-        raise RecipeError([Problem(("data", "eval"), "there is no image to compare the models on")])
+        raise RecipeError.at(("data", "eval"), "there is no image to compare the models on")
     skipped = sum(count for _, count, _ in everybodys)
     rows = None if found[2] is None else [row for _, _, theirs in everybodys for row in theirs or ()]
     names = names_of_answers(dense_answers.model, images.class_names if isinstance(images, Images) else None)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from vitprune.models.detection import detect, find_backbone, find_blocks
 from vitprune.models.families import FAMILIES, Family, Stem, attention_of_timm, supported
 from vitprune.pruning.costs import CostModel
-from vitprune.recipe.errors import Problem, RecipeError
+from vitprune.recipe.errors import RecipeError
 from vitprune.recipe.schema import PruningSpec
 
 # pixel values, or all that a backbone takes by name
@@ -56,7 +56,7 @@ class Structure:
                 f"is 'head-weighted-class-attention', but {type(self.backbone).__name__} has no class token; "
                 "use 'head-weighted-mean-attention' or 'redundancy'"
             )
-            raise RecipeError([Problem(("pruning", "score"), text)])
+            raise RecipeError.at(("pruning", "score"), text)
         return spec.stages(len(self.blocks))
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple, Self, get_args
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
@@ -54,6 +54,11 @@ class RecipeError(ValueError):
         self.problems = tuple(problems)
         super().__init__("\n".join(str(problem) for problem in self.problems))
 
+    @classmethod
+    def at(cls, key: Key, text: str, place: Place | None = None) -> Self:
+        """One thing that is wrong, with one key."""
+        return cls([Problem(key, text, place)])
+
 
 @contextmanager
 def concerning(*key: str) -> Iterator[None]:
@@ -63,7 +68,7 @@ def concerning(*key: str) -> Iterator[None]:
     except RecipeError:
         raise
     except ValueError as error:
-        raise RecipeError([Problem(key, str(error))]) from error
+        raise RecipeError.at(key, str(error)) from error
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import PositiveInt, ValidationInfo
 from pydantic import field_validator as check
 
-from vitprune.recipe.errors import Problem, RecipeError
+from vitprune.recipe.errors import RecipeError
 from vitprune.recipe.values import LISTS_TOO, Blocks, Fraction, KeepRatios, NonNegative, Positive, Spec, Thresholds
 
 ScoreName = Literal["head-weighted-class-attention", "head-weighted-mean-attention", "redundancy"]
@@ -135,7 +135,7 @@ class PruningSpec(Spec):
         """
         if num_blocks < 2:
             text = "has no block to name: the model has a single one, and pruning comes between two"
-            raise RecipeError([Problem(("pruning", "before_blocks"), text)])
+            raise RecipeError.at(("pruning", "before_blocks"), text)
         if not isinstance(self.before_blocks, str):
             stages = tuple(self.before_blocks)
         else:
@@ -143,9 +143,9 @@ class PruningSpec(Spec):
         for stage in stages:
             if stage >= num_blocks:
                 text = f"stage {stage} is outside the model's {num_blocks} blocks (1 to {num_blocks - 1})"
-                raise RecipeError([Problem(("pruning", "before_blocks"), text)])
+                raise RecipeError.at(("pruning", "before_blocks"), text)
         for name, values in (("thresholds", self.thresholds), ("keep_ratios", self.keep_ratios)):
             if isinstance(values, tuple) and len(values) != len(stages):
                 text = f"has {len(values)} numbers for {len(stages)} stages in {num_blocks} blocks; give one per stage"
-                raise RecipeError([Problem(("pruning", name), text)])
+                raise RecipeError.at(("pruning", name), text)
         return stages

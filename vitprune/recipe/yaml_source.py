@@ -141,7 +141,7 @@ def _parse(text: str, place: Callable[[int], Place], key: Key = ()) -> tuple[Any
         line, why = _syntax(error, text)
     except RecursionError:
         line, why = 1, "is nested too deeply"
-    raise RecipeError([Problem(key, why, place(line))])
+    raise RecipeError.at(key, why, place(line))
 
 
 @dataclass
@@ -228,4 +228,4 @@ def _text(path: Path) -> str:
         problem = "is a folder; name the recipe file in it"
     except OSError as error:
         problem = f"cannot be read: {error.strerror}"
-    raise RecipeError([Problem((), problem, place)])
+    raise RecipeError.at((), problem, place)

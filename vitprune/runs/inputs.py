@@ -37,7 +37,7 @@ from vitprune.models.checkpoint import digest_weights, load, load_processor, loa
 from vitprune.models.module import is_pruned, spec_of
 from vitprune.models.prune import prune_, restore_
 from vitprune.models.structure import examine, require_images
-from vitprune.recipe.errors import Problem, RecipeError, concerning
+from vitprune.recipe.errors import RecipeError, concerning
 from vitprune.recipe.schema import Recipe, SplitSpec
 from vitprune.runtime import distributed
 
@@ -194,7 +194,7 @@ def prepare(recipe: Recipe, dense: PreTrainedModel) -> None:
     """Give a model the task that the recipe names. Raises RecipeError where prompt, task or metrics don't fit it."""
     spec, metrics = recipe.model, recipe.evaluate.metrics
     if spec.prompt is not None and not is_two_towers(dense):
-        raise RecipeError([Problem(("model", "prompt"), f"{type(dense).__name__} reads no text; leave the prompt out")])
+        raise RecipeError.at(("model", "prompt"), f"{type(dense).__name__} reads no text; leave the prompt out")
     if spec.task is not None:
         with concerning("model", "task"):
             declare_task(dense, spec.task)
@@ -216,7 +216,7 @@ def _require_device(recipe: Recipe, device: torch.device) -> None:
     if asked is not None and asked != device.type:
         way_out = "set ACCELERATE_USE_CPU=true to run it there" if asked == "cpu" else "run it there"
         text = f"is {asked!r}, but this run is on {device.type!r}; {way_out}, or leave the device out"
-        raise RecipeError([Problem(("budget", "device"), text)])
+        raise RecipeError.at(("budget", "device"), text)
 
 
 def _kind(recipe: Recipe, dense: PreTrainedModel) -> AnswerKind:
@@ -232,7 +232,7 @@ def _embed_classes(
         return None
     if images.class_names is None:
         text = "needs names of the classes, but the data has none; cast its labels to ClassLabel(names=[...])"
-        raise RecipeError([Problem(("model", "prompt"), text)])
+        raise RecipeError.at(("model", "prompt"), text)
     assert tokenizer is not None
     return embed_classes(dense, tokenizer, images.class_names, recipe.model.prompt)
 

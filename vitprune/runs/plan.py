@@ -15,7 +15,7 @@ from vitprune.models.checkpoint import load_config, load_processor, model_class,
 from vitprune.models.module import spec_of
 from vitprune.models.structure import count_tokens, require_images
 from vitprune.pruning.costs import CostModel
-from vitprune.recipe.errors import Problem, RecipeError, concerning
+from vitprune.recipe.errors import RecipeError, concerning
 from vitprune.recipe.pruning_spec import ANCHORS
 from vitprune.recipe.schema import Recipe, as_recipe
 from vitprune.reports.results import Plan, PlanRow
@@ -117,7 +117,7 @@ def _require_reachable(recipe: Recipe, first: Schedule, cost: CostModel, patches
     macs = sum(cost.pruned_block(block, n) for block, n in enumerate(tokens)) + cost.outside(patches)
     nearest = macs / cost.dense(patches, prefix)
     if nearest > budget + 5 * TOLERANCE:
-        raise RecipeError([Problem(("budget", "macs"), unreachable(budget, schedule.before_blocks, nearest, "MACs"))])
+        raise RecipeError.at(("budget", "macs"), unreachable(budget, schedule.before_blocks, nearest, "MACs"))
 
 
 def _meets_budget(recipe: Recipe) -> bool:
