@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from transformers import ViTImageProcessorPil
 
-from vitprune.data.augmentation import augment
+from vitprune.data.augmentation import augment, pixel_scale
 
 IMAGENET: dict[str, Any] = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 PROCESSORS: dict[str, dict[str, Any]] = {
@@ -57,6 +57,20 @@ def test_each_image_its_own_way_by_the_seed(kind: Any) -> None:
     torch.testing.assert_close(change(x_BCHW), first)
     assert len({tuple(image.flatten().tolist()) for image in first}) == 6
     assert not torch.equal(change(x_BCHW), first)
+
+
+class Silent(ViTImageProcessorPil):
+    """Whose settings don't say how it scales, as those of timm's."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"image_processor_type": "Silent"}
+
+
+def test_the_scale_is_what_the_processor_does() -> None:
+    scale_C, shift_C = pixel_scale(Silent(**IMAGENET))
+    mean_C, std_C = (torch.tensor(IMAGENET[name]) for name in ("image_mean", "image_std"))
+    torch.testing.assert_close(scale_C, 1 / std_C, rtol=1e-5, atol=0.0)
+    torch.testing.assert_close(shift_C, -mean_C / std_C, rtol=1e-5, atol=0.0)
 
 
 def test_other_sizes_one_after_the_other() -> None:

@@ -18,6 +18,7 @@ from datasets import (
     Features,
     Image,
     List,
+    NamedSplit,
     Value,
 )
 from made_up_images import ID2LABEL, NAMES, PROCESSOR, TRAIN, png, rows
@@ -132,6 +133,34 @@ def test_sources(write: Callable[[Path], Path], streaming: bool, tmp_path: Path)
 def test_split_of_one_file_in_parts(parquet: Callable[..., Path]) -> None:
     folder = parquet(rows(10))
     assert greys(load(folder, SplitSpec(split="train[80%:]"))) == [8, 9]
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize("write", [saved, saved_alone])
+def test_parts_of_saved_splits(write: Callable[[Path], Path], streaming: bool, tmp_path: Path) -> None:
+    folder = write(tmp_path / "data")
+    assert greys(load(folder, SplitSpec(split="train[:2]"), streaming=streaming)) == [0, 1]
+    assert greys(load(folder, SplitSpec(split="train[67%:]+train[:1]"), streaming=streaming)) == [2, 0]
+    assert len(greys(load(folder, SplitSpec(split="all"), streaming=streaming))) == (5 if write is saved else 3)
+
+
+def test_saved_without_splits_has_one(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"Unknown split \"test\"\. Should be one of \['train'\]\. Name one"):
+        load(saved_alone(tmp_path / "data"), SplitSpec(split="test"))
+
+
+def test_saved_part_is_the_split_it_was_taken_from(tmp_path: Path) -> None:
+    part = Dataset.from_list(rows(5).to_list(), features=rows(5).features, split=NamedSplit("test[:5]"))
+    part.save_to_disk(str(tmp_path / "data"))
+    assert greys(load(tmp_path / "data", SplitSpec(split="test[3:]"))) == [3, 4]
+
+
+@pytest.mark.parametrize("kind", ["torch", "numpy"])
+def test_format_of_a_saved_set_is_none_of_ours(kind: str, tmp_path: Path) -> None:
+    rows(3).with_format(kind).save_to_disk(str(tmp_path / "data"))
+    images = load(tmp_path / "data")
+    assert greys(images) == [0, 1, 2]
+    assert next(iter(images.loader(3)))["labels"].tolist() == [0, 1, 2]
 
 
 def test_limit_is_a_seeded_random_sample(parquet: Callable[..., Path]) -> None:
@@ -506,3 +535,11 @@ def test_which_column(parquet: Callable[..., Path]) -> None:
         load(parquet(two))
     with pytest.raises(ValueError, match=r"no column is declared as images.*Columns: a \(binary\)"):
         load(parquet(Dataset.from_dict({"a": [png(0)]})))
+
+
+def test_a_sample_of_a_stream_is_none_of_what_is_held_out(tmp_path: Path) -> None:
+    images = load(saved_alone(tmp_path / "data", 20), streaming=True)
+    rest, held_out = images.holdout(8, 0)
+    sample = rest.sample(8, 0)
+    assert len(set(greys(held_out))) == len(set(greys(sample))) == 8
+    assert not set(greys(held_out)) & set(greys(sample))

@@ -9,15 +9,17 @@ Tensor suffixes: B images, C channels, H height, W width.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, assert_never
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor, nn
 from transformers.image_processing_utils import BaseImageProcessor
 
+from vitprune.data.pictures import black_and_white
 from vitprune.recipe.errors import RecipeError
 
 Augmentation = Literal["none", "light", "strong"]
+SIDE = 64  # pixels of a picture of one colour
 Augment = Callable[[Tensor], Tensor]
 """Pixel values (B, C, H, W), scaled as an image processor scales them, to the same, changed by chance."""
 
@@ -93,9 +95,7 @@ class _Strong(nn.Module):
 
 def pixel_scale(processor: BaseImageProcessor) -> tuple[Tensor, Tensor]:
     """scale (C,) and shift (C,) such that the processor's pixel values are unit * scale + shift, unit in [0, 1]."""
-    settings: dict[str, Any] = processor.to_dict()
-    largest = 255.0 * (settings["rescale_factor"] if settings.get("do_rescale") else 1.0)
-    normalised = settings.get("do_normalize")
-    mean = torch.tensor(settings["image_mean"] if normalised else [0.0] * 3, dtype=torch.float32)
-    std = torch.tensor(settings["image_std"] if normalised else [1.0] * 3, dtype=torch.float32)
-    return largest / std, -mean / std
+    black_CHW, white_CHW = map(torch.from_numpy, black_and_white(processor, SIDE, SIDE))
+    # in the middle, since a processor may pad
+    black_C, white_C = (x_CHW[:, x_CHW.shape[1] // 2, x_CHW.shape[2] // 2].float() for x_CHW in (black_CHW, white_CHW))
+    return white_C - black_C, black_C

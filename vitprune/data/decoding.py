@@ -179,7 +179,8 @@ def in_colours(picture: PIL.Image.Image, mode: str) -> PIL.Image.Image:
     """A picture in the mode "L" or "RGB". What is transparent shows the colour beneath.
 
     Numbers of 16 bits are scaled to 8, and fractions from 0 to 1 as well; Pillow's own `convert` would make white or
-    black of them. Raises ValueError, naming the mode, for others.
+    black of them. Numbers of 32 bits that go no further than 255 are taken for 8. Raises ValueError, naming
+    the mode, for others.
     """
     if picture.mode == "F" or picture.mode.startswith("I"):
         picture = _of_8_bits(picture)
@@ -190,7 +191,7 @@ def _of_8_bits(picture: PIL.Image.Image) -> PIL.Image.Image:
     values = np.asarray(picture)
     low, high = float(values.min()), float(values.max())
     is_whole = np.issubdtype(values.dtype, np.integer)
-    largest = LARGEST[16] if is_whole else 1
+    largest = LARGEST[8 if picture.mode == "I" and high <= LARGEST[8] else 16] if is_whole else 1
     if not (low >= 0 and high <= largest):  # which is no number isn't either
         kind = "whole numbers of 16 bits" if is_whole else "fractions from 0 to 1"
         raise ValueError(

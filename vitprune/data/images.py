@@ -85,6 +85,11 @@ class Images:
         return self.rows.fingerprint
 
     @property
+    def processor(self) -> BaseImageProcessor:
+        """What makes pixel values of pictures."""
+        return self.rows.reader.processor
+
+    @property
     def labelled(self) -> bool:
         return self.rows.reader.source.labels is not None
 

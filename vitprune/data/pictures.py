@@ -22,14 +22,14 @@ def seen_box(processor: BaseImageProcessor, size: tuple[int, int]) -> tuple[floa
     """
     width, height = size
     mode = mode_of(processor)
-    black, white = (_processed(processor, PIL.Image.new(mode, size, value)) for value in _black_and_white(mode))
+    black, white = (x_CHW[0] for x_CHW in black_and_white(processor, width, height))
 
     def edges(ramp: NDArray[np.float64], length: int, axis: int) -> tuple[float, float]:
         if length == 1:
             return 0.0, 1.0
         picture = PIL.Image.fromarray((LARGEST * ramp).round().astype(np.uint8)).convert(mode)
         # where the processor puts black and white depends on how it normalises
-        found = (_processed(processor, picture) - black) / np.where(white == black, np.inf, white - black)
+        found = (_processed(processor, picture)[0] - black) / np.where(white == black, np.inf, white - black)
         line = found.mean(axis)
         # padding is black, and what repeats the last pixels black or white
         inner = np.flatnonzero((line > 1 / LARGEST) & (line < 1 - 1 / LARGEST))
@@ -45,11 +45,17 @@ def seen_box(processor: BaseImageProcessor, size: tuple[int, int]) -> tuple[floa
     return left, top, right, bottom
 
 
-def _black_and_white(mode: str) -> tuple[Any, Any]:
-    return (0, LARGEST) if mode == "L" else ((0, 0, 0), (LARGEST, LARGEST, LARGEST))
+def black_and_white(
+    processor: BaseImageProcessor, width: int, height: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Process a black and a white picture of so many pixels: what a processor makes of them, (C, H, W) each."""
+    mode = mode_of(processor)
+    colours: Any = (0, LARGEST) if mode == "L" else ((0, 0, 0), (LARGEST, LARGEST, LARGEST))
+    black, white = (_processed(processor, PIL.Image.new(mode, (width, height), colour)) for colour in colours)
+    return black, white
 
 
 def _processed(processor: BaseImageProcessor, picture: PIL.Image.Image) -> NDArray[np.float64]:
-    """The first channel that comes out, (H, W)."""
+    """(C, H, W)."""
     values: Any = processor(picture, return_tensors="pt")["pixel_values"]
-    return values[0, 0].double().numpy()
+    return values[0].double().numpy()

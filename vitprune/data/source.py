@@ -184,12 +184,22 @@ def _load(path: str, **options: Any) -> Dataset | IterableDataset:
 
 
 def _open_saved(path: Path, split: str) -> Dataset:
-    """A split of what `save_to_disk` wrote. A data set that was saved without splits has the name it remembers."""
+    """A split, or parts of splits, of what `save_to_disk` wrote, its values as they were written.
+
+    A data set that was saved without splits is the one it was taken from, `train` where it remembers none.
+    """
     saved = datasets.load_from_disk(str(path))
-    splits = saved if isinstance(saved, DatasetDict) else {str(saved.split or split): saved}
-    if split not in splits:
-        raise ValueError(f"{_UNKNOWN_SPLIT} {split!r}. Should be one of {[*map(str, splits)]}.")
-    return splits[split]
+    if isinstance(saved, DatasetDict):
+        splits = {str(name): rows for name, rows in saved.items()}
+    else:
+        splits = {re.split(r"[\[+]", str(saved.split or "train"))[0]: saved}
+    splits = {name: rows.with_format(None) for name, rows in splits.items()}
+    if split in splits:
+        return splits[split]
+    if split == "all":
+        return datasets.concatenate_datasets([*splits.values()])
+    parts = datasets.ReadInstruction.from_spec(split).to_absolute({name: len(rows) for name, rows in splits.items()})
+    return datasets.concatenate_datasets([splits[part.splitname].select(range(part.from_, part.to)) for part in parts])
 
 
 @contextmanager

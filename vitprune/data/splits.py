@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import PIL.Image
@@ -123,9 +124,7 @@ class Stream(torch_data.IterableDataset[Sample | None]):
 
     def own_rows(self) -> Iterator[dict[str, Any]]:
         """This process's rows, undecoded; inside a loader's process those of its own."""
-        for row in self._shared():
-            if not self.held_out or digest(row[self.reader.source.image_column]) not in self.held_out:
-                yield row
+        yield from self._without_held_out(self._shared())
 
     def read(self, row: Mapping[str, Any]) -> Sample | None:
         sample = self.reader.read(row, f"{row[ROW]}{self._whose()}")
@@ -148,8 +147,12 @@ class Stream(torch_data.IterableDataset[Sample | None]):
         return self._shared().num_shards
 
     def split(self, count: int, seed: int) -> tuple[Stream, Table]:
-        """The rest, and the first `count` rows out of a shuffle buffer; those are read now, and kept undecoded."""
-        rows = list(self.rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER).take(count))
+        """The rest, and the first `count` rows out of a shuffle buffer; those are read now, and kept undecoded.
+
+        None of them is held out already.
+        """
+        shuffled = self.rows.shuffle(seed=seed, buffer_size=SHUFFLE_BUFFER)
+        rows = list(islice(self._without_held_out(shuffled), count))
         digests = {digest(row[self.reader.source.image_column]) for row in rows}
         length = None if self.length is None else max(0, self.length - len(rows))
         rest = replace(self, held_out=self.held_out | digests, length=length)
@@ -157,6 +160,11 @@ class Stream(torch_data.IterableDataset[Sample | None]):
 
     def share(self, index: int, count: int) -> Stream:
         return replace(self, part=(index, count))
+
+    def _without_held_out(self, rows: IterableDataset) -> Iterator[dict[str, Any]]:
+        for row in rows:
+            if not self.held_out or digest(row[self.reader.source.image_column]) not in self.held_out:
+                yield row
 
     def _shared(self) -> IterableDataset:
         rows = self.rows

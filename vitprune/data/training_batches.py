@@ -64,10 +64,7 @@ class TrainingBatches:
     _loader: Iterator[Any] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if self.batch_size % self.share.count:
-            count = self.share.count
-            text = f"{self.batch_size} can't be shared evenly by {count} processes; make it a multiple of {count}"
-            raise RecipeError.at(("finetune", "batch_size"), text)
+        require_even(self.batch_size, self.share.count)
 
     def __next__(self) -> dict[str, Tensor] | None:
         if self._loader is None:
@@ -107,6 +104,13 @@ class TrainingBatches:
             generator=torch.Generator().manual_seed(self.seed),
             **batching,
         )
+
+
+def require_even(batch_size: int, processes: int) -> None:
+    """Raise ValueError for a batch that so many processes can't share evenly."""
+    if batch_size % processes:
+        text = f"{batch_size} can't be shared evenly by {processes} processes; make it a multiple of {processes}"
+        raise RecipeError.at(("finetune", "batch_size"), text)
 
 
 @dataclass(frozen=True)
