@@ -14,11 +14,11 @@ import torch
 from PIL import ExifTags, Image, ImageOps
 from tiny import Tolerance
 from torch.testing import assert_close
-from transformers import BitImageProcessorPil, ViTImageProcessorPil
+from transformers import BitImageProcessorPil, ConvNextImageProcessorPil, ViTImageProcessorPil
 
 import vitprune
 from vitprune.data.decoding import decode, in_colours
-from vitprune.exporting.card import _prepare
+from vitprune.exporting.card import _prepare, _script
 from vitprune.exporting.exported import INFO, ExportedModel, folder_of
 from vitprune.exporting.formats import Pt2
 from vitprune.recipe.pruning_spec import PruningSpec
@@ -108,21 +108,55 @@ def test_nothing_is_unpickled(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("size", [(61, 47), (47, 61), (50, 50)])
-@pytest.mark.parametrize("kind", ["plain", "turned", "16 bits"])
+@pytest.mark.parametrize("kind", ["plain", "turned", "16 bits", "32 bits"])
 def test_the_script_prepares_as_the_processor_does(
     tmp_path: Path, processor: Any, size: tuple[int, int], kind: str
 ) -> None:
     pixels, exif = np.random.default_rng(0).integers(0, 255, (size[1], size[0], 3)).astype(np.uint8), Image.Exif()
-    picture = Image.fromarray(pixels[..., 0].astype(np.uint16) * 257 if kind == "16 bits" else pixels)
+    greys = {"16 bits": pixels[..., 0].astype(np.uint16) * 257, "32 bits": pixels[..., 0].astype(np.int32)}
+    picture, path = Image.fromarray(greys.get(kind, pixels)), tmp_path / f"image.{'tiff' if '32' in kind else 'png'}"
     exif[ExifTags.Base.Orientation] = 6 if kind == "turned" else 1
-    picture.save(tmp_path / "image.png", exif=exif)
-    encoded = {"path": None, "bytes": (tmp_path / "image.png").read_bytes()}
+    picture.save(path, exif=exif)
+    encoded = {"path": None, "bytes": path.read_bytes()}
     seen = in_colours(decode(encoded), "RGB")
     assert (seen.size == size[::-1]) or kind != "turned"
     info: Any = SimpleNamespace(image=(3, 32, 32))
     lines = _prepare(processor, info)
     assert lines is not None
-    values: dict[str, Any] = {"np": np, "Image": Image, "ImageOps": ImageOps, "path": tmp_path / "image.png"}
+    values: dict[str, Any] = {"np": np, "Image": Image, "ImageOps": ImageOps, "path": path}
     exec("\n".join(line.removeprefix("    ") for line in lines), values)
     expected = processor(seen, return_tensors="pt")["pixel_values"]
     assert_close(torch.from_numpy(values["pixels"]), expected.float(), **ROUNDING)
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        BitImageProcessorPil(size={"shortest_edge": 36, "longest_edge": 40}, do_center_crop=False),
+        ConvNextImageProcessorPil(size={"shortest_edge": 32}),
+        SimpleNamespace(do_resize=True),
+    ],
+    ids=["two edges", "a crop of its own", "of timm"],
+)
+def test_no_script_is_better_than_one_that_prepares_otherwise(processor: Any) -> None:
+    info: Any = SimpleNamespace(image=(3, 32, 32))
+    assert _prepare(processor, info) is None
+
+
+@pytest.mark.parametrize(
+    ("problem_type", "said"),
+    [
+        ("single_label_classification", "LABEL_2"),
+        ("multi_label_classification", "['LABEL_0', 'LABEL_2']"),
+        ("regression", "[ 0.5 -1.   2. ]"),
+    ],
+)
+def test_the_script_says_what_the_model_is_for(tmp_path: Path, problem_type: Any, said: str) -> None:
+    model = tiny.build("vit")
+    model.config.problem_type, model.config.id2label = problem_type, {i: f"LABEL_{i}" for i in range(3)}
+    info: Any = SimpleNamespace(format="onnx", outputs=("logits",), precision="float32", image=(3, 32, 32))
+    shown = _script(info, model, []).splitlines()[-1].strip()
+    values: dict[str, Any] = {"path": "a.png", "logits": np.array([[0.5, -1.0, 2.0]]), "np": np}
+    printed: list[str] = []
+    exec(shown, {**values, "classes": {str(i): f"LABEL_{i}" for i in range(3)}, "print": lambda *x: printed.extend(x)})
+    assert " ".join(map(str, printed)) == f"a.png {said}"

@@ -6,12 +6,15 @@ from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 from transformers import PreTrainedModel
+from transformers.image_processing_backends import PilBackend, TorchvisionBackend
 from transformers.image_processing_utils import BaseImageProcessor
 
 from vitprune.data.decoding import mode_of
 from vitprune.exporting.formats import FORMATS
 from vitprune.exporting.graph import KEPT_TOKENS, MERGED_INTO
+from vitprune.measure.answers import task_of
 from vitprune.measure.outputs import class_names, has_head
+from vitprune.recipe.schema import Task
 
 if TYPE_CHECKING:
     from vitprune.exporting.exported import ExportInfo
@@ -39,6 +42,18 @@ TOKENS = {
     "fixed": "Every image keeps as many tokens.",
 }
 
+HINTS = {"float32": "f32", "float16": "f16"}
+"""What OpenVINO computes in: left alone it takes less than float32 on many devices, and other tokens may be dropped."""
+
+SHOW: dict[Task, str] = {
+    "single-label": "    print(path, classes[str(logits[0].argmax())])",
+    "multi-label": "    print(path, [classes[str(i)] for i in np.flatnonzero(logits[0] > 0)])",
+    "regression": "    print(path, logits[0])",
+}
+
+STEPS = ("resize", "center_crop", "rescale", "normalize", "convert_to_rgb", "process_image")
+"""What an image processor's class may do in a way of its own."""
+
 OPEN = {
     "onnx": (
         ("import onnxruntime",),
@@ -48,7 +63,7 @@ OPEN = {
     ),
     "openvino": (
         ("import openvino",),
-        'session = openvino.Core().compile_model(here / "model.xml", "AUTO")',
+        'session = openvino.Core().compile_model(here / "model.xml", "AUTO", {{"INFERENCE_PRECISION_HINT": "{hint}"}})',
         '{answer} = session(pixels)["{name}"]',
         "numpy, pillow and openvino",
     ),
@@ -93,9 +108,9 @@ def _script(info: ExportInfo, model: PreTrainedModel, prepare: list[str]) -> str
     cast = "" if info.precision == "float32" else f".to(torch.{info.precision})"
     if info.precision == "float16" and info.format == "onnx":
         prepare = [*prepare, "    pixels = pixels.astype(np.float16)"]
-    show = "    print(path, answer)"
+    show = f"    print(path, {answer})"
     if named and len(class_names(model)) > 1:
-        show = "    print(path, classes[str(logits[0].argmax())])"
+        show = SHOW[task_of(model.config)]
     lines = [
         *(["import json"] if "classes" in show else []),
         "import sys",
@@ -107,17 +122,20 @@ def _script(info: ExportInfo, model: PreTrainedModel, prepare: list[str]) -> str
         "",
         "here = Path(__file__).parent",
         *(['classes = json.loads((here / "config.json").read_text())["id2label"]'] if "classes" in show else []),
-        opened,
+        opened.format(hint=HINTS[info.precision]),
         "for path in sys.argv[1:]:",
         *prepare,
         "    " + run.format(answer=answer, name=name, cast=cast),
-        show if "classes" in show else show.replace("answer", answer),
+        show,
     ]
     return "\n".join(lines) + "\n"
 
 
 def _prepare(processor: BaseImageProcessor, info: ExportInfo) -> list[str] | None:
-    """Lines that make `pixels` (1, C, H, W) of the picture at `path`; None for a processor that does more."""
+    """Lines that make `pixels` (1, C, H, W) of the picture at `path`; None for a processor that does more or else."""
+    backend = next((kind for kind in (PilBackend, TorchvisionBackend) if isinstance(processor, kind)), None)
+    if backend is None or any(getattr(type(processor), step) is not getattr(backend, step) for step in STEPS):
+        return None
     own: Any = processor
     known = {
         "do_resize",
@@ -134,26 +152,28 @@ def _prepare(processor: BaseImageProcessor, info: ExportInfo) -> list[str] | Non
     lines = [
         "    image = ImageOps.exif_transpose(Image.open(path))",
         '    if image.mode[0] in "IF":  # 16 bits, or fractions',
-        '        brightest = 65535 if image.mode[0] == "I" else 1',
-        "        image = Image.fromarray((np.asarray(image) * (255 / brightest)).round().astype(np.uint8))",
+        "        values = np.asarray(image)",
+        '        brightest = 1 if image.mode == "F" else 255 if image.mode == "I" and values.max() <= 255 else 65535',
+        "        image = Image.fromarray((values * (255 / brightest)).round().astype(np.uint8))",
         f'    image = image.convert("{mode_of(processor)}")',
     ]
     if own.do_resize:
         size, resample = dict(own.size), PIL.Image.Resampling(int(own.resample)).name
-        if "shortest_edge" in size:
-            edge = size["shortest_edge"]
+        if set(size) == {"shortest_edge"}:
+            edge = int(size["shortest_edge"])
             lines += [
                 f"    scale = {edge} / min(image.size)",
                 f"    size = [{edge} if side == min(image.size) else int(side * scale) for side in image.size]",
                 f"    image = image.resize(size, Image.Resampling.{resample})",
             ]
-        elif "height" in size:
-            lines += [f"    image = image.resize(({size['width']}, {size['height']}), Image.Resampling.{resample})"]
+        elif set(size) == {"height", "width"}:
+            width, height = int(size["width"]), int(size["height"])
+            lines += [f"    image = image.resize(({width}, {height}), Image.Resampling.{resample})"]
         else:
             return None
     if getattr(own, "do_center_crop", False):
         crop = dict(own.crop_size)
-        height, width = crop["height"], crop["width"]
+        height, width = int(crop["height"]), int(crop["width"])
         lines += [
             f"    left, top = (image.width - {width}) // 2, (image.height - {height}) // 2",
             f"    image = image.crop((left, top, left + {width}, top + {height}))",
@@ -163,7 +183,8 @@ def _prepare(processor: BaseImageProcessor, info: ExportInfo) -> list[str] | Non
     lines += [f"    pixels = np.asarray(image, np.float32) * {float(factor)!r}"]
     if own.do_normalize:
         mean, std = (
-            value if isinstance(value, float | int) else list(value) for value in (own.image_mean, own.image_std)
+            float(value) if isinstance(value, float | int) else [float(each) for each in value]
+            for value in (own.image_mean, own.image_std)
         )
         lines += [f"    pixels = (pixels - np.array({mean}, np.float32)) / np.array({std}, np.float32)"]
     return [*lines, f"    pixels = {axes}.transpose(2, 0, 1)[None]"]

@@ -15,7 +15,6 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -33,6 +32,7 @@ OPSET = 20
 SINGLE_FILE = int(1.5 * 2**30)
 """Bytes of weights above which an ONNX file keeps them in a file of their own: protobuf ends at 2 GiB."""
 
+CUDA = "CUDAExecutionProvider"
 Session = Callable[[Tensor], dict[str, Tensor]]
 """Pixel values (B, C, H, W) to what the graph gives out, by name."""
 
@@ -77,6 +77,11 @@ class Format(ABC):
     @abstractmethod
     def runtime(cls) -> str:
         """What runs it, with its version."""
+
+    @classmethod
+    def device(cls) -> str:
+        """Where it runs."""
+        return "CPU"
 
 
 class Onnx(Format):
@@ -129,9 +134,7 @@ class Onnx(Format):
 
         options: Any = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-        providers = [name for name in wanted if name in onnxruntime.get_available_providers()]
-        session: Any = onnxruntime.InferenceSession(str(path), options, providers=providers)
+        session: Any = onnxruntime.InferenceSession(str(path), options, providers=cls._providers())
         names = [output.name for output in session.get_outputs()]
         dtype = np.float16 if session.get_inputs()[0].type == "tensor(float16)" else np.float32
 
@@ -143,7 +146,19 @@ class Onnx(Format):
 
     @classmethod
     def runtime(cls) -> str:
-        return f"onnxruntime {version('onnxruntime')}"
+        import onnxruntime  # which several packages have: the one for CUDA has a name of its own
+
+        return f"onnxruntime {onnxruntime.__version__}"
+
+    @classmethod
+    def device(cls) -> str:
+        return "CUDA" if CUDA in cls._providers() else super().device()
+
+    @staticmethod
+    def _providers() -> list[str]:
+        import onnxruntime
+
+        return [name for name in (CUDA, "CPUExecutionProvider") if name in onnxruntime.get_available_providers()]
 
 
 class Pt2(Format):
@@ -210,7 +225,9 @@ class OpenVino(Format):
 
     @classmethod
     def runtime(cls) -> str:
-        return f"openvino {version('openvino')}"
+        import openvino
+
+        return f"openvino {openvino.__version__.partition('-')[0]}"
 
 
 FORMATS: dict[FormatName, type[Format]] = {"onnx": Onnx, "pt2": Pt2, "openvino": OpenVino}
