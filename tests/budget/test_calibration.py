@@ -17,6 +17,7 @@ from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 import vitprune
 from vitprune.budget.calibration import TEMPERATURE_SHARE, calibrate, mean_ratio, scale_to_budget
+from vitprune.budget.points import find_points
 from vitprune.budget.schedule import MOST_TRIES, WORTH_A_STAGE, Schedule
 from vitprune.models.module import pruning_of
 from vitprune.models.trace import Trace, watching
@@ -382,3 +383,29 @@ def test_what_holds_no_images_is_refused() -> None:
     given: Any = [["a.png", "b.png"]]
     with pytest.raises(TypeError, match=r"batches hold list; pass vitprune\.load_images"):
         calibrate(pruned(), given, 0.6, progress=False)
+
+
+# --- what is refused ---
+
+
+@pytest.mark.parametrize(
+    ("run", "select"),
+    [
+        (calibrate, "threshold"),
+        (calibrate, "top-k"),
+        (scale_to_budget, "threshold"),
+        (find_points, "threshold"),
+        (find_points, "top-k"),
+    ],
+)
+def test_a_model_stays_as_it_was_where_a_budget_is_refused(run: Any, select: str) -> None:
+    model = pruned(**{**tiny.AS_VIT, "select": select})
+    pruning = pruning_of(model)
+    points = find_points(model, batches(), [0.85, 0.7], progress=False)
+    before = pruning.levels.detach().clone()
+    more = {"must_meet": True} if run is scale_to_budget else {}
+    budget: Any = [0.05, 0.6] if run is find_points else 0.05
+    with pytest.raises(ValueError, match="can't be met"):
+        run(model, batches(), budget, progress=False, **more)
+    assert torch.equal(pruning.levels, before)
+    assert vitprune.points_of(model) == points

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import tiny
 import torch
@@ -119,3 +121,12 @@ def test_rows_are_those_of_the_split(skipped: tuple[int, ...], tmp_path_factory:
     assert [macs[row] for row in found.easiest] == [macs[row] for row in ordered[:SHOWN]]
     assert [macs[row] for row in found.hardest] == [macs[row] for row in ordered[::-1][:SHOWN]]
     assert len(found.apart) <= APART
+
+
+def test_small_differences_of_numbers_are_seen() -> None:
+    kind, dense = KINDS["regression"], torch.tensor([[1.0], [2.0], [3.0]])
+    difference_B = kind.difference(dense, dense + torch.tensor([[1e-4], [0.0], [1e-3]]))
+    torch.testing.assert_close(difference_B, torch.tensor([1e-8, 0.0, 1e-6]), rtol=1e-2, atol=0.0)
+    seen = observed([40, 60, 50], [0, 0, 0], [0, 0, 0], None)
+    seen = replace(seen, difference_B=difference_B, likeness_B=1 - difference_B)
+    assert break_down(kind, seen, [7, 8, 9], {}).apart == (9, 7)

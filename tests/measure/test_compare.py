@@ -186,3 +186,16 @@ def test_answers_that_are_no_numbers_are_counted_and_wrong(
     assert result.agreement == 0.0
     assert result.metrics["accuracy"].dense == result.metrics["accuracy"].pruned == 0.0
     assert result.metrics["top-5-accuracy"].pruned == 0.0
+
+
+@pytest.mark.parametrize("family", ["siglip2", "ast"])
+def test_batches_may_hold_more_than_pixels(family: str) -> None:
+    """What calibration takes."""
+    x, dense = tiny.inputs(family, 6), tiny.build(family)
+    model = vitprune.prune_(copy.deepcopy(dense), tiny.spec_for(family, tiny.POLICIES["redundancy-merge"]))
+    batch = {**x, "labels": torch.arange(6) % 5}
+    result = compare(dense, model, [batch], EvaluateSpec(metrics=("accuracy",)), progress=False)
+    assert result.images == 6
+    with torch.no_grad():
+        expected = (dense.eval()(**x).logits.argmax(1) == batch["labels"]).double().mean().item()
+    assert result.metrics["accuracy"].dense == pytest.approx(expected)

@@ -55,6 +55,8 @@ def test_free_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "memory.max").write_text("5000\n")
     (tmp_path / "memory.current").write_text("2000\n")
     assert free_memory(CPU) == 3000
+    (tmp_path / "memory.stat").write_text("anon 500\ninactive_file 1000\nactive_file 300\nslab_reclaimable 40\n")
+    assert free_memory(CPU) == 4040
     (tmp_path / "memory.max").write_text("max\n")
     assert free_memory(CPU) == pytest.approx(without, rel=0.5)
 

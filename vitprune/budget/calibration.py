@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from vitprune.budget.schedule import STRONGEST, Schedule, Tried, search, unreachable
-from vitprune.data.batches import Batches, each, without_labels
-from vitprune.measure.outputs import ImageModel
-from vitprune.measure.timing import placed
+from vitprune.data.batches import Batches, each
+from vitprune.measure.outputs import ImageModel, inputs_of
 from vitprune.models.hooks import pruned_part
-from vitprune.models.module import Pruning, pruning_of
+from vitprune.models.module import Pruning, all_or_nothing, pruning_of
 from vitprune.models.structure import Inputs, first_image, run_on_images
 from vitprune.models.trace import Trace, eval_mode, trace, watching
 from vitprune.recipe.errors import RecipeError
@@ -67,17 +66,16 @@ def calibrate(model: nn.Module, batches: Batches, budget: float | str, *, progre
         latency table (`latency.budget_latency`).
 
     Raises:
-        ValueError: the model isn't pruned, there are no images, or no levels reach the budget.
+        ValueError: the model isn't pruned, there are no images, or no levels reach the budget; it stays as it was then.
     """
     pruning, model = pruning_of(model), pruned_part(model)
     first = pruning.before_blocks
     batches = _listed(batches, model)
     budget = _checked(batches, budget)
-    pruning.keep_points(None)
-    spec = pruning.spec
     if pruning.spec.select != "threshold" and not pruning.spec.is_searched:
         batches = [first_image(batches[0])]  # the counts of one image are those of all
-    with task("calibrating", unit="pass", shown=progress) as bar:
+    with all_or_nothing(pruning), task("calibrating", unit="pass", shown=progress) as bar:
+        pruning.keep_points(None)
         passes = _Passes(model, batches, bar)
         patches = passes.patches()
         if pruning.spec.select == "threshold":
@@ -105,10 +103,9 @@ def calibrate(model: nn.Module, batches: Batches, budget: float | str, *, progre
             ratio = _scale(pruning, passes, budget)
         else:
             ratio = passes.run(Trace(pruning, pruning.before_blocks))
-    if not _meets(ratio, budget):
-        pruning.adopt(spec, first)
-        raise _unmet(pruning, ratio, budget)
-    return found(ratio)
+        if not _meets(ratio, budget):
+            raise _unmet(pruning, ratio, budget)
+        return found(ratio)
 
 
 def find_schedule(passes: _Passes, patches: int, budget: float) -> tuple[list[Tried], str]:
@@ -160,12 +157,12 @@ def scale_to_budget(
     budget = _checked(batches, budget)
     if pruning.is_forgotten:
         raise ValueError("the model's thresholds were never found, so there are none to scale; call vitprune.calibrate")
-    pruning.keep_points(None)
-    with task("meeting the budget", unit="pass", shown=progress) as bar:
+    with all_or_nothing(pruning), task("meeting the budget", unit="pass", shown=progress) as bar:
+        pruning.keep_points(None)
         ratio = _scale(pruning, _Passes(model, batches, bar), budget)
-    if must_meet and not _meets(ratio, budget):
-        raise _unmet(pruning, ratio, budget)
-    return ratio
+        if must_meet and not _meets(ratio, budget):
+            raise _unmet(pruning, ratio, budget)
+        return ratio
 
 
 def _meets(ratio: float, budget: float) -> bool:
@@ -180,17 +177,7 @@ def _unmet(pruning: Pruning, ratio: float, budget: float) -> RecipeError:
 
 def _listed(batches: Batches, model: PreTrainedModel) -> list[Inputs]:
     """The batches one by one, where the model is, without labels. Raises TypeError for what holds no images."""
-
-    def there(values: Tensor) -> Tensor:  # masks and shapes stay whole numbers
-        return placed(values, model) if values.is_floating_point() else values.to(model.device)
-
-    found: list[Inputs] = []
-    for batch in map(without_labels, each(batches)):
-        if isinstance(batch, Tensor):
-            found.append(there(batch))
-        else:
-            found.append({name: there(x) if isinstance(x, Tensor) else x for name, x in batch.items()})
-    return found
+    return [inputs_of(batch, model) for batch in each(batches)]
 
 
 def _checked(batches: Sequence[Inputs], budget: float | str) -> float:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from vitprune.budget.calibration import calibrate, scale_to_budget
 from vitprune.data.batches import Batches, each
 from vitprune.data.images import Images
-from vitprune.models.module import pruning_of
+from vitprune.models.module import all_or_nothing, pruning_of
 from vitprune.models.points import set_budget
 from vitprune.recipe.errors import RecipeError
 from vitprune.recipe.pruning_spec import OperatingPoint
@@ -26,7 +26,7 @@ def find_points(
     keeps how the stages share; keep ratios are found anew. batches: as for `calibrate`.
 
     Raises:
-        ValueError: as `calibrate`; or two budgets have the same levels.
+        ValueError: as `calibrate`; or two budgets have the same levels. The model stays as it was then.
     """
     pruning, parts = pruning_of(model), [read_budget(budget) for budget in budgets]
     if 1.0 in parts:
@@ -35,20 +35,25 @@ def find_points(
         )
     if not isinstance(batches, Images | Tensor):
         batches = [*each(batches)]
-    if not pruning.levels.isfinite().all():
-        calibrate(model, batches, min(parts), progress=progress)
-    found: list[OperatingPoint] = []
-    for part in sorted(parts):  # from the strictest on: that is where thresholds are now
-        if pruning.spec.select == "threshold":
-            ratio = scale_to_budget(model, batches, part, must_meet=True, progress=progress)
-        else:
-            ratio = calibrate(model, batches, part, progress=progress).ratio
-        levels, temperatures = pruning.levels.tolist(), pruning.temperatures.tolist()
-        found.append(OperatingPoint(budget=part, ratio=ratio, levels=tuple(levels), temperatures=tuple(temperatures)))
-    ratios = [point.ratio for point in found]
-    if any(second <= first for first, second in pairwise(ratios)):
-        named = ", ".join(f"{point.budget:g}" for point in found)
-        raise RecipeError.at(("budget", "macs"), f"{named} come to the same work in part; name fewer, further apart")
-    pruning.keep_points(tuple(reversed(found)))
-    set_budget(model, parts[0])
+    with all_or_nothing(pruning):
+        if not pruning.levels.isfinite().all():
+            calibrate(model, batches, min(parts), progress=progress)
+        found: list[OperatingPoint] = []
+        for part in sorted(parts):  # from the strictest on: that is where thresholds are now
+            if pruning.spec.select == "threshold":
+                ratio = scale_to_budget(model, batches, part, must_meet=True, progress=progress)
+            else:
+                ratio = calibrate(model, batches, part, progress=progress).ratio
+            levels, temperatures = pruning.levels.tolist(), pruning.temperatures.tolist()
+            found.append(
+                OperatingPoint(budget=part, ratio=ratio, levels=tuple(levels), temperatures=tuple(temperatures))
+            )
+        ratios = [point.ratio for point in found]
+        if any(second <= first for first, second in pairwise(ratios)):
+            named = ", ".join(f"{point.budget:g}" for point in found)
+            raise RecipeError.at(
+                ("budget", "macs"), f"{named} come to the same work in part; name fewer, further apart"
+            )
+        pruning.keep_points(tuple(reversed(found)))
+        set_budget(model, parts[0])
     return tuple(reversed(found))

@@ -151,11 +151,11 @@ class Regression(AnswerKind):
 
     def likeness(self, dense_BC: Tensor, pruned_BC: Tensor) -> Tensor:
         """Compute 1 − the squared difference."""
-        return 1 - (dense_BC.float() - pruned_BC.float()).square().mean(-1)
+        return 1 - self.difference(dense_BC, pruned_BC)
 
     def difference(self, dense_BC: Tensor, pruned_BC: Tensor) -> Tensor:
-        """Compute the squared difference."""
-        return 1 - self.likeness(dense_BC, pruned_BC)
+        """Compute the squared difference; not as 1 − likeness, where a small one would be lost."""
+        return (dense_BC.float() - pruned_BC.float()).square().mean(-1)
 
     def describe(self, answer_C: Tensor, names: Mapping[int, str]) -> str:
         """Say the numbers."""

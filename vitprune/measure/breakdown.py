@@ -54,7 +54,7 @@ class Observed:
             likeness_B=kind.likeness(dense, pruned).cpu(),
             difference_B=kind.difference(dense, pruned).cpu(),
             answers=(recorded(kind, dense, finite_B[0]), recorded(kind, pruned, finite_B[1])) if wanted else None,
-            labels=labels if labelled else None,
+            labels=labels.cpu() if labels is not None and labelled else None,
             finite_B=finite_B,
         )
 
@@ -98,7 +98,8 @@ def break_down(kind: AnswerKind, seen: Observed, rows: Sequence[int] | None, nam
     def numbers(order_B: Tensor, most: int) -> tuple[int, ...]:
         return tuple(rows[place] for place in order_B[:most].tolist())
 
-    order_B, differs_B = ratio_B.argsort(stable=True), seen.likeness_B < 1
+    order_B = ratio_B.argsort(stable=True)
+    differs_B = seen.difference_B > 0 if kind.name == "regression" else seen.likeness_B < 1
     furthest_B = seen.difference_B.double().nan_to_num(torch.inf).argsort(descending=True, stable=True)
     apart_B = furthest_B[differs_B[furthest_B] | ~(seen.finite_B[0] & seen.finite_B[1])[furthest_B]]
     extremes = {"easiest": (order_B, SHOWN), "hardest": (order_B.flip(0), SHOWN)} if differ else {}

@@ -17,9 +17,8 @@ from vitprune.data.images import Images
 from vitprune.measure.answers import AnswerKind
 from vitprune.measure.breakdown import Observed, break_down
 from vitprune.measure.metrics import QualityMetric, correlation, metrics_of
-from vitprune.measure.outputs import ImageModel, names_of_answers, require_same_kind, require_same_width
+from vitprune.measure.outputs import ImageModel, inputs_of, names_of_answers, require_same_kind, require_same_width
 from vitprune.measure.statistics import paired_difference, part_interval
-from vitprune.measure.timing import placed
 from vitprune.models.module import pruning_of
 from vitprune.models.trace import eval_mode, trace
 from vitprune.recipe.errors import RecipeError
@@ -52,9 +51,9 @@ def compare(
     """Compare both models on the same images: metrics (where there are labels), agreement, MACs, kept patches.
 
     images: `Images`, or any batches, whose labels are the model's class ids (B,), or (B, outputs) where it gives
-    several labels or numbers. Under a launcher each process takes its share of `Images`, of batches all; all get the
-    result. How answers are compared follows from their kind (`answers.AnswerKind`). The models stay on their device, in
-    their dtype and in the mode they are in.
+    several labels or numbers, and whose other entries are what the model takes. Under a launcher each process takes its
+    share of `Images`, of batches all; all get the result. How answers are compared follows from their kind
+    (`answers.AnswerKind`). The models stay on their device, in their dtype and in the mode they are in.
 
     Raises ValueError where there is no image, `pruned` isn't pruned, or isn't made of `dense`, as their answers tell,
     or where a metric doesn't fit the model.
@@ -81,16 +80,15 @@ def compare_closely(
     if isinstance(images, Images):
         own = images.share(state.process_index, state.num_processes)
         total = None if own.length is None else math.ceil(own.length / spec.batch_size)
-    batches = map(named, each(own, spec.batch_size))
+    batches = each(own, spec.batch_size)
     seen: list[Observed] = []
     with eval_mode(dense, pruned), torch.no_grad():
         for batch in track(batches, "comparing", total=total, unit="batch", shown=progress):
-            x_BCHW = batch["pixel_values"]
-            before = dense_answers(placed(x_BCHW, dense))
+            before = dense_answers(inputs_of(batch, dense))
             with trace(pruned) as watched:
-                after = pruned_answers(placed(x_BCHW, pruned))
+                after = pruned_answers(inputs_of(batch, pruned))
             require_same_width(after, before)
-            seen.append(Observed.of(kind, before, after, watched, batch.get("labels")))
+            seen.append(Observed.of(kind, before, after, watched, named(batch).get("labels")))
     found = (seen, own.skipped, own.whole) if isinstance(own, Images) else (seen, 0, None)
     everybodys = distributed.all_gather(found) if isinstance(own, Images) else [found]
     parts = [one for theirs, _, _ in everybodys for one in theirs]
@@ -134,7 +132,7 @@ def _likeness(kind: AnswerKind, seen: Observed, finite_B: Tensor) -> dict[str, A
         if not finite_B.any():
             return {"agreement": None}
         dense, pruned = (one[finite_B].numpy() for one in seen.answers)
-        difference = float((1 - seen.likeness_B[finite_B].double()).mean())
+        difference = float(seen.difference_B[finite_B].double().mean())
         return {"agreement": None, "correlation": correlation(dense, pruned), "deviation": math.sqrt(difference)}
     like_B = seen.likeness_B.double().where(finite_B, 0.0)
     mean = float(like_B.mean())

@@ -83,7 +83,13 @@ def _left_in_container() -> float:
     if not limit.is_file() or not used.is_file():
         return math.inf
     text = limit.read_text(encoding="utf-8").strip()
-    return math.inf if text == "max" else int(text) - int(used.read_text(encoding="utf-8"))
+    if text == "max":
+        return math.inf
+    stat, freed = _CGROUP / "memory.stat", 0
+    if stat.is_file():  # files that were read count as used, until something else needs the room
+        entries = dict(line.split() for line in stat.read_text(encoding="utf-8").splitlines())
+        freed = sum(int(entries.get(name, 0)) for name in ("inactive_file", "slab_reclaimable"))
+    return int(text) - int(used.read_text(encoding="utf-8")) + freed
 
 
 def is_out_of_memory(error: BaseException) -> bool:

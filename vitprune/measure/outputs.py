@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from vitprune.data.batches import Batch, without_labels
 from vitprune.measure.answers import KINDS, PROBLEM_TYPES, AnswerKind, Embedding, task_of
 from vitprune.models.structure import Inputs, examine
 from vitprune.recipe.schema import Task
@@ -81,6 +82,18 @@ class ImageModel(nn.Module):
         model: Any = self.model
         cosines_BC = F.normalize(image_BE, dim=-1) @ self.classes_CE.to(image_BE.dtype).T
         return cosines_BC * model.logit_scale.exp() + getattr(model, "logit_bias", 0.0)
+
+
+def inputs_of(batch: Batch, model: nn.Module) -> Inputs:
+    """What a model takes of a batch, where and as it computes: all but labels; whole numbers stay whole."""
+    first, left = next(model.parameters()), without_labels(batch)
+
+    def there(values: Tensor) -> Tensor:
+        return values.to(first.device, first.dtype if values.is_floating_point() else None)
+
+    if isinstance(left, Tensor):
+        return there(left)
+    return {name: there(values) if isinstance(values, Tensor) else values for name, values in left.items()}
 
 
 def has_head(model: PreTrainedModel) -> bool:

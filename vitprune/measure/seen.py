@@ -19,7 +19,9 @@ from vitprune.data.pictures import seen_box
 from vitprune.measure.outputs import ImageModel, class_names, require_same_width
 from vitprune.measure.timing import placed
 from vitprune.models.trace import Trace, eval_mode, trace
-from vitprune.reports.token_pictures import SeenImage, Stage
+from vitprune.reports.token_pictures import SIDE, Box, SeenImage, Stage
+
+LARGEST_SIDE = 2 * SIDE
 
 
 @dataclass(frozen=True)
@@ -61,10 +63,11 @@ def look_at(
                 after = pruned(placed(x_1CHW, pruned))
             require_same_width(after, before)
             likeness = kind.likeness(before, after).item()
+            box, shown = _smaller(seen_box(processor, picture.size), picture.convert("RGB"))
             yield SeenImage(
                 name=one.name,
-                picture=picture.convert("RGB"),
-                box=seen_box(processor, picture.size),
+                picture=shown,
+                box=box,
                 stages=tuple(_stages(one.name, watched, x_1CHW, pruned.model.config)),
                 dense_macs=watched.dense_macs.item(),
                 macs=watched.macs.item(),
@@ -73,6 +76,18 @@ def look_at(
                 label=None if one.label is None else kind.describe_label(one.label, names),
                 likeness=likeness,
             )
+
+
+def _smaller(box: Box, picture: PIL.Image.Image) -> tuple[Box, PIL.Image.Image]:
+    """A picture no larger than it is ever drawn, with the box in its pixels: many at once would fill the memory."""
+    scale = LARGEST_SIDE / max(picture.size)
+    if scale >= 1:
+        return box, picture
+    width, height = (max(1, round(side * scale)) for side in picture.size)
+    left, top, right, bottom = box
+    across, down = width / picture.width, height / picture.height
+    drawn = picture.resize((width, height), PIL.Image.Resampling.LANCZOS)
+    return (left * across, top * down, right * across, bottom * down), drawn
 
 
 def _stages(name: str, watched: Trace, x_1CHW: Tensor, config: Any) -> Iterator[Stage]:

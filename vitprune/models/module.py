@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -209,6 +210,20 @@ class Levels:
         pruning.keep_points(self.points)
         pruning.levels.copy_(self.levels)
         pruning.temperatures.copy_(self.temperatures)
+
+
+@contextmanager
+def all_or_nothing(pruning: Pruning) -> Iterator[None]:
+    """Give a `Pruning` back what it knew, where what is done to it within breaks off."""
+    spec, known = pruning.spec, Levels.of(pruning)
+    try:
+        yield
+    except BaseException:
+        pruning.adopt(spec, known.before_blocks)
+        with torch.no_grad():
+            pruning.levels.copy_(known.levels)
+            pruning.temperatures.copy_(known.temperatures)
+        raise
 
 
 def pruning_of(model: nn.Module) -> Pruning:
