@@ -8,8 +8,9 @@ import pytest
 import samples
 import tiny
 import torch
+from transformers import ViTImageProcessorPil
 
-from vitprune.bench.images import random_images, real_images
+from vitprune.bench.images import random_images, real_images, require_square
 from vitprune.bench.settings import read_target
 
 
@@ -51,6 +52,16 @@ def test_real_images(checkpoint: Path, tmp_path: Path) -> None:
     assert larger.shape == (24, 3, 64, 64)
     # the same pictures: their brightness stays
     torch.testing.assert_close(larger.mean((1, 2, 3)), x.mean((1, 2, 3)), atol=0.02, rtol=0)
+
+
+def test_images_that_are_not_square(checkpoint: Path, tmp_path: Path) -> None:
+    ViTImageProcessorPil(size={"height": 32, "width": 48}).save_pretrained(checkpoint)
+    recipe, _ = read_target(str(checkpoint), str(samples.write_data(tmp_path / "data")))
+    for images in (real_images(recipe, 3, 3), random_images(recipe, tiny.build("vit"), 3, 3)):
+        assert (images.height, images.size) == (32, 48)
+        with pytest.raises(ValueError, match=r"its images are 32 × 48 px; `vitprune bench` measures square ones"):
+            require_square(images)
+    assert real_images(recipe, 3, 3).timed(48).shape == (3, 3, 32, 48)
 
 
 def test_no_image(checkpoint: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import samples
 import torch
+from transformers import ViTImageProcessorPil
 
 import vitprune
 from vitprune.bench.inference import Lineup
@@ -182,6 +183,13 @@ def test_a_broken_run_keeps_what_it_has(run: Bench, tmp_path: Path, monkeypatch:
 def test_a_size_that_cannot_be_is_said_before_anything_is_measured(run: Bench, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="takes no images of 2 px"):
         run(image_sizes=(32, 2))
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_that_are_not_square_are_named(run: Bench, checkpoint: Path, tmp_path: Path) -> None:
+    ViTImageProcessorPil(size={"height": 32, "width": 48}).save_pretrained(checkpoint)
+    with pytest.raises(ValueError, match="its images are 32 × 48 px"):
+        run()
     assert not (tmp_path / "out").exists()
 
 

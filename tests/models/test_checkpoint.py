@@ -34,7 +34,7 @@ from transformers import (
 import vitprune
 from vitprune.budget.calibration import calibrate
 from vitprune.measure.outputs import ImageModel
-from vitprune.models.checkpoint import load_tokenizer, require_room
+from vitprune.models.checkpoint import load_processor, load_tokenizer, require_room
 from vitprune.models.module import is_pruned, pruning_of
 from vitprune.recipe.schema import PruningSpec
 
@@ -409,3 +409,12 @@ def test_the_tower_of_a_pruned_pair_comes_back_pruned_alone(cls: Any, tmp_path: 
             assert_close(found(x), expected(x), **EXACT)
     restored = vitprune.restore_(back)
     assert "quantization_config" not in restored.config.to_json_string()
+
+
+def test_a_processor_that_lacks_a_package_names_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lacking(*_: Any, **__: Any) -> None:
+        raise ImportError("DINOv3ViTImageProcessor requires the Torchvision library")
+
+    monkeypatch.setattr("vitprune.models.checkpoint.AutoImageProcessor.from_pretrained", lacking)
+    with pytest.raises(ValueError, match=r"no image processor: .*Torchvision library; pip install torchvision$"):
+        load_processor(str(tmp_path))

@@ -17,10 +17,12 @@ from vitprune.reports.charts import Line, Plot, nice
         (5, 5, [4.5, 4.75, 5.0, 5.25, 5.5]),
         (0, 0, [-1, -0.5, 0, 0.5, 1]),
         (-3e-5, 1e-5, [-3e-5, -2e-5, -1e-5, 0, 1e-5]),
+        (0.8999999999999999, 0.9, [0.8, 0.85, 0.9, 0.95, 1.0]),
+        (1e-14, 2e-14, [1e-14, 1.25e-14, 1.5e-14, 1.75e-14, 2e-14]),
     ],
 )
 def test_ticks_are_round_and_reach_around(low: float, high: float, expected: list[float]) -> None:
-    assert nice(low, high) == pytest.approx(expected)
+    assert nice(low, high) == pytest.approx(expected, abs=0.0)
 
 
 def test_points_lie_where_they_should() -> None:
@@ -37,3 +39,9 @@ def test_a_single_point_has_a_frame() -> None:
     (line,) = Plot.of([Line("one", [(3, 7)])], "x", x_text=str, y_text=str).lines
     assert 0 < line.points[0].x < 100
     assert 0 < line.points[0].y < 100
+
+
+@pytest.mark.parametrize("values", [(0.9, 0.8999999999999999), (1e-14, 2e-14)])
+def test_values_that_hardly_differ_have_a_frame(values: tuple[float, float]) -> None:
+    (line,) = Plot.of([Line("two", [(1, values[0]), (2, values[1])])], "x", x_text=str, y_text=str).lines
+    assert all(0 <= point.y <= 100 for point in line.points)

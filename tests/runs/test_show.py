@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 
 import numpy as np
@@ -9,12 +10,12 @@ import pytest
 import samples
 import tiny
 import torch
-from PIL import Image
-from transformers import PreTrainedModel, ViTImageProcessorPil
+from PIL import ExifTags, Image
+from transformers import BitImageProcessorPil, PreTrainedModel, ViTImageProcessorPil
 
 import vitprune
 from vitprune.measure.outputs import ImageModel
-from vitprune.measure.seen import Named, look_at
+from vitprune.measure.seen import LARGEST_SIDE, Named, look_at
 from vitprune.reports.token_pictures import draw_panel
 from vitprune.runs.show import SHEET, show_files
 
@@ -79,6 +80,28 @@ def test_one_image_or_a_sheet_of_several(checkpoint: Path) -> None:
 @pytest.mark.parametrize("family", ["deit", "dinov2", "dinov3", "beit", "clip-zero-shot", "siglip-tower"])
 def test_other_families(family: str) -> None:
     assert vitprune.show(pruned(family), photo(), processor=PROCESSOR).width > 300
+
+
+def test_a_large_picture_is_kept_small() -> None:
+    dense, processor = (
+        ImageModel.of(tiny.build("vit")),
+        BitImageProcessorPil(size={"shortest_edge": 36}, crop_size={"height": 32, "width": 32}),
+    )
+    large, small = (photo(900, 600).resize(size) for size in ((3000, 2000), (450, 300)))
+    kept, other = look_at([Named("large", large), Named("small", small)], dense, ImageModel.of(pruned()), processor)
+    assert kept.picture.size == (LARGEST_SIDE, LARGEST_SIDE * 2 // 3)
+    assert other.picture.size == (450, 300)
+    expected = [edge * LARGEST_SIDE / 450 for edge in other.box]
+    assert list(kept.box) == pytest.approx(expected, abs=0.02 * LARGEST_SIDE)
+
+
+def test_a_picture_of_a_telephone_is_turned_upright() -> None:
+    model, upright, exif = pruned(), photo(), Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    file = io.BytesIO()
+    upright.transpose(Image.Transpose.ROTATE_90).save(file, "png", exif=exif)
+    turned = vitprune.show(model, Image.open(file), processor=PROCESSOR)
+    assert turned.tobytes() == vitprune.show(model, upright, processor=PROCESSOR).tobytes()
 
 
 def test_files_folders_and_names(checkpoint: Path, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from vitprune.data.images import load_images
 from vitprune.exporting.export import image_shape
 from vitprune.models.checkpoint import load_processor
 from vitprune.models.structure import channels
-from vitprune.recipe.errors import concerning
+from vitprune.recipe.errors import RecipeError, concerning
 from vitprune.recipe.schema import Recipe, SplitSpec
 
 RANDOM_PIXELS = "random pixels"
@@ -29,9 +29,13 @@ RANDOM_PIXELS = "random pixels"
 
 @dataclass(frozen=True)
 class BenchImages:
-    """Calibration and timed images: functions of the size, (B, C, H, W) float32. described: what they are, in words."""
+    """Calibration and timed images: functions of the size, (B, C, H, W) float32. described: what they are, in words.
+
+    height, size: of images as they are, whose width is their size.
+    """
 
     described: str
+    height: int
     size: int
     calibration: Callable[[int], Tensor]
     timed: Callable[[int], Tensor]
@@ -52,8 +56,8 @@ def random_images(recipe: Recipe, model: PreTrainedModel, calibration: int, time
         processor = load_processor(recipe.model.checkpoint, recipe.model.revision)
     except ValueError:  # the config may say
         processor = None
-    size = image_shape(model, processor)[-1]
-    return BenchImages(RANDOM_PIXELS, size, noise(calibration, 0), noise(timed, 1))
+    height, size = image_shape(model, processor)[-2:]
+    return BenchImages(RANDOM_PIXELS, height, size, noise(calibration, 0), noise(timed, 1))
 
 
 def real_images(recipe: Recipe, calibration: int, timed: int) -> BenchImages:
@@ -64,7 +68,16 @@ def real_images(recipe: Recipe, calibration: int, timed: int) -> BenchImages:
     train_BCHW = _load(recipe, recipe.data.train, calibration)
     eval_BCHW = _load(recipe, recipe.data.eval, timed)
     described = f"{len(eval_BCHW)} images of {recipe.data.path}, split {recipe.data.eval.split}"
-    return BenchImages(described, eval_BCHW.shape[-1], _resized(train_BCHW), _resized(eval_BCHW))
+    height, width = eval_BCHW.shape[-2:]
+    return BenchImages(described, height, width, _resized(train_BCHW), _resized(eval_BCHW))
+
+
+def require_square(images: BenchImages) -> None:
+    """Raise ValueError where images as they are aren't."""
+    if images.height != images.size:
+        text = f"its images are {images.height} × {images.size} px; `vitprune bench` measures square ones of a size of"
+        text = f"{text} yours (--image-size), `vitprune evaluate` times them as they are"
+        raise RecipeError.at(("model", "checkpoint"), text)
 
 
 def _load(recipe: Recipe, split: SplitSpec, count: int) -> Tensor:
@@ -79,7 +92,7 @@ def _load(recipe: Recipe, split: SplitSpec, count: int) -> Tensor:
 
 def _resized(x_BCHW: Tensor) -> Callable[[int], Tensor]:
     def at(size: int) -> Tensor:
-        if tuple(x_BCHW.shape[-2:]) == (size, size):
+        if size == x_BCHW.shape[-1]:
             return x_BCHW
         return F.interpolate(x_BCHW, (size, size), mode="bicubic", antialias=True)
 

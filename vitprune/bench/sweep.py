@@ -15,7 +15,7 @@ import torch
 from accelerate import PartialState
 
 from vitprune.bench.exported import bench_exported
-from vitprune.bench.images import RANDOM_PIXELS, BenchImages, random_images, real_images
+from vitprune.bench.images import RANDOM_PIXELS, BenchImages, random_images, real_images, require_square
 from vitprune.bench.inference import Lineup
 from vitprune.bench.settings import TARGETS, BenchSettings
 from vitprune.bench.subjects import BenchSubjects, Levels
@@ -105,6 +105,8 @@ class _Sweep:
             images = random_images(recipe, subjects.dense, settings.calibration_images, timed)
         else:
             images = real_images(recipe, settings.calibration_images, timed)
+        if not settings.image_sizes:
+            require_square(images)
         targets = settings.targets
         if targets is None:
             targets = TARGETS if subjects.own is None else ()

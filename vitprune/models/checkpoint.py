@@ -179,12 +179,16 @@ def digest_weights(model: PreTrainedModel) -> str:
 
 
 def load_processor(checkpoint: str, revision: str | None = None) -> BaseImageProcessor:
-    """Load a checkpoint's image processor; the PIL one, which needs no torchvision. Raises ValueError if none."""
+    """Load a checkpoint's image processor; the PIL one, which needs no torchvision, where it has one.
+
+    Raises ValueError if there is none.
+    """
     try:
         return AutoImageProcessor.from_pretrained(checkpoint, revision=revision or "main", backend="pil")
     except Exception as error:  # as above
         absent = absence(error, checkpoint, revision, "its image processor is", PROCESSOR)
-        reason = absent or f"no image processor: {first_line(error)}; add a preprocessor_config.json"
+        way_out = "pip install torchvision" if isinstance(error, ImportError) else "add a preprocessor_config.json"
+        reason = absent or f"no image processor: {first_line(error)}; {way_out}"
         raise ValueError(f"{checkpoint}: {reason}") from error
 
 

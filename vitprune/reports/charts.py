@@ -90,13 +90,17 @@ class Plot:
         )
 
 
+ONE_NUMBER = 1e-9
+
+
 def nice(low: float, high: float) -> list[float]:
-    """Round numbers around a range, a few, at even distances."""
-    if high <= low:
+    """Round numbers around a range, a few, at even distances; around one number where the range is hardly more."""
+    if high - low <= ONE_NUMBER * max(abs(low), abs(high)):
         spread = abs(low) / 10 or 1.0
         low, high = low - spread, high + spread
     rough = (high - low) / (TICKS - 1)
     size = 10.0 ** math.floor(math.log10(rough))
     step = next(part * size for part in (1, 2, 2.5, 5, 10) if part * size >= rough * 0.999)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(number * step, 12) for number in range(first, last + 1)]
+    digits = 3 - math.floor(math.log10(step))  # steps have two of them
+    return [round(number * step, digits) for number in range(first, last + 1)]

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import PIL.Image
+import PIL.ImageOps
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
@@ -168,7 +169,7 @@ def _files(places: Sequence[str | Path]) -> Iterator[Path]:
 def _opened(images: Sequence[OnePicture]) -> Iterator[Named]:
     for number, image in enumerate(images):
         if isinstance(image, PIL.Image.Image):
-            yield Named(f"image {number}", image)
+            yield Named(f"image {number}", PIL.ImageOps.exif_transpose(image))
             continue
         for path in _files([image]):
             try:
