@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 from collections.abc import Sequence
 
 import torch
@@ -109,7 +110,8 @@ def main() -> None:
     rows.append(compared(f"fine-tuned, step {history.training.kept_step}", student, images, taught, labels))
 
     for check in history.training.checks:
-        print(f"step {check.step}: held-out loss {check.loss:.4f}, ratio {check.ratio:.1%}, kept {check.kept}")
+        loss = math.nan if check.loss is None else check.loss
+        print(f"step {check.step}: held-out loss {loss:.4f}, ratio {check.ratio:.1%}, kept {check.kept}")
     ratios = torch.tensor([record["ratio"] for record in history.records]).double()
     if len(ratios) > 2 * WINDOW:
         off = (ratios[WINDOW:].unfold(0, WINDOW, 1).mean(1) - args.budget).abs().max()

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, get_args
 
 import pytest
@@ -19,14 +22,19 @@ import vitprune
 from vitprune.budget.calibration import calibrate, mean_ratio, scale_to_budget
 from vitprune.budget.latency_table import CostTable
 from vitprune.data.images import Images, load_images
-from vitprune.finetuning.finetune import NonFiniteLoss, finetune
+from vitprune.data.splits import Table
+from vitprune.data.training_batches import _order
+from vitprune.finetuning.finetune import NonFiniteLoss, finetune, require_trainable
 from vitprune.finetuning.losses import answer_losses
 from vitprune.finetuning.optimization import build_optimizer
+from vitprune.finetuning.state import States
 from vitprune.finetuning.step import TrainStep
 from vitprune.finetuning.thresholds import GAIN, ThresholdTraining
 from vitprune.measure.answers import KINDS
 from vitprune.models.module import pruning_of
 from vitprune.recipe.schema import DataSpec, FinetuneSpec, LossWeights, PruningSpec, SplitSpec, ThresholdMode
+from vitprune.reports.results import Training
+from vitprune.runtime import distributed, signals
 
 BUDGET = 0.6
 SPEC = FinetuneSpec(epochs=1, batch_size=8, learning_rate=1e-3, augmentation="none")
@@ -34,6 +42,7 @@ LEARNED = SPEC.model_copy(update={"thresholds": "learned"})
 # sums of floats in another order, through AdamW
 SAME = Tolerance(rtol=1e-5, atol=1e-5)
 EXACT = Tolerance(rtol=0.0, atol=0.0)
+GREY = ViTImageProcessorPil(size={"height": 32, "width": 32}, image_mean=[0.5], image_std=[0.5])
 
 
 def images(tmp_path: Path, *, labelled: bool = True) -> Images:
@@ -244,7 +253,7 @@ def test_the_budget_is_held_while_weights_learn(tmp_path: Path) -> None:
     ratios = {}
     for thresholds in ("calibrated", "scaled", "learned"):
         dense, pruned = models(data)
-        spec = SPEC.model_copy(update={"epochs": 20.0, "learning_rate": 3e-3, "thresholds": thresholds})
+        spec = SPEC.model_copy(update={"epochs": 20.0, "learning_rate": 6e-3, "thresholds": thresholds})
         records = finetune(pruned, dense, data, spec, BUDGET, progress=False).records
         ratios[thresholds] = sum(record["ratio"] for record in records[60:]) / 60
     assert abs(ratios["calibrated"] - BUDGET) > 0.02
@@ -303,7 +312,7 @@ def test_the_best_state_is_kept(tmp_path: Path, thresholds: str, monkeypatch: py
     training = finetune(pruned, dense, train, spec, BUDGET, holdout=holdout, progress=False).training
     assert training is not None
     assert [check.step for check in training.checks] == [*range(0, training.steps + 1, training.steps // 12)]
-    best = min((check for check in training.checks if check.counts), key=lambda check: check.loss)
+    best = min((check for check in training.checks if check.counts), key=lambda check: check.loss or 0.0)
     assert training.kept_step == best.step
     assert best.step not in (0, training.steps)
     assert held_out_loss(pruned, dense, holdout) == pytest.approx(best.loss, rel=1e-4)
@@ -341,3 +350,126 @@ def test_a_look_at_all_tokens_counts_what_inference_does(tmp_path: Path) -> None
         assert training is not None
         ratios.append(training.checks[0].ratio)
     assert ratios[0] == pytest.approx(ratios[1])
+
+
+def test_both_models_are_as_they_were_but_for_what_was_learned(tmp_path: Path) -> None:
+    data = images(tmp_path)
+    dense, pruned = models(data)
+    dense.get_parameter("classifier.bias").requires_grad_(False)
+    before = {name: weight.requires_grad for name, weight in dense.named_parameters()}
+    pruned.activation_checkpointing_enable()
+    spec = SPEC.model_copy(update={"steps": 1, "gradient_checkpointing": True})
+    finetune(pruned, dense, data, spec, BUDGET, progress=False)
+    assert {name: weight.requires_grad for name, weight in dense.named_parameters()} == before
+    assert pruning_of(pruned).execution == "masked"
+    assert any(getattr(module, "gradient_checkpointing", False) for module in pruned.modules())
+
+
+def test_weights_that_could_not_learn_are_refused(tmp_path: Path) -> None:
+    data = images(tmp_path)
+    dense, pruned = models(data)
+    with pytest.raises(ValueError, match=r"weights in bfloat16, in which small steps are lost; call model\.float\(\)"):
+        finetune(copy.deepcopy(pruned).bfloat16(), dense, data, SPEC, BUDGET, progress=False)
+    frozen = copy.deepcopy(pruned).requires_grad_(False)
+    with pytest.raises(ValueError, match="has nothing that learns with train: all; all of that is frozen"):
+        finetune(frozen, dense, data, SPEC, BUDGET, progress=False)
+    half = SPEC.model_copy(update={"mixed_precision": "fp16"})
+    with pytest.raises(ValueError, match=r"finetune\.mixed_precision: is fp16, which CPUs don't train in"):
+        finetune(pruned, dense, data, half, BUDGET, progress=False)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 40])
+def test_every_step_learns(tmp_path: Path, steps: int) -> None:
+    """The rate rises to what was asked for, and neither the first step nor the last has none."""
+    data = images(tmp_path)
+    dense, pruned = models(data)
+    spec = SPEC.model_copy(update={"steps": steps, "warmup": 0.1})
+    rates = [record["lr"] for record in finetune(pruned, dense, data, spec, BUDGET, progress=False).records]
+    assert all(0 < rate <= 1e-3 for rate in rates)
+    warm_up = math.ceil(0.1 * steps)
+    assert rates[:warm_up] == pytest.approx([1e-3 * (step + 1) / (warm_up + 1) for step in range(warm_up)])
+    assert steps <= warm_up or rates[warm_up] == pytest.approx(1e-3)
+    assert rates[warm_up:] == sorted(rates[warm_up:], reverse=True)
+
+
+def test_a_step_of_broken_images_is_passed_over(tmp_path: Path) -> None:
+    """Of a table the images behind it come next, and none twice."""
+    data = images(tmp_path)
+    dense, pruned = models(data)
+    numbers, seen = _order(len(data), 0, 0)[:8].tolist(), list[int]()
+    rows: Any = data.rows
+    read = rows.reader.read
+
+    def broken(row: Any, number: str) -> Any:
+        seen.append(int(number))
+        return None if int(number) in numbers else read(row, number)
+
+    reader = SimpleNamespace(read=broken, source=rows.reader.source, processor=rows.reader.processor)
+    data = Images(Table(rows.rows, reader, rows.numbers, rows.broken))  # type: ignore[arg-type]
+    spec = SPEC.model_copy(update={"steps": 2})
+    assert len(finetune(pruned, dense, data, spec, BUDGET, progress=False).records) == 2
+    assert sorted(seen[:8]) == sorted(numbers)
+    assert len(set(seen)) == len(seen) == 24
+
+
+def test_images_that_are_all_broken_end_it(tmp_path: Path) -> None:
+    data = images(tmp_path)
+    dense, pruned = models(data)
+    rows: Any = data.rows
+    reader = SimpleNamespace(read=lambda *_: None, source=rows.reader.source, processor=rows.reader.processor)
+    data = Images(Table(rows.rows, reader, rows.numbers, rows.broken))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"data\.train: none of the images left to fine-tune with can be read"):
+        finetune(pruned, dense, data, SPEC, BUDGET, progress=False)
+
+
+def test_sigterm_while_the_last_state_is_written_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = images(tmp_path)
+    dense, pruned = models(data)
+    save = States.save
+
+    def told(self: States, accelerator: Any, progress: Any, **more: Any) -> None:
+        save(self, accelerator, progress, **more)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(States, "save", told)
+    spec = SPEC.model_copy(update={"steps": 2})
+    (tmp_path / "states").mkdir()
+    with signals.watch(), pytest.raises(signals.Terminated):
+        finetune(pruned, dense, data, spec, BUDGET, progress=False, states=States.of(spec, tmp_path / "states"))
+    assert [path.name for path in (tmp_path / "states").iterdir()] == ["step-000000002"]
+
+
+def test_a_held_out_loss_that_is_not_finite_is_no_gain(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train, holdout = images(tmp_path).holdout(16, 0)
+    dense, pruned = models(train, select="top-k")
+    look, seen = TrainStep.look, list[int]()
+
+    def overflowing(self: TrainStep, batch: Any, taught: Any = None) -> dict[str, float]:
+        seen.append(len(batch["pixel_values"]))
+        found = look(self, batch, taught)
+        return {**found, "task": math.inf} if sum(seen) > 2 * len(holdout) else found
+
+    monkeypatch.setattr(TrainStep, "look", overflowing)
+    spec = SPEC.model_copy(update={"epochs": 4.0, "checks": 2})
+    training = finetune(pruned, dense, train, spec, BUDGET, holdout=holdout, progress=False).training
+    assert training is not None
+    assert [check.loss is None for check in training.checks] == [False, False, True]
+    assert [check.counts for check in training.checks][-1] is False
+    assert training.kept_step == training.checks[1].step
+    assert Training.model_validate_json(training.model_dump_json()) == training
+
+
+def test_what_a_model_or_its_images_cannot_do_is_said_before_anything_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, model = images(tmp_path), tiny.build("vit")
+    require_trainable(data, SPEC, model, takes_labels=True)
+    grey = Images(Table.of(data.rows.rows, replace(data.rows.reader, processor=GREY)))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"finetune\.augmentation: 'strong' changes colours"):
+        require_trainable(grey, SPEC.model_copy(update={"augmentation": "strong"}), model, takes_labels=True)
+    monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
+    with pytest.raises(ValueError, match=r"finetune\.gradient_checkpointing: .* can't compute its blocks again"):
+        require_trainable(data, SPEC.model_copy(update={"gradient_checkpointing": True}), model, takes_labels=True)
+    monkeypatch.setattr(distributed, "init", lambda: SimpleNamespace(num_processes=3))
+    with pytest.raises(ValueError, match=r"finetune\.batch_size: 8 can't be shared evenly by 3 processes"):
+        require_trainable(data, SPEC, model, takes_labels=True)

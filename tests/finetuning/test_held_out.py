@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -14,6 +15,8 @@ from vitprune.finetuning.thresholds import ThresholdTraining
 
 class Pictures:
     """Three groups, of 2, 2 and 1 images."""
+
+    length: int | None = None
 
     def loader(self, batch_size: int) -> Any:
         assert batch_size == GROUP
@@ -61,14 +64,15 @@ def test_a_check_is_the_mean_over_the_images_and_the_lowest_loss_is_kept() -> No
 class Growing(Updates):
     """Whose ratio falls as the factor grows, and which grows dearer or cheaper as it learns; more costs gain."""
 
-    def __init__(self, drift: list[float]) -> None:
+    def __init__(self, drift: list[float], slope: float = -0.3) -> None:
         super().__init__([])
+        self.slope = slope
         self.thresholds = ThresholdTraining("scaled", holds=True, budget=0.6, starts=(0.1,), units=(0.01,))
         self.drift = drift
 
     def look(self, batch: Any, taught: None) -> dict[str, float]:
         self.seen += 1
-        ratio = 0.6 + self.drift[0] - 0.3 * self.thresholds.log_factor
+        ratio = 0.6 + self.drift[0] + self.slope * self.thresholds.log_factor
         return {"task": 1.0 - ratio, "ratio": ratio, "kept/before_block_4": 0.25}
 
 
@@ -89,8 +93,32 @@ def test_states_are_compared_at_one_ratio() -> None:
     assert held.log_factor == pytest.approx(0.1, abs=0.05)
 
 
+@pytest.mark.parametrize("slope", [-1.2, -0.8, -0.15])
+def test_how_much_the_ratio_follows_the_factor_is_found_out(slope: float) -> None:
+    update: Any = Growing([0.0], slope)
+    images: Any = Pictures()
+    held = HeldOut(images, (4,), 0.6)
+    held.look(update, 0)
+    update.drift = [0.03]
+    for step in (10, 20, 30):
+        held.look(update, step)
+    assert held.sensitivity == pytest.approx(slope)
+    assert [check.ratio for check in held.checks[2:]] == pytest.approx([0.6, 0.6], abs=NEAR)
+
+
+@pytest.mark.parametrize(("length", "group"), [(None, GROUP), (256, GROUP), (128, GROUP), (64, 8), (16, 2), (3, 1)])
+def test_few_images_are_in_small_groups(length: int | None, group: int) -> None:
+    images: Any = Pictures()
+    images.length = length
+    assert HeldOut(images, (4,), 0.6)._group == group
+
+
+def test_what_was_not_finite_before_gains_when_it_is() -> None:
+    assert _is_gain([math.inf, 2.0], [1.0, 2.0])
+
+
 def test_without_an_image_there_is_nothing_to_choose_by() -> None:
-    images: Any = type("Nothing", (), {"loader": lambda self, size: []})()
+    images: Any = type("Nothing", (), {"loader": lambda self, size: [], "length": 0})()
     update: Any = Updates([])
     held = HeldOut(images, (4,), 0.6)
     assert not held.look(update, 0)

@@ -30,7 +30,10 @@ def test_tensorboard_is_told_of_every_step(tmp_path: Path) -> None:
     assert losses | held_out | stages | rates | others <= set(events.Tags()["scalars"])
     for name in ("loss/total", "ratio", "level/before_block_2", "images_per_second"):
         assert [event.step for event in events.Scalars(name)] == [1, 2, 3, 4, 5, 6]
-    assert [event.step for event in events.Scalars("held_out/loss")] == [2, 3, 4, 5, 6]
+    assert [event.step for event in events.Scalars("held_out/loss")] == [0, 2, 3, 4, 5, 6]
+    rates = [event.value for event in events.Scalars("learning_rate/weights")]
+    assert rates[1] == max(rates) == pytest.approx(2e-5), "of the step itself"
+    assert rates[-1] > 0
     total = [event.value for event in events.Scalars("loss/total")]
     parts = zip(*([event.value for event in events.Scalars(name)] for name in losses - {"loss/total"}), strict=True)
     assert total == pytest.approx([sum(part) for part in parts], rel=1e-5)

@@ -237,3 +237,30 @@ def test_the_copy_that_peft_trains_is_in_force() -> None:
     with model.disable_adapter(), vitprune.trace(model) as seen, torch.no_grad():
         model(pixel_values=tiny.images(4))
     assert seen.keep_masks[-1].sum(1).max() > pruning_of(model).spec.min_tokens
+
+
+class Interrupt(transformers.TrainerCallback):
+    """Breaks a training off."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step == 5:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("thresholds", ["scaled", "learned"])
+@pytest.mark.parametrize("same", [True, False])
+def test_training_goes_on_behind_one_that_broke_off(tmp_path: Path, thresholds: Any, same: bool) -> None:
+    model, held = calibrated("as-vit"), [tiny.images(40)[24:]]
+    callback = vitprune.TrainerCallback(BUDGET, held, thresholds=thresholds)
+    watch = Watch(callback)
+    with pytest.raises(KeyboardInterrupt):
+        train(model, tmp_path, callback, watch, Interrupt())
+    again = callback if same else vitprune.TrainerCallback(BUDGET, held, thresholds=thresholds)
+    train(model, tmp_path, again, steps=1)
+    assert again._training is not None
+    assert again._training.starts == pytest.approx(watch.seen[5].tolist())
+    assert abs(mean_ratio(model, held) - BUDGET) < CLOSE
+    assert pruning_of(model).execution == "masked"
+    assert len(model._forward_pre_hooks) == len(calibrated("as-vit")._forward_pre_hooks)
+    vitprune.save(model, tmp_path / "saved")
+    assert_close(pruning_of(vitprune.load(tmp_path / "saved")).levels, pruning_of(model).levels)

@@ -62,6 +62,8 @@ def test_several_budgets_in_one_checkpoint(tmp_path: Path, finetune: str) -> Non
     report = apply(recipe(tmp_path, text))
     assert [point.budget for point in report.points] == [0.8, 0.6, 0.45]
     assert report.budget == 0.6
+    if report.calibrated is not None:
+        assert report.calibrated.macs.ratio == pytest.approx(0.6, abs=0.05), "beside what it is compared with"
     assert report.points[1].comparison == report.comparison
     assert report.points[1].throughput == report.throughput
     ratios = [point.ratio for point in report.points]
@@ -469,3 +471,34 @@ def test_a_latency_budget_is_met_and_checked(tmp_path: Path, clock: Clock, finet
 def test_a_latency_budget_of_another_device_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"budget.device: is 'mps', but this run is on 'cpu'; run it there, or leave"):
         apply(recipe(tmp_path, RECIPE, "vit", "budget={latency: 70%, device: mps}"))
+
+
+def test_fixed_counts_meet_a_latency_budget_behind_training(tmp_path: Path, clock: Clock) -> None:
+    changes = ["pruning.select=top-k", "budget={latency: 70%, batch_size: 4, device: cpu}", "evaluate.batch_sizes=[]"]
+    found = apply(recipe(tmp_path, RECIPE + FINETUNE, "vit", *changes)).latency
+    assert found is not None
+    assert found.measured == pytest.approx(0.7, abs=0.06)
+
+
+def test_thresholds_that_learn_where_a_checkpoint_has_none(tmp_path: Path) -> None:
+    apply(recipe(tmp_path, RECIPE, "vit", "pruning.select=top-k", "evaluate.batch_sizes=[]"))
+    text = RECIPE.replace("checkpoint: checkpoint", f"checkpoint: {tmp_path / 'out'}").replace("pruning:", "#")
+    (tmp_path / "again.yaml").write_text(text + FINETUNE + f"output: {{path: {tmp_path / 'again'}}}\n")
+    asked = load_recipe(tmp_path / "again.yaml", ["finetune.thresholds=learned"])
+    for run in (plan, apply):
+        with pytest.raises(
+            ValueError, match=r"finetune\.thresholds: .*has none to learn, as pruning\.select is 'top-k'"
+        ):
+            run(asked)
+
+
+def test_what_reads_training_images(tmp_path: Path) -> None:
+    given = "pruning.thresholds=[0.01, 0.02]"
+    path = write(tmp_path)
+    assert not load_recipe(path, [given]).reads_training_images
+    for more in ("budget.macs=[80%, 60%]", "finetune={epochs: 1}", "pruning.thresholds=calibrated"):
+        asked = load_recipe(path, [given, more])
+        assert asked.reads_training_images
+        absent = load_recipe(path, [given, more, "data.train.split=nowhere"])
+        with pytest.raises(ValueError, match="nowhere"):
+            plan(absent)

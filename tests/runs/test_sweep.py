@@ -141,3 +141,15 @@ def test_what_is_no_sweep_is_left_alone(tmp_path: Path) -> None:
         sweep(recipe(tmp_path, FAST), [0.7], output=tmp_path / "mine")
     with pytest.raises(ValueError, match="there is no baseline 'best'"):
         sweep(recipe(tmp_path, FAST), [0.7], output=tmp_path / "sweep", baselines=["best"])
+
+
+def test_a_baseline_without_thresholds_is_not_trained_where_they_alone_learn(tmp_path: Path) -> None:
+    asked = recipe(tmp_path, FAST + "finetune: {steps: 2, holdout: 8, train: thresholds, thresholds: learned}\n")
+    found = sweep(asked, [0.8], output=tmp_path / "sweep", baselines=["random"])
+    assert not found.missed
+    assert [
+        vitprune.Report.load(tmp_path / "sweep" / p.folder / "report.json").training is None for p in found.points
+    ] == [
+        False,
+        True,
+    ]

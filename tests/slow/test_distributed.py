@@ -105,6 +105,16 @@ def test_two_machines_keep_their_states_in_a_folder_that_both_see(folder: Path) 
     assert_close(load_file(out / "weights.safetensors"), expected_weights, **EXACT)
 
 
+def test_half_precision_is_the_same_sharded_or_not(folder: Path) -> None:
+    """Weights alone are computed with in bfloat16: neither thresholds nor costs are."""
+    half = {"policy": PAPER, "batch_size": 16, "mixed_precision": "bf16", "dtype": "float32", "steps": 2}
+    (ddp, _), (sharded, _) = (
+        result(folder / f"half {fsdp}", start(folder / f"half {fsdp}", 2, fsdp=fsdp, **half)) for fsdp in (False, True)
+    )
+    for name in ("loss", "ratio", "kept"):
+        assert sharded[0][name] == pytest.approx(ddp[0][name], rel=1e-5)
+
+
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp2"])
 def test_processes_that_are_told_to_end_go_on(folder: Path, fsdp: bool) -> None:
     """One is told; both keep their state."""

@@ -45,7 +45,7 @@ def tell_main_to_end(at: object) -> None:
 
 def run(out: Path, settings: dict[str, object]) -> None:
     data, fsdp = str(settings.pop("data")), settings.pop("fsdp", False)
-    held_out = settings.pop("held_out", 0)
+    held_out, dtype = settings.pop("held_out", 0), getattr(torch, str(settings.pop("dtype", "float64")))
     policy, told_at = settings.pop("policy", tiny.AS_VIT), settings.pop("told_at", None)
     state = distributed.init()
     if fsdp:
@@ -58,11 +58,11 @@ def run(out: Path, settings: dict[str, object]) -> None:
         id2label=None,
     )
     torch.manual_seed(0)
-    dense = tiny.build("vit").double()
+    dense = tiny.build("vit").to(dtype)
     pruned = vitprune.prune_(copy.deepcopy(dense), PruningSpec.model_validate(policy, strict=False))
     pruning = pruning_of(pruned)
-    pruning.thresholds = torch.nn.Parameter(pruning.thresholds.double())
-    pruning.register_buffer("temperatures", pruning.temperatures.double())
+    pruning.thresholds = torch.nn.Parameter(pruning.thresholds.to(dtype))
+    pruning.register_buffer("temperatures", pruning.temperatures.to(dtype))
     calibrate(pruned, [batch["pixel_values"] for batch in images.loader(16)], 0.6, progress=False)
     train, holdout = (images, None) if not held_out else images.holdout(int(str(held_out)), 0)
     spec = FinetuneSpec.model_validate(settings, strict=False)

@@ -14,12 +14,15 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
+from accelerate.utils import DistributedDataParallelKwargs, DistributedType, GradientAccumulationPlugin
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
+from vitprune.data.augmentation import augment
 from vitprune.data.images import Images
-from vitprune.data.training_batches import Share, TrainingBatches
+from vitprune.data.training_batches import Share, TrainingBatches, require_even
 from vitprune.finetuning.held_out import HeldOut
 from vitprune.finetuning.loop import Loop
 from vitprune.finetuning.losses import NonFiniteLoss as NonFiniteLoss
@@ -33,7 +36,7 @@ from vitprune.measure.outputs import ImageModel, require_same_kind
 from vitprune.models.detection import find_backbone
 from vitprune.models.module import pruning_of
 from vitprune.pruning.packed.attention import require_no_dropout
-from vitprune.recipe.errors import RecipeError
+from vitprune.recipe.errors import RecipeError, concerning
 from vitprune.recipe.schema import FinetuneSpec, require_thresholds
 from vitprune.recipe.values import as_spec, read_budget
 from vitprune.reports.results import Training
@@ -99,8 +102,9 @@ def finetune(
 
     Raises:
         ValueError: no images for a single batch, no loss that could teach the task, thresholds without a start, a
-            batch that the processes can't share evenly, a budget out of range, or a teacher that the model isn't made
-            of, as their answers tell.
+            batch that the processes can't share evenly, a budget out of range, a teacher that the model isn't made of,
+            as their answers tell, nothing that could learn, or weights in half precision, in which small steps are
+            lost.
         OSError: a state can't be written; those before it are there.
         Terminated: inside `signals.watch`, after SIGTERM; the state was kept.
         NonFiniteLoss: names the step; the model has its weights from up to `step.SNAPSHOT_STEPS` steps before.
@@ -123,6 +127,7 @@ def finetune(
     pruning_of(model).keep_points(None)  # levels that were found for other weights
     state = distributed.init()
     accelerator = _accelerator(spec, tracker_context)
+    require_precision(spec, accelerator.device)
     torch.manual_seed(seed + state.process_index)
     share = Share(state.process_index, state.num_processes)
     batches = TrainingBatches(images, spec.batch_size, seed, spec.augmentation, share)
@@ -135,7 +140,7 @@ def finetune(
             # which DeepSpeed would otherwise read off a loader of its own
             plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = spec.batch_size // state.num_processes
         prepared, optimizer = accelerator.prepare(student, optimizer)
-        scheduler = get_cosine_schedule_with_warmup(optimizer.optimizer, math.ceil(spec.warmup * steps), steps)
+        scheduler = _schedule(optimizer.optimizer, math.ceil(spec.warmup * steps), steps)
         accelerator.register_for_checkpointing(scheduler)
         stages = pruning_of(model).before_blocks
         update = TrainStep(accelerator, prepared, taught_by, optimizer, spec, thresholds, stages, images.stand_in())
@@ -155,6 +160,13 @@ def finetune(
     return History(loop.step, loop.records, loop.training)
 
 
+def _schedule(optimizer: Optimizer, warm_up: int, steps: int) -> LRScheduler:
+    """Rising, then half a cosine; neither the first step nor the last is one of rate 0, as it would be there."""
+    for group in optimizer.param_groups:
+        group.setdefault("initial_lr", group["lr"])
+    return get_cosine_schedule_with_warmup(optimizer, warm_up + 1, steps + 1, last_epoch=0)
+
+
 def _tracking(
     accelerator: Accelerator,
     student: nn.Module,
@@ -172,7 +184,7 @@ def _tracking(
 
 
 def _accelerator(spec: FinetuneSpec, tracker_context: TrackerContext | None) -> Accelerator:
-    return Accelerator(
+    accelerator = Accelerator(
         log_with=list(spec.trackers) or None,
         project_dir=None if tracker_context is None else str(tracker_context.folder),
         mixed_precision=spec.mixed_precision,
@@ -182,6 +194,18 @@ def _accelerator(spec: FinetuneSpec, tracker_context: TrackerContext | None) -> 
         # some checkpoints have weights that classification doesn't use, such as mask tokens
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
     )
+    plugin = accelerator.state.fsdp_plugin if accelerator.distributed_type == DistributedType.FSDP else None
+    if plugin is not None and plugin.fsdp_version == 2:
+        # autocast does it, as without FSDP; theirs would round thresholds and costs, too
+        plugin.mixed_precision_policy = None
+    return accelerator
+
+
+def require_precision(spec: FinetuneSpec, device: torch.device) -> None:
+    """Raise ValueError for a precision that a device doesn't train in."""
+    if spec.mixed_precision == "fp16" and device.type == "cpu":
+        text = "is fp16, which CPUs don't train in (it would be float32 without a word); write bf16 or no"
+        raise RecipeError.at(("finetune", "mixed_precision"), text)
 
 
 def require_trainable(images: Images, spec: FinetuneSpec, model: PreTrainedModel, *, takes_labels: bool) -> None:
@@ -189,6 +213,12 @@ def require_trainable(images: Images, spec: FinetuneSpec, model: PreTrainedModel
     if spec.execution == "packed":
         require_no_dropout(max(getattr(find_backbone(model).config, name, 0.0) or 0.0 for name in _ATTENTION_DROPOUTS))
     count_steps(spec, images)
+    require_even(spec.batch_size, distributed.init().num_processes)
+    with concerning("finetune", "augmentation"):
+        augment(spec.augmentation, images.processor)
+    if spec.gradient_checkpointing and not model.supports_gradient_checkpointing:
+        text = f"{type(model).__name__} can't compute its blocks again; leave it out"
+        raise RecipeError.at(("finetune", "gradient_checkpointing"), text)
     require_installed(spec.trackers)
     if not spec.losses.distillation and not (images.labelled and takes_labels):
         lacking = "images without labels need" if takes_labels else "a model without classes needs"

@@ -24,13 +24,13 @@ from vitprune.runtime import distributed
 
 # a state that costs so much more, than the budget or than before training, may be better only for that
 ABOVE = 0.02
-# images whose mean loss is one number of the comparison, whatever a batch of training is
-GROUP = 16
+# images whose mean loss is one number of the comparison, whatever a batch of training is; of few images fewer, for
+# so many numbers
+GROUP, GROUPS = 16, 8
 # what a ratio may differ from the first check's without a second look
 NEAR = 0.005
-# change of the ratio ÷ change of the log of the factor, roughly; what is wrong of it the next look sees
-SENSITIVITY = -0.26
-NOTHING = Check(step=0, loss=math.inf, losses={}, ratio=0.0, kept=(), counts=False)
+# change of the ratio ÷ change of the log of the factor, until a second look says what it is; between these
+SENSITIVITY, LEAST, MOST = -0.26, -0.1, -2.0
 
 
 @dataclass
@@ -40,6 +40,7 @@ class HeldOut:
     images: every process looks at all of them; what the main one finds counts. checks: so far, the first before any
     step. first: losses of each `GROUP` before any step. best: of the best check, unless that is the first, whose state
     the caller has. log_factor: of the factor that these images need beside that of training.
+    sensitivity: of the ratio to it.
     """
 
     images: Images
@@ -50,6 +51,7 @@ class HeldOut:
     best: State | None = None
     first: tuple[float, ...] = ()
     log_factor: float = 0.0
+    sensitivity: float = SENSITIVITY
     _taught: list[Tensor | None] = field(default_factory=list, init=False)
 
     def look(self, update: TrainStep, step: int) -> bool:
@@ -61,28 +63,35 @@ class HeldOut:
             first, seen = self.checks[0].ratio, found[0]["ratio"]
             off = distributed.on_main(lambda: seen - first)
             if abs(off) > NEAR:
-                self.log_factor -= off / SENSITIVITY
+                moved = -off / self.sensitivity
+                self.log_factor += moved
                 found = self._see(update)
                 assert found is not None
+                then = found[0]["ratio"]
+                slope = distributed.on_main(lambda: (then - seen) / moved)
+                self.sensitivity = min(LEAST, max(MOST, slope))
         means, groups = found
-        losses = {name: means[name] for name in LOSSES if name in means}
+        losses = {name: means[name] if math.isfinite(means[name]) else None for name in LOSSES if name in means}
+        loss = sum(means[name] for name in losses)
         kept = tuple(means[f"kept/before_block_{block}"] for block in self.before_blocks)
         # these images may need more than those of the calibration, before training as after it
         allowed = max([self.budget, *(check.ratio for check in self.checks[:1])])
         self.first = self.first or groups
-        counts = step == 0 or (means["ratio"] <= allowed + ABOVE and _is_gain(self.first, groups))
-        own = Check(step=step, loss=sum(losses.values()), losses=losses, ratio=means["ratio"], kept=kept, counts=counts)
+        is_finite = math.isfinite(loss)
+        counts = is_finite and (step == 0 or (means["ratio"] <= allowed + ABOVE and _is_gain(self.first, groups)))
+        known = loss if is_finite else None
+        own = Check(step=step, loss=known, losses=losses, ratio=means["ratio"], kept=kept, counts=counts)
         check = distributed.on_main(lambda: own)
-        best = min((one.loss for one in self.checks if one.counts), default=math.inf)
+        before = self._best
         self.checks.append(check)
-        return check.counts and check.loss < best
+        return self._best is not before
 
     def _see(self, update: TrainStep) -> tuple[dict[str, float], tuple[float, ...]] | None:
         """Means over the images, and the loss of each group; None without an image."""
         sums: dict[str, float] = {}
         images, groups = 0, list[float]()
         with eval_mode(update.student), update.thresholds.times(self.log_factor):
-            for number, batch in enumerate(self.images.loader(GROUP)):
+            for number, batch in enumerate(self.images.loader(self._group)):
                 count = len(batch["pixel_values"])
                 images += count
                 if len(self._taught) == number:
@@ -97,12 +106,26 @@ class HeldOut:
     @property
     def kept_step(self) -> int:
         """The step of the best check; 0: nothing was gained."""
-        return min((check for check in self.checks if check.counts), key=lambda check: check.loss, default=NOTHING).step
+        return 0 if self._best is None else self._best.step
+
+    @property
+    def _best(self) -> Check | None:
+        """The first of the lowest loss."""
+        counting = ((check.loss, check) for check in self.checks if check.counts and check.loss is not None)
+        return min(counting, key=lambda one: one[0], default=(0.0, None))[1]
+
+    @property
+    def _group(self) -> int:
+        length = self.images.length
+        return GROUP if length is None else max(1, min(GROUP, length // GROUPS))
 
 
 def _is_gain(before: Sequence[float], after: Sequence[float]) -> bool:
-    """Whether losses of the same groups fell by more than chance would let them: by one standard error of the mean."""
-    if len(before) != len(after) or len(before) < 2:
+    """Whether losses of the same groups fell by more than chance would let them: by one standard error of the mean.
+
+    after: finite.
+    """
+    if len(before) != len(after) or len(before) < 2 or not all(map(math.isfinite, before)):
         return True
     gains = [one - other for one, other in zip(before, after, strict=True)]
     return mean(gains) > stdev(gains) / math.sqrt(len(gains))

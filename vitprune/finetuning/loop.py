@@ -13,7 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.optim.lr_scheduler import LRScheduler
 
-from vitprune.data.training_batches import Position, TrainingBatches
+from vitprune.data.training_batches import TrainingBatches
 from vitprune.finetuning.held_out import HeldOut
 from vitprune.finetuning.losses import NonFiniteLoss as NonFiniteLoss
 from vitprune.finetuning.state import Progress, States
@@ -61,6 +61,7 @@ class Loop:
             self.held_out.checks = [Check.model_validate(check) for check in progress.checks]
             self.held_out.count, self.held_out.first = progress.held_out, progress.first
             self.held_out.log_factor = progress.held_out_factor
+            self.held_out.sensitivity = progress.held_out_sensitivity or self.held_out.sensitivity
             if best is not None:
                 assert progress.best_factor is not None
                 self.held_out.best = State(best, progress.best_factor)
@@ -73,14 +74,17 @@ class Loop:
             self._tracked() as tracking,
         ):
             if self.step == 0:
-                self._check(bar)
+                check = self._check(bar)
+                if tracking is not None and check is not None:
+                    tracking.log_check(check)
             while self.step < steps:
+                rates = self._rates()
                 record = self._next_record()
                 bar.advance()
                 check = self._check(bar) if self._is_check(steps) else None
                 bar.note(_summary(record))
                 if tracking is not None:
-                    tracking.log_step(record, self._rates(), self.step, check)
+                    tracking.log_step(record, rates, self.step, check)
                     if self.step % self._epoch(steps) == 0 or self.step == steps:
                         tracking.log_images(self.step)
                 due, told = self._agreed(self.states is not None and self.states.is_due(self.step), notice.received)
@@ -88,6 +92,8 @@ class Loop:
                     self.states.save(self.accelerator, self._progress(), best=self._best_weights())
                 if told:
                     raise Terminated
+            if self._agreed(False, notice.received)[1]:  # while the last state was written
+                raise Terminated
 
     def _rates(self) -> dict[str, float]:
         groups = self.scheduler.optimizer.param_groups
@@ -117,7 +123,8 @@ class Loop:
         held = self.held_out
         checks = () if held is None else tuple(check.model_dump(mode="json") for check in held.checks)
         factor = None if held is None or held.best is None else held.best.log_factor
-        images, first, own = (0, (), 0.0) if held is None else (held.count, held.first, held.log_factor)
+        images, first = (0, ()) if held is None else (held.count, held.first)
+        own, sensitivity = (0.0, 0.0) if held is None else (held.log_factor, held.sensitivity)
         return Progress(
             self.step,
             self.batches.position,
@@ -125,6 +132,7 @@ class Loop:
             held_out=images,
             first=first,
             held_out_factor=own,
+            held_out_sensitivity=sensitivity,
             checks=checks,
             best_factor=factor,
         )
@@ -149,19 +157,31 @@ class Loop:
         return max(1, steps // 10 if length is None else length // self.update.spec.images_per_step)
 
     def _next_record(self) -> dict[str, float]:
-        record = None
+        record, passed = None, 0
         while record is None:
             parts = [next(self.batches) for _ in range(self.update.spec.gradient_accumulation_steps)]
             with self._clear_of_memory():
                 record = self.update(parts, self.step)
-            if record is None:
-                _require_some(self.batches.position, self.update.spec.images_per_step)
-                self.batches.begin_epoch()
+            if record is None:  # none of the images can be read, or the epoch of a stream is over
+                passed += self.update.spec.images_per_step
+                self._go_on_behind(passed)
         record["lr"] = float(self.scheduler.get_last_lr()[0])
         self.scheduler.step()
         self.step += 1
         self.records.append(record)
         return record
+
+    def _go_on_behind(self, passed: int) -> None:
+        """A table's next images, or a stream's next epoch. passed: images since the last that could be read."""
+        length, images_per_step = self.batches.images.length, self.update.spec.images_per_step
+        if not self.batches.images.streamed:
+            assert length is not None
+            if passed >= length + images_per_step:
+                raise RecipeError.at(("data", "train"), "none of the images left to fine-tune with can be read")
+            return
+        if self.batches.position.images <= images_per_step:
+            raise RecipeError.at(("data", "train"), "the stream has no images to fine-tune with")
+        self.batches.begin_epoch()
 
     @contextmanager
     def _clear_of_memory(self) -> Iterator[None]:
@@ -195,11 +215,6 @@ def _out_of_memory(spec: FinetuneSpec, step: int, accelerator: Accelerator) -> s
         f"{accelerator.num_processes} processes; the same training takes less with {less}"
         "finetune.gradient_checkpointing=true, and resumes from what was kept"
     )
-
-
-def _require_some(position: Position, images_per_step: int) -> None:
-    if position.images <= images_per_step:
-        raise RecipeError.at(("data", "train"), "the stream has no images to fine-tune with")
 
 
 def _summary(record: dict[str, float]) -> str:

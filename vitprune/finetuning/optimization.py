@@ -34,10 +34,23 @@ def learning(model: PreTrainedModel, spec: FinetuneSpec) -> Iterator[None]:
 
 
 def build_optimizer(model: PreTrainedModel, spec: FinetuneSpec) -> AdamW:
-    """AdamW over what learns, with weight decay on matrices only, and a learning rate of its own for thresholds."""
+    """AdamW over what learns, with weight decay on matrices only, and a learning rate of its own for thresholds.
+
+    Raises ValueError where nothing does, or steps would be lost in a weight's rounding.
+    """
     own = list(pruning_of(model).parameters())
     thresholds = [parameter for parameter in own if parameter.requires_grad]
     weights = [p for p in model.parameters() if p.requires_grad and all(p is not other for other in own)]
+    if not weights and not thresholds:
+        raise ValueError(
+            f"{type(model).__name__} has nothing that learns with train: {spec.train}; all of that is frozen "
+            "(requires_grad)"
+        )
+    if half := next((p.dtype for p in weights if p.is_floating_point() and p.dtype.itemsize < 4), None):
+        raise ValueError(
+            f"{type(model).__name__} has weights in {str(half).removeprefix('torch.')}, in which small steps are lost; "
+            "call model.float() before, and say in mixed_precision what training computes in"
+        )
     groups: list[dict[str, object]] = [
         {"name": "weights", "params": [p for p in weights if p.ndim >= 2], "weight_decay": spec.weight_decay},
         {"name": "weights", "params": [p for p in weights if p.ndim < 2], "weight_decay": 0.0},

@@ -33,7 +33,8 @@ class Progress:
     """How far a fine-tuning has come: optimizer steps, where its data is, the log of the factor on its thresholds.
 
     checks: of so many held-out images, so far; first: their losses before training, in groups; held_out_factor: the log
-    of theirs. best_factor: of the best state, whose weights lie beside; None while it is the first.
+    of theirs, and the ratio's sensitivity to it. best_factor: of the best state, whose weights lie beside; None while
+    it is the first.
     """
 
     steps: int
@@ -43,6 +44,7 @@ class Progress:
     first: tuple[float, ...] = ()
     checks: tuple[dict[str, Any], ...] = ()
     held_out_factor: float = 0.0
+    held_out_sensitivity: float = 0.0
     best_factor: float | None = None
 
 

@@ -153,18 +153,20 @@ def trained(
     accelerator: Accelerator,
     thresholds: ThresholdTraining,
 ) -> Iterator[Trained]:
-    """The student to be trained; afterwards `answers` has what it learned and is ready to be used.
+    """The student to be trained; afterwards `answers` has what it learned and is ready to be used, both as before.
 
     Sharded weights are brought together where all processes come to it: at the end, or where a loss became infinite,
     but not where one of them failed.
     """
+    learned_before = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
     teacher.to(accelerator.device).eval().requires_grad_(False)
     sharded = accelerator.distributed_type == DistributedType.FSDP
     taught = copy.deepcopy(answers) if sharded else answers
     model = taught.model
     taught.to(accelerator.device).train()
-    pruning_of(model).execution = spec.execution
-    if spec.gradient_checkpointing:
+    execution, pruning_of(model).execution = pruning_of(model).execution, spec.execution
+    recomputes = spec.gradient_checkpointing and not model.is_activation_checkpointing
+    if recomputes:
         model.activation_checkpointing_enable()
     student = Student(taught, thresholds, wants_tokens=spec.losses.tokens > 0)
     first = None if sharded else copied(answers.state_dict())
@@ -179,6 +181,9 @@ def trained(
     finally:
         if together or not sharded:
             found.end()
-        if spec.gradient_checkpointing:
+        if recomputes:
             model.activation_checkpointing_disable()
+        pruning_of(model).execution = execution
+        for parameter in learned_before:
+            parameter.requires_grad_(True)
         answers.eval()

@@ -82,17 +82,20 @@ class Tracking:
         speed, self._last = self.images_per_step / (now - self._last), now
         pruning = pruning_of(self.student)
         levels = self.thresholds.levels(distributed.full_tensor(pruning.levels)).tolist()
-        seen = {} if check is None else {"loss": check.loss, "ratio": check.ratio, **check.losses}
         self.accelerator.log(
             {
                 **{_NAMES.get(name, name): value for name, value in record.items() if name != "lr"},
                 **{f"level/before_block_{b}": level for b, level in zip(pruning.before_blocks, levels, strict=True)},
                 **{f"learning_rate/{name}": rate for name, rate in learning_rates.items()},
-                **{f"held_out/{name}": value for name, value in seen.items()},
+                **({} if check is None else _held_out(check)),
                 "images_per_second": speed,
             },
             step=step,
         )
+
+    def log_check(self, check: Check) -> None:
+        """Figures of a check before any step."""
+        self.accelerator.log(_held_out(check), step=check.step)
 
     def leave_out(self, seconds: float) -> None:
         """So much of the time since the last step was no training."""
@@ -119,6 +122,11 @@ class Tracking:
 
     def _settings(self) -> Sequence[tuple[str, Any]]:
         return [(key, "none" if value is None else value) for key, value in self.tracker_context.settings.items()]
+
+
+def _held_out(check: Check) -> dict[str, float]:
+    seen = {"loss": check.loss, "ratio": check.ratio, **check.losses}
+    return {f"held_out/{name}": value for name, value in seen.items() if value is not None}
 
 
 _NAMES = {name: f"loss/{name}" for name in LOSSES} | {"loss": "loss/total"}

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import transformers
@@ -15,13 +17,35 @@ from transformers import TrainerControl, TrainerState, TrainingArguments
 from vitprune.budget.calibration import scale_to_budget
 from vitprune.data.batches import Batches
 from vitprune.finetuning.thresholds import ThresholdTraining
-from vitprune.models.module import pruning_of
+from vitprune.models.module import Pruning, pruning_of
 from vitprune.models.trace import Trace
 from vitprune.recipe.schema import Execution, FinetuneSpec, ThresholdMode
 from vitprune.recipe.values import read_budget
 from vitprune.runtime import distributed
 
 _DEFAULTS = FinetuneSpec()
+
+
+@dataclass(frozen=True)
+class _Hold:
+    """What a training has put on a model, and how it was before."""
+
+    training: ThresholdTraining
+    handles: Sequence[Any]
+    execution: Execution
+    requires_grad: bool
+
+    def let_go(self, pruning: Pruning) -> None:
+        """The model has its thresholds, and is as it was."""
+        for handle in self.handles:
+            handle.remove()
+        self.training.settle(pruning)
+        pruning.execution = self.execution
+        pruning.requires_grad_(self.requires_grad)
+
+
+# Trainer says nothing when a training breaks off, so what lies on a model is known by the model
+_HELD: WeakKeyDictionary[Pruning, _Hold] = WeakKeyDictionary()
 
 
 class TrainerCallback(transformers.TrainerCallback):
@@ -62,9 +86,7 @@ class TrainerCallback(transformers.TrainerCallback):
         self.ratios: list[float] = []
         self._training: ThresholdTraining | None = None
         self._since: list[Tensor] = []
-        self._handles: list[Any] = []
         self._running: list[tuple[ExitStack, Trace]] = []
-        self._before: tuple[Execution, bool] | None = None
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -72,21 +94,25 @@ class TrainerCallback(transformers.TrainerCallback):
         """Take hold of the thresholds."""
         model: nn.Module = kwargs["model"]
         pruning = pruning_of(model)
+        if (broken_off := _HELD.pop(pruning, None)) is not None:  # a training that nobody told it was over
+            broken_off.let_go(pruning)
+        self._since.clear()
+        self._running.clear()
         if not pruning.levels.isfinite().all():
             raise ValueError("thresholds have no start; call vitprune.calibrate on the model before it is trained")
         training = ThresholdTraining.of(pruning, self.mode, self.budget)
         # Trainer has one learning rate; Adam's steps are as long whatever a gradient's scale, so the unit makes it ours
         faster = self.threshold_learning_rate / max(args.learning_rate, 1e-12)
         self._training = replace(training, units=tuple(faster * unit for unit in training.units))
-        self._before = (pruning.execution, pruning.levels.requires_grad)
-        pruning.execution = self.execution
-        pruning.requires_grad_(self.mode == "learned" and pruning.spec.select == "threshold")
-        self._handles = [
+        handles = [
             model.register_forward_pre_hook(self._enter, prepend=True),
             model.register_forward_hook(self._leave, always_call=True),
         ]
         if pruning.spec.select == "threshold":
-            self._handles += self._training.translate(pruning)
+            handles += self._training.translate(pruning)
+        _HELD[pruning] = _Hold(self._training, handles, pruning.execution, pruning.levels.requires_grad)
+        pruning.execution = self.execution
+        pruning.requires_grad_(self.mode == "learned" and pruning.spec.select == "threshold")
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Follow the ratio that all processes have seen in this step."""
@@ -103,14 +129,8 @@ class TrainerCallback(transformers.TrainerCallback):
     ) -> None:
         """Give the model its thresholds, and meet the budget."""
         model: nn.Module = kwargs["model"]
-        assert self._training is not None
-        assert self._before is not None
-        for handle in self._handles:
-            handle.remove()
         pruning = pruning_of(model)
-        self._training.settle(pruning)
-        pruning.execution, requires_grad = self._before
-        pruning.requires_grad_(requires_grad)
+        _HELD.pop(pruning).let_go(pruning)
         if pruning.spec.select == "threshold":
             scale_to_budget(model, self.batches, self.budget, progress=state.is_world_process_zero)
 

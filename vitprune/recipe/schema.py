@@ -256,6 +256,11 @@ class Recipe(Spec):
             require_thresholds(pruning, finetune)
         return finetune
 
+    @property
+    def reads_training_images(self) -> bool:
+        """Whether `apply` needs any: to train on, or to find levels."""
+        return self.finetune is not None or self.pruning.is_calibrated or len(self.budget.points) > 1
+
     def to_yaml(self) -> str:
         """The recipe with all defaults written out; `load_recipe` reads it back to an equal one."""
         return dump(self.model_dump(mode="json", exclude_none=True))

@@ -187,8 +187,10 @@ def _shown(image: SeenImage) -> dict[str, Any]:
 def _training(report: Report) -> Plot | None:
     if report.training is None:
         return None
-    checks = report.training.checks
-    lines = [Line("loss", [(check.step, check.loss) for check in checks])]
+    losses = [(check.step, check.loss) for check in report.training.checks if check.loss is not None]
+    if not losses:
+        return None
+    lines = [Line("loss", losses)]
     return Plot.of(lines, "step", x_text=lambda step: f"{step:.0f}", y_text=lambda loss: f"{loss:.3f}")
 
 

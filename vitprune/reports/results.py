@@ -178,14 +178,14 @@ class ScheduleSearch(Result):
 class Check(Result):
     """What the held-out training images said of the state after `step` steps, the thresholds held to the budget.
 
-    `loss` is the sum of `losses`, which training minimises; `ratio` of costs; `kept`: part of the patches that are left
-    after each stage; `counts`: whether it may be the best, as it costs no more than the budget and gained more than
-    chance.
+    `loss` is the sum of `losses`, which training minimises, None: not finite; `ratio` of costs; `kept`: part of the
+    patches that are left after each stage; `counts`: whether it may be the best, as it costs no more than the budget
+    and gained more than chance.
     """
 
     step: int
-    loss: float
-    losses: dict[str, float]
+    loss: float | None
+    losses: dict[str, float | None]
     ratio: float
     kept: tuple[float, ...]
     counts: bool = True

@@ -12,6 +12,7 @@ from vitprune.recipe.finetune_spec import Trained
 from vitprune.recipe.schema import Recipe
 from vitprune.reports.results import (
     LATENCY_TOLERANCE,
+    Check,
     Comparison,
     Latency,
     MetricPair,
@@ -96,13 +97,17 @@ def _training(training: Training) -> str:
     images = f"{training.images} training images that were held out"
     if not training.kept_step:
         return (
-            f"Fine-tuning gained nothing: on {images} the loss was {first.loss:.4f} before it and {last.loss:.4f} at "
+            f"Fine-tuning gained nothing: on {images} the loss was {_loss(first)} before it and {_loss(last)} at "
             "its end, and no state was better by more than chance at the same cost; the calibrated model was kept."
         )
     return (
-        f"Fine-tuning brought the loss on {images} from {first.loss:.4f} to {kept.loss:.4f}: the state after step "
+        f"Fine-tuning brought the loss on {images} from {_loss(first)} to {_loss(kept)}: the state after step "
         f"{kept.step} of {training.steps} was kept."
     )
+
+
+def _loss(check: Check) -> str:
+    return "not finite" if check.loss is None else f"{check.loss:.4f}"
 
 
 def _likeness(result: Comparison) -> list[str]:
@@ -254,7 +259,7 @@ def _training_cells(report: Report) -> Cells:
     for check in report.training.checks:
         mark = " (kept)" if check.step == report.training.kept_step else ""
         kept = (percent(part) for part in check.kept)
-        cells.append((f"{check.step}{mark}", f"{check.loss:.4f}", percent(check.ratio), *kept))
+        cells.append((f"{check.step}{mark}", _loss(check), percent(check.ratio), *kept))
     return cells
 
 
@@ -340,7 +345,7 @@ def plan_steps(recipe: Recipe, most_tries: int, *, is_pruned: bool = False) -> t
         )
     if recipe.pruning.is_calibrated:
         steps.append(
-            f"calibrate on {recipe.calibration.images} training images to {recipe.budget.part:.0%} of the {counts}"
+            f"calibrate on {recipe.calibration.images} training images to {recipe.budget.strictest:.0%} of the {counts}"
         )
     if (tuning := recipe.finetune) is not None:
         length = f"{tuning.epochs:g} epochs" if tuning.steps is None else f"{tuning.steps} steps"

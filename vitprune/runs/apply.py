@@ -79,7 +79,7 @@ def apply(recipe: Recipe | str | Path, *, restart: bool = False) -> Report:
             elif recipe.finetune is not None and recipe.pruning.select == "threshold":
                 run.begin_at_budget(folder)
             if recipe.finetune is not None:
-                calibrated = folder.once("calibrated", Comparison, run.compare)
+                calibrated = run.compare_calibrated(folder)
                 training = run.finetune(output, folder)
             if len(recipe.budget.points) > 1:
                 run.find_points(folder)
@@ -166,6 +166,19 @@ class _Run(Evaluation):
         # before hours of training at another budget
         self._settle(folder, "start", partial(scale, must_meet=self.recipe.budget.latency is None))
 
+    def compare_calibrated(self, folder: RunFolder) -> Comparison:
+        """Compare what training starts from at the budget that the checkpoint will come with, as that will be."""
+        recipe, pruning = self.recipe, pruning_of(self.pruned)
+        if recipe.budget.part == self._part:
+            return folder.once("calibrated", Comparison, self.compare)
+        strictest = Levels.of(pruning)
+        adjust = scale_to_budget if recipe.pruning.select == "threshold" else calibrate
+        batches, part = self._calibration_batches, recipe.budget.part
+        self._settle(folder, "calibrated-levels", partial(adjust, self.pruned, batches, part, progress=self.is_main))
+        found = folder.once("calibrated", Comparison, self.compare)
+        strictest.give(pruning)
+        return found
+
     @property
     def _part(self) -> float:
         return self.recipe.budget.strictest
@@ -209,10 +222,12 @@ class _Run(Evaluation):
         training = history.training
         # what was calibrated meets a budget of MACs already; one of time was not measured yet
         is_met = training is not None and not training.kept_step and recipe.budget.latency is None
-        if recipe.pruning.select == "threshold" and not is_met:
+        by_thresholds = recipe.pruning.select == "threshold"
+        if (by_thresholds or recipe.budget.latency is not None) and not is_met:
             batches = self._batches(self.holdout, recipe.calibration.batch_size)
-            scale = partial(scale_to_budget, self.pruned, batches, budget, progress=self.is_main)
-            self._settle(folder, "thresholds", self._until_met(scale))
+            adjust = scale_to_budget if by_thresholds else calibrate
+            settle = partial(adjust, self.pruned, batches, budget, progress=self.is_main)
+            self._settle(folder, "thresholds", self._until_met(settle))
         return training
 
     def _tracker_context(self, output: Path) -> TrackerContext:

@@ -21,7 +21,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 from vitprune.data.images import Images, load_images
 from vitprune.exporting.export import export_like
 from vitprune.exporting.exported import ExportedModel, folder_of
-from vitprune.finetuning.finetune import require_trainable
+from vitprune.finetuning.finetune import require_precision, require_trainable
 from vitprune.measure.answers import KINDS, AnswerKind
 from vitprune.measure.metrics import metrics_of
 from vitprune.measure.outputs import (
@@ -38,7 +38,7 @@ from vitprune.models.module import is_pruned, spec_of
 from vitprune.models.prune import prune_, restore_
 from vitprune.models.structure import examine, require_images
 from vitprune.recipe.errors import RecipeError, concerning
-from vitprune.recipe.schema import Recipe, SplitSpec
+from vitprune.recipe.schema import Recipe, SplitSpec, require_thresholds
 from vitprune.runtime import distributed
 
 # what may change while a run is interrupted
@@ -86,8 +86,7 @@ class RunInputs:
             tokenizer = load_tokenizer(spec.checkpoint, spec.revision) if is_two_towers(dense) else None
         read = partial(read_images, recipe, processor, dense)
         train = holdout = None
-        several = len(recipe.budget.points) > 1
-        if pruned is None and (recipe.finetune is not None or recipe.pruning.is_calibrated or several):
+        if pruned is None and recipe.reads_training_images:
             train = read(recipe.data.train)
             if recipe.finetune is not None:
                 train, holdout = require_training_images(recipe, dense, train)
@@ -157,6 +156,8 @@ def _load_models(
         require_images(spec.checkpoint, examine(found))
     prepare(recipe, found)
     _require_device(recipe, found.device)
+    if recipe.finetune is not None and pruned is None:
+        require_precision(recipe.finetune, found.device)
     dense = restore_(copy.deepcopy(found)) if is_pruned(found) else found
     if pruned is None:
         going_on = with_policy_of(recipe, found.config)
@@ -173,10 +174,16 @@ def _load_models(
 
 
 def with_policy_of(recipe: Recipe, config: PreTrainedConfig) -> Recipe:
-    """The recipe, saying how its checkpoint is pruned already; the same one if it isn't, or is to be pruned anew."""
+    """The recipe, saying how its checkpoint is pruned already; the same one if it isn't, or is to be pruned anew.
+
+    Raises ValueError for thresholds that should learn where it has none.
+    """
     spec = spec_of(config)
     if spec is None or "pruning" in recipe.model_fields_set:
         return recipe
+    if recipe.finetune is not None:
+        with concerning("finetune", "thresholds"):
+            require_thresholds(spec, recipe.finetune)
     levels = "thresholds" if spec.select == "threshold" else "keep_ratios"
     return recipe.model_copy(update={"pruning": spec.model_copy(update={levels: "calibrated", "points": None})})
 

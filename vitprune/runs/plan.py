@@ -81,7 +81,7 @@ def plan(recipe: Recipe | str | Path) -> Plan:
 
 def _require_data(recipe: Recipe, model: PreTrainedModel, processor: BaseImageProcessor) -> None:
     """Raise ValueError where splits or labels aren't what the run needs; of a Hub data set only splits are asked."""
-    data, trains = recipe.data, recipe.finetune is not None or recipe.pruning.is_calibrated
+    data, trains = recipe.data, recipe.reads_training_images
     if not Path(data.path).expanduser().exists():
         require_splits(data, [data.train.split, data.eval.split] if trains else [data.eval.split])
         return

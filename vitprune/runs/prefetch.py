@@ -122,7 +122,7 @@ def _cached(spec: ModelSpec, what: str, files: Sequence[Path]) -> Piece:
 def _fetch_data(recipe: Recipe) -> Iterator[Piece]:
     """The training split where `apply` reads it, and the one that is compared on."""
     data, splits = recipe.data, [recipe.data.eval.split]
-    if recipe.finetune is not None or recipe.pruning.is_calibrated:
+    if recipe.reads_training_images:
         splits.insert(0, data.train.split)
     for split in splits:
         yield Piece("data.path", data.path, f"split {split!r}", _fetch_split(data, split))

@@ -142,7 +142,10 @@ def _points(recipe: Recipe, budgets: Sequence[float], baselines: Sequence[str]) 
 
 
 def _baseline(recipe: Recipe, name: str) -> Recipe:
-    """The same run with another policy. Thresholds that would learn are held: most baselines have none."""
+    """The same run with another policy. Thresholds that would learn are held: most baselines have none.
+
+    Where nothing else would learn the baseline isn't trained.
+    """
     if name not in BASELINES:
         raise ValueError(f"there is no baseline {name!r}; there are {', '.join(BASELINES)}")
     with concerning("model", "checkpoint"):
@@ -158,5 +161,6 @@ def _baseline(recipe: Recipe, name: str) -> Recipe:
     }
     pruning, finetune = PruningSpec.model_validate(settings[name], strict=False), recipe.finetune
     if finetune is not None and finetune.thresholds == "learned" and pruning.select != "threshold":
-        finetune = finetune.model_copy(update={"thresholds": "calibrated"})
+        learns = finetune.train != "thresholds"
+        finetune = finetune.model_copy(update={"thresholds": "calibrated"}) if learns else None
     return recipe.model_copy(update={"pruning": pruning, "finetune": finetune})
