@@ -20,7 +20,7 @@ import vitprune
 from vitprune.data.decoding import decode, in_colours
 from vitprune.exporting.card import _prepare, _script
 from vitprune.exporting.exported import INFO, ExportedModel, folder_of
-from vitprune.exporting.formats import Pt2
+from vitprune.exporting.formats import FORMATS, Pt2
 from vitprune.recipe.pruning_spec import PruningSpec
 
 ROUNDING = Tolerance(rtol=1e-5, atol=1e-5)
@@ -154,9 +154,18 @@ def test_no_script_is_better_than_one_that_prepares_otherwise(processor: Any) ->
 def test_the_script_says_what_the_model_is_for(tmp_path: Path, problem_type: Any, said: str) -> None:
     model = tiny.build("vit")
     model.config.problem_type, model.config.id2label = problem_type, {i: f"LABEL_{i}" for i in range(3)}
-    info: Any = SimpleNamespace(format="onnx", outputs=("logits",), precision="float32", image=(3, 32, 32))
+    info: Any = SimpleNamespace(format="onnx", outputs=("logits",), precision="float32")
     shown = _script(info, model, []).splitlines()[-1].strip()
     values: dict[str, Any] = {"path": "a.png", "logits": np.array([[0.5, -1.0, 2.0]]), "np": np}
     printed: list[str] = []
     exec(shown, {**values, "classes": {str(i): f"LABEL_{i}" for i in range(3)}, "print": lambda *x: printed.extend(x)})
     assert " ".join(map(str, printed)) == f"a.png {said}"
+
+
+@pytest.mark.parametrize(("to", "precision"), [(to, one) for to, kind in FORMATS.items() for one in kind.precisions])
+def test_a_script_for_every_format_and_precision(to: Any, precision: Any) -> None:
+    info: Any = SimpleNamespace(format=to, outputs=("logits",), precision=precision)
+    script = _script(info, tiny.build("vit"), [])
+    compile(script, "run.py", "exec")
+    assert ('"INFERENCE_PRECISION_HINT": "f' in script) == (to == "openvino")
+    assert "<hint>" not in script

@@ -134,7 +134,7 @@ class ReferenceForward(Forward):
 def reference_forwards() -> Iterator[None]:
     """Inside, pruned models run by the reference, an image at a time."""
 
-    def make_forward(pruning: Pruning, *, training: bool) -> Forward:
+    def make_forward(pruning: Pruning, *, training: bool, for_head: bool) -> Forward:
         assert not training
         return ReferenceForward(pruning(), context.current().traces)
 

@@ -45,7 +45,7 @@ def bench_exported(folder: Path, settings: BenchSettings, fewest: int, *, progre
         recipe = settings.recipe
         model = recipe.model.model_copy(update={"checkpoint": str(folder)})
         images = real_images(recipe.model_copy(update={"model": model}), 1, count)
-        x_BCHW, described = images.timed(images.size), images.described
+        x_BCHW, described = images.timed(None), images.described
     config = load_config(str(folder))
     cls = model_class(str(folder), config)
     vars(config).pop("quantization_config", None)

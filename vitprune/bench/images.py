@@ -20,7 +20,6 @@ from transformers import PreTrainedModel
 from vitprune.data.images import load_images
 from vitprune.exporting.export import image_shape
 from vitprune.models.checkpoint import load_processor
-from vitprune.models.structure import channels
 from vitprune.recipe.errors import RecipeError, concerning
 from vitprune.recipe.schema import Recipe, SplitSpec
 
@@ -31,24 +30,23 @@ RANDOM_PIXELS = "random pixels"
 class BenchImages:
     """Calibration and timed images: functions of the size, (B, C, H, W) float32. described: what they are, in words.
 
-    height, size: of images as they are, whose width is their size.
+    Of a size they are square; None: as they are, of `height` and `size`, their width.
     """
 
     described: str
     height: int
     size: int
-    calibration: Callable[[int], Tensor]
-    timed: Callable[[int], Tensor]
+    calibration: Callable[[int | None], Tensor]
+    timed: Callable[[int | None], Tensor]
 
 
 def random_images(recipe: Recipe, model: PreTrainedModel, calibration: int, timed: int) -> BenchImages:
     """Seeded noise, as an image processor would normalise it; so many of each. size: what the checkpoint processes."""
-    depth = channels(model)
 
-    def noise(count: int, offset: int) -> Callable[[int], Tensor]:
-        def at(size: int) -> Tensor:
+    def noise(count: int, offset: int) -> Callable[[int | None], Tensor]:
+        def at(size: int | None) -> Tensor:
             generator = torch.Generator().manual_seed(recipe.seed + offset)
-            return torch.randn(count, depth, size, size, generator=generator)
+            return torch.randn(count, *(own if size is None else (own[0], size, size)), generator=generator)
 
         return at
 
@@ -56,8 +54,8 @@ def random_images(recipe: Recipe, model: PreTrainedModel, calibration: int, time
         processor = load_processor(recipe.model.checkpoint, recipe.model.revision)
     except ValueError:  # the config may say
         processor = None
-    height, size = image_shape(model, processor)[-2:]
-    return BenchImages(RANDOM_PIXELS, height, size, noise(calibration, 0), noise(timed, 1))
+    own = image_shape(model, processor)
+    return BenchImages(RANDOM_PIXELS, own[1], own[2], noise(calibration, 0), noise(timed, 1))
 
 
 def real_images(recipe: Recipe, calibration: int, timed: int) -> BenchImages:
@@ -90,9 +88,9 @@ def _load(recipe: Recipe, split: SplitSpec, count: int) -> Tensor:
     return x_BCHW
 
 
-def _resized(x_BCHW: Tensor) -> Callable[[int], Tensor]:
-    def at(size: int) -> Tensor:
-        if size == x_BCHW.shape[-1]:
+def _resized(x_BCHW: Tensor) -> Callable[[int | None], Tensor]:
+    def at(size: int | None) -> Tensor:
+        if size is None or tuple(x_BCHW.shape[-2:]) == (size, size):
             return x_BCHW
         return F.interpolate(x_BCHW, (size, size), mode="bicubic", antialias=True)
 

@@ -63,7 +63,7 @@ OPEN = {
     ),
     "openvino": (
         ("import openvino",),
-        'session = openvino.Core().compile_model(here / "model.xml", "AUTO", {{"INFERENCE_PRECISION_HINT": "{hint}"}})',
+        'session = openvino.Core().compile_model(here / "model.xml", "AUTO", {"INFERENCE_PRECISION_HINT": "<hint>"})',
         '{answer} = session(pixels)["{name}"]',
         "numpy, pillow and openvino",
     ),
@@ -122,7 +122,7 @@ def _script(info: ExportInfo, model: PreTrainedModel, prepare: list[str]) -> str
         "",
         "here = Path(__file__).parent",
         *(['classes = json.loads((here / "config.json").read_text())["id2label"]'] if "classes" in show else []),
-        opened.format(hint=HINTS[info.precision]),
+        opened.replace("<hint>", HINTS.get(info.precision, "f32")),
         "for path in sys.argv[1:]:",
         *prepare,
         "    " + run.format(answer=answer, name=name, cast=cast),
@@ -133,8 +133,10 @@ def _script(info: ExportInfo, model: PreTrainedModel, prepare: list[str]) -> str
 
 def _prepare(processor: BaseImageProcessor, info: ExportInfo) -> list[str] | None:
     """Lines that make `pixels` (1, C, H, W) of the picture at `path`; None for a processor that does more or else."""
+    # of BEiT's own step nothing is left without `do_reduce_labels`, which is refused below
+    steps = STEPS if hasattr(processor, "do_reduce_labels") else (*STEPS, "_preprocess")
     backend = next((kind for kind in (PilBackend, TorchvisionBackend) if isinstance(processor, kind)), None)
-    if backend is None or any(getattr(type(processor), step) is not getattr(backend, step) for step in STEPS):
+    if backend is None or any(getattr(type(processor), step) is not getattr(backend, step) for step in steps):
         return None
     own: Any = processor
     known = {

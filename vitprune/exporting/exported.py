@@ -123,8 +123,8 @@ def _shell(folder: Path, info: ExportInfo, session: Session) -> PreTrainedModel:
     spec = spec_of(config)
     model, structure = outline(model_class(str(folder), config), config)
     model.to_empty(device="cpu")
-    kind = FORMATS[info.format]
-    runtime = f"{kind.runtime()}, {info.precision}" + (f", on {kind.device()}" if kind.device() != "CPU" else "")
+    where = "" if session.device == "CPU" else f", on {session.device}"
+    runtime = f"{FORMATS[info.format].runtime()}, {info.precision}{where}"
     pruning = None
     if spec is not None:
         pruning = Pruning(spec, structure)

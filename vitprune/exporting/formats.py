@@ -15,6 +15,7 @@ import zipfile
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -33,8 +34,17 @@ SINGLE_FILE = int(1.5 * 2**30)
 """Bytes of weights above which an ONNX file keeps them in a file of their own: protobuf ends at 2 GiB."""
 
 CUDA = "CUDAExecutionProvider"
-Session = Callable[[Tensor], dict[str, Tensor]]
-"""Pixel values (B, C, H, W) to what the graph gives out, by name."""
+
+
+@dataclass(frozen=True)
+class Session:
+    """Pixel values (B, C, H, W) to what the graph gives out, by name. device: where it is computed."""
+
+    run: Callable[[Tensor], dict[str, Tensor]]
+    device: str = "CPU"
+
+    def __call__(self, pixel_values: Tensor) -> dict[str, Tensor]:
+        return self.run(pixel_values)
 
 
 class Format(ABC):
@@ -77,11 +87,6 @@ class Format(ABC):
     @abstractmethod
     def runtime(cls) -> str:
         """What runs it, with its version."""
-
-    @classmethod
-    def device(cls) -> str:
-        """Where it runs."""
-        return "CPU"
 
 
 class Onnx(Format):
@@ -134,7 +139,8 @@ class Onnx(Format):
 
         options: Any = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
-        session: Any = onnxruntime.InferenceSession(str(path), options, providers=cls._providers())
+        providers = [name for name in (CUDA, "CPUExecutionProvider") if name in onnxruntime.get_available_providers()]
+        session: Any = onnxruntime.InferenceSession(str(path), options, providers=providers)
         names = [output.name for output in session.get_outputs()]
         dtype = np.float16 if session.get_inputs()[0].type == "tensor(float16)" else np.float32
 
@@ -142,23 +148,14 @@ class Onnx(Format):
             found = session.run(names, {INPUT: x_BCHW.cpu().numpy().astype(dtype, copy=False)})
             return {name: torch.from_numpy(values) for name, values in zip(names, found, strict=True)}
 
-        return run
+        # what a package was built with may not be there
+        return Session(run, "CUDA" if session.get_providers()[0] == CUDA else "CPU")
 
     @classmethod
     def runtime(cls) -> str:
         import onnxruntime  # which several packages have: the one for CUDA has a name of its own
 
         return f"onnxruntime {onnxruntime.__version__}"
-
-    @classmethod
-    def device(cls) -> str:
-        return "CUDA" if CUDA in cls._providers() else super().device()
-
-    @staticmethod
-    def _providers() -> list[str]:
-        import onnxruntime
-
-        return [name for name in (CUDA, "CPUExecutionProvider") if name in onnxruntime.get_available_providers()]
 
 
 class Pt2(Format):
@@ -184,7 +181,7 @@ class Pt2(Format):
         def run(x_BCHW: Tensor) -> dict[str, Tensor]:
             return module(**{INPUT: x_BCHW.to(dtype)})
 
-        return run
+        return Session(run)
 
     @classmethod
     def runtime(cls) -> str:
@@ -221,7 +218,7 @@ class OpenVino(Format):
             found = model(x_BCHW.cpu().float().numpy())
             return {name: torch.from_numpy(np.array(found[name])) for name in names}
 
-        return run
+        return Session(run)
 
     @classmethod
     def runtime(cls) -> str:
