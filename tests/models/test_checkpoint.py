@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,6 +18,7 @@ from suite import FAMILIES_AND_POLICIES
 from tiny import Tolerance
 from torch.testing import assert_close
 from transformers import (
+    AutoConfig,
     AutoModel,
     AutoModelForImageClassification,
     CLIPModel,
@@ -26,6 +28,7 @@ from transformers import (
     Trainer,
     TrainingArguments,
     ViTConfig,
+    ViTForImageClassification,
     ViTImageProcessorPil,
     ViTModel,
     pipeline,
@@ -35,6 +38,7 @@ import vitprune
 from vitprune.budget.calibration import calibrate
 from vitprune.measure.outputs import ImageModel
 from vitprune.models.checkpoint import load_processor, load_tokenizer, require_room
+from vitprune.models.families import FAMILIES
 from vitprune.models.module import is_pruned, pruning_of
 from vitprune.recipe.schema import PruningSpec
 
@@ -418,3 +422,32 @@ def test_a_processor_that_lacks_a_package_names_it(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr("vitprune.models.checkpoint.AutoImageProcessor.from_pretrained", lacking)
     with pytest.raises(ValueError, match=r"no image processor: .*Torchvision library; pip install torchvision$"):
         load_processor(str(tmp_path))
+
+
+def test_what_is_around_a_model_is_not_saved_as_one(tmp_path: Path) -> None:
+    model = vitprune.prune_(tiny.build("vit"), PruningSpec(before_blocks=[2], thresholds=[0.1]))
+    wrapped: Any = torch.nn.Sequential(model)
+    with pytest.raises(ValueError, match=r"Sequential is no model of transformers .*merge_and_unload"):
+        vitprune.save(wrapped, tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+class OwnConfig(ViTConfig):
+    model_type = "own-vit"
+
+
+class OwnViT(ViTForImageClassification):
+    config_class = OwnConfig
+
+
+def test_a_class_that_was_registered_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(FAMILIES, "own-vit", replace(FAMILIES["vit"], classes=("OwnViT",)))
+    model = vitprune.prune_(OwnViT(OwnConfig(**tiny.SHAPE)), PruningSpec(before_blocks=[2], thresholds=[0.1]))
+    vitprune.save(model, tmp_path / "own")
+    with pytest.raises(ValueError, match="own-vit"):
+        vitprune.load(tmp_path / "own")
+    AutoConfig.register("own-vit", OwnConfig)
+    with pytest.raises(ValueError, match=r"nor registered with its Auto classes; .*: OwnViT\.from_pretrained"):
+        vitprune.load(tmp_path / "own")
+    AutoModelForImageClassification.register(OwnConfig, OwnViT)
+    assert isinstance(vitprune.load(tmp_path / "own"), OwnViT)

@@ -483,3 +483,96 @@ def test_a_forgotten_calibration_is_said_once_and_not_saved(tmp_path: Path, trai
     whole = vitprune.prune_(tiny.build("vit"), PruningSpec())
     vitprune.calibrate(whole, [tiny.images(8)], 1.0, progress=False)
     vitprune.save(whole, tmp_path / "whole")
+
+
+def with_levels(level: float) -> Any:
+    model = vitprune.prune_(tiny.build("vit"), PruningSpec(before_blocks=[2, 4], thresholds=[0.01, 0.01])).eval()
+    with torch.no_grad():
+        pruning_of(model).levels.fill_(level)
+    return model
+
+
+@pytest.mark.parametrize("level", [0.01, -1.0], ids=["pruned", "nothing leaves"])
+def test_a_forward_that_was_interrupted_leaves_nothing_behind(level: float) -> None:
+    """Ctrl-C passes by the hooks that torch always calls."""
+    model, x = with_levels(level), tiny.images(3)
+
+    def interrupt(*_: Any) -> None:
+        handle.remove()
+        raise KeyboardInterrupt
+
+    handle = examine(model).blocks[3].register_forward_pre_hook(interrupt)
+    with torch.no_grad():
+        with pytest.raises(KeyboardInterrupt):
+            model(x)
+        bare = model.vit(x).last_hidden_state
+        assert bare.shape == (3, tiny.PATCHES + 1, tiny.SHAPE["hidden_size"])
+        assert_close(bare, model.vit(x).last_hidden_state, **EXACT)
+    assert context.current() == context.Context()
+
+
+@pytest.mark.parametrize("family", ["beit", "data2vec", "vit", "dinov2"])
+def test_positions_that_fit_are_not_interpolated_again(family: str) -> None:
+    """Blocks of BEiT would stretch their table to the rows that are left."""
+    model, x = pruned("redundancy-merge", family).eval(), tiny.images(3)
+    with torch.no_grad():
+        assert_close(model(x, interpolate_pos_encoding=True).logits, model(x).logits, **FLOAT32)
+
+
+class MeanOfPatches(ViTForImageClassification):
+    """Reads what the class of transformers does not."""
+
+    def forward(self, pixel_values: Any, **unused: Any) -> Any:  # pyright: ignore[reportIncompatibleMethodOverride]
+        whole: Any = self.vit(pixel_values).last_hidden_state
+        return self.classifier(whole[:, 1:].mean(1))
+
+
+def test_a_head_of_ones_own_reads_everything() -> None:
+    config: Any = tiny.build("vit").config
+    model = MeanOfPatches(config).eval()
+    assert examine(model).cost.read is None
+    vitprune.prune_(model, PruningSpec(before_blocks=[2, 4], thresholds=[0.01, 0.02]))
+    with torch.no_grad():
+        logits: Any = model(tiny.images(2))
+    assert logits.isfinite().all()
+    renamed: Any = type("OwnViT", (ViTForImageClassification,), {})
+    assert examine(renamed(config)).cost.read == 1
+
+
+def test_a_hook_on_the_backbone_sees_all_that_it_gives_out() -> None:
+    model: Any = pruned().eval()
+    for part in (model.vit, examine(model).final_norm):
+        seen: list[Any] = []
+        handle = part.register_forward_hook(lambda module, args, output, seen=seen: seen.append(output))
+        with torch.no_grad():
+            model(tiny.images(2))
+        handle.remove()
+        (found,) = seen
+        assert (found if isinstance(found, Tensor) else found[0]).shape[1] == tiny.PATCHES + 1
+
+
+@pytest.mark.parametrize("place", ["a block", "inside a block", "the embeddings"])
+@pytest.mark.parametrize("inner", ["pruned", "nothing leaves", "fails", "refuses"])
+def test_a_forward_inside_another_leaves_it_alone(place: str, inner: str) -> None:
+    model, x = pruned().eval(), tiny.images(3)
+    other = with_levels(-1.0 if inner == "nothing leaves" else 0.01)
+    with torch.no_grad():
+        expected, alone = model(x).logits, other(x).logits
+        found: list[Tensor] = []
+
+        def ask(*_: Any) -> None:
+            if inner == "fails":
+                with pytest.raises(RuntimeError):  # as transformers' own does
+                    other(x[:0])
+            elif inner == "refuses":
+                with pytest.raises(ValueError, match="gives out no attention maps"):
+                    other(x, output_attentions=True)
+            else:
+                found.append(other(x).logits)
+
+        block: Any = examine(model).blocks[3]
+        parts = {"a block": block, "inside a block": block.layernorm_before, "the embeddings": model.vit.embeddings}  # type: ignore[union-attr]
+        parts[place].register_forward_hook(ask)
+        assert_close(model(x).logits, expected, **EXACT)
+        assert all(torch.equal(one, alone) for one in found)
+    assert context.current() == context.Context()

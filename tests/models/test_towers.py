@@ -139,3 +139,40 @@ class Parallel(nn.Module):
 def test_a_wrapper_is_refused_with_the_way_inside(wrapper: Any, way_out: str) -> None:
     with pytest.raises(ValueError, match=f"pass the model that it wraps, {way_out}$"):
         vitprune.prune_(wrapper(tiny.build("vit")), vitprune.PruningSpec())
+
+
+def test_a_part_is_found_with_and_without_a_head(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = llava()
+    spec = vitprune.PruningSpec(before_blocks=[1, 3], thresholds=[0.01, 0.02])
+    part = vitprune.prune_(model.model.vision_tower, spec)
+    expected = part(tiny.images(2)).last_hidden_state
+    model.save_pretrained(tmp_path / "with")
+    bare: Any = hf.AutoModel.from_pretrained(tmp_path / "with").eval()
+    assert_close(bare.vision_tower(tiny.images(2)).last_hidden_state, expected, rtol=0, atol=0)
+    bare.save_pretrained(tmp_path / "without")
+    again: Any = hf.AutoModel.from_pretrained(tmp_path / "without").eval()
+    assert_close(again.vision_tower(tiny.images(2)).last_hidden_state, expected, rtol=0, atol=0)
+
+
+class Pair(PreTrainedModel):
+    config_class = hf.ViTConfig
+
+    def __init__(self, config: hf.ViTConfig) -> None:
+        super().__init__(config)
+        self.a, self.b = hf.ViTModel(config), hf.ViTModel(config)
+        self.post_init()
+
+
+def test_two_pruned_parts_are_not_saved_as_one(tmp_path: Path) -> None:
+    model = Pair(hf.ViTConfig(**VISION))
+    for part in (model.a, model.b):
+        vitprune.prune_(part, vitprune.PruningSpec(before_blocks=[2], thresholds=[0.1]))
+    with pytest.raises(ValueError, match=r"2 parts of Pair are pruned \(a, b\), .* can't be saved"):
+        model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(ValueError, match="can't be restored at once"):
+        vitprune.restore_(model)
+    vitprune.restore_(model.b)
+    model.save_pretrained(tmp_path / "saved")
+    assert not is_pruned(model.b)
+    assert is_pruned(vitprune.restore_(model)) is False

@@ -146,7 +146,8 @@ class TrainStep:
         self.optimizer.zero_grad()
 
     def _placed(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: x.to(self.accelerator.device, non_blocking=True) for name, x in batch.items()}
+        device = self.accelerator.device
+        return {name: x.to(device, non_blocking=device.type == "cuda") for name, x in batch.items()}
 
     def _sum(self, value: Tensor) -> Tensor:
         """Over all processes."""

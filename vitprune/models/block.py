@@ -156,6 +156,9 @@ class BlockForward:
             mask, *others = rest
             valid_BN = None if mask is None else mask[:, 0, 0]
             rest = (None, *others)
+        if "interpolate_pos_encoding" in kwargs:
+            # what a backbone makes of it is done; BEiT's layers would stretch their table to the rows that are there
+            kwargs = {**kwargs, "interpolate_pos_encoding": False}
         hidden_states, attention = forward.enter_block(self.index, args[0], valid_BN)
         positions = forward.positions() if self.rope else None
         if positions is not None:

@@ -16,6 +16,8 @@ from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
@@ -69,18 +71,32 @@ def model_class(checkpoint: str, config: PreTrainedConfig) -> type[PreTrainedMod
             f"{checkpoint}: its config.json doesn't say what it was saved from; add the class's name, such as "
             f'"architectures": ["{_classifier_of(config)}"]'
         )
-    names = [name for name in architectures if isinstance(getattr(transformers, str(name), None), type)]
-    if not names:
+    found = [cls for name in architectures if (cls := _class_named(str(name), config)) is not None]
+    if not found:
+        named = ", ".join(map(str, architectures))
         raise ValueError(
-            f"{checkpoint}: {', '.join(map(str, architectures))} (`architectures` in config.json, model type "
-            f"'{config.model_type}') is none of transformers' models; supported are {supported()}"
+            f"{checkpoint}: {named} (`architectures` in config.json, model type '{config.model_type}') is none of "
+            f"transformers' models, nor registered with its Auto classes; supported are {supported()}. A class of your "
+            f"own loads it by itself: {architectures[0]}.from_pretrained(...)"
         )
-    cls = getattr(transformers, names[0])
+    cls = found[0]
     try:
         outline(cls, config)
     except Exception as error:  # as above
         raise ValueError(f"{checkpoint}: {_odd('config.json', error)}") from error
     return cls
+
+
+def _class_named(name: str, config: PreTrainedConfig) -> type[PreTrainedModel] | None:
+    """A class of transformers, or one that was registered for such a config (`AutoModel.register`)."""
+    found = getattr(transformers, name, None)
+    if isinstance(found, type):
+        return found
+    for auto in (AutoModelForImageClassification, AutoModel):
+        registered: Any = auto._model_mapping._extra_content.get(type(config))
+        if getattr(registered, "__name__", None) == name:
+            return registered
+    return None
 
 
 def _classifier_of(config: PreTrainedConfig) -> str:
@@ -239,9 +255,14 @@ def save(
     renamed at the end.
 
     Raises:
-        ValueError: the model isn't pruned, or the path is taken and `overwrite` is false.
+        ValueError: the model isn't pruned or is a wrapper around one, or the path is taken and `overwrite` is false.
     """
     path = Path(path).resolve()
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"{type(model).__name__} is no model of transformers (PreTrainedModel); pass the model inside it, such as "
+            "peft_model.merge_and_unload(), or model.module of DistributedDataParallel"
+        )
     if not is_pruned(model):
         raise ValueError(f"{type(model).__name__} isn't pruned; save it with its own save_pretrained")
 

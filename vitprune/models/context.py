@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from vitprune.pruning.attention import Attention
     from vitprune.pruning.forward import Forward
     from vitprune.pruning.selection import Observer
@@ -26,7 +28,8 @@ class Context(NamedTuple):
     """traces: that watch. whole_sequence: what is behind the last block is wanted whole, though the head reads less.
 
     for_head: only the model's own head sees what the backbone gives out.
-    forward: of a pruned backbone, from its first module to its last.
+    backbone: whose forward runs, from its first module to its last. outer: the context in which it began.
+    forward: of that backbone, if it is pruned.
     checkpoints: blocks are run again in the backward pass, by us.
     exporting: what the exporter of a graph and the model in it tell each other.
     behind_block: called behind each block, before the stage that follows it.
@@ -35,6 +38,8 @@ class Context(NamedTuple):
     traces: tuple[Observer, ...] = ()
     whole_sequence: bool = False
     for_head: bool = False
+    backbone: nn.Module | None = None
+    outer: Context | None = None
     forward: Forward | None = None
     checkpoints: bool = False
     exporting: Exporting | None = None
@@ -52,6 +57,34 @@ def current() -> Context:
 def change(**changes: Any) -> None:
     """For hooks, which begin here and end there."""
     _context.set(_context.get()._replace(**changes))
+
+
+def enter(backbone: nn.Module, forward: Forward | None, *, checkpoints: bool) -> None:
+    """For hooks: a backbone's forward begins, perhaps inside that of another, which goes on where it ends.
+
+    What isn't an Exception, such as Ctrl-C, passes by the hooks that end a forward: one of the same backbone that seems
+    to run was interrupted.
+    """
+    before = _context.get()
+    outer, seen = before, before
+    while seen.backbone is not None:
+        assert seen.outer is not None
+        if seen.backbone is backbone:
+            outer = seen.outer
+        seen = seen.outer
+    around = {name: getattr(outer, name) for name in ("backbone", "outer", "forward", "checkpoints")}
+    outer = before._replace(for_head=False, **around)
+    _context.set(outer._replace(backbone=backbone, outer=outer, forward=forward, checkpoints=checkpoints))
+
+
+def leave(backbone: nn.Module) -> Context | None:
+    """For hooks: a backbone's forward ends. Returns the context until now; None where that forward never began."""
+    before = _context.get()
+    if before.backbone is not backbone:
+        return None
+    assert before.outer is not None
+    _context.set(before.outer)
+    return before
 
 
 @contextmanager

@@ -74,8 +74,9 @@ def _heads_of_config(backbone: PreTrainedModel) -> tuple[int, int]:
 
 
 def _all_but_class_heads(model: PreTrainedModel) -> bool:
-    """Where a classifier reads the prefix tokens; a bare model gives out everything."""
-    return "Classification" not in type(model).__name__
+    """Where a classifier reads the prefix tokens; a bare model gives out everything, and who knows what others do."""
+    forward = type(model).forward
+    return not forward.__module__.startswith("transformers.") or "Classification" not in forward.__qualname__
 
 
 def _timm(backbone: PreTrainedModel) -> Any:

@@ -53,6 +53,20 @@ def _require_readable(pruning: dict[str, Any]) -> None:
         )
 
 
+def _part_of(model: Any, path: str) -> Any:
+    """The part that was pruned, also where the model was saved with a head and comes without, or the other way round.
+
+    Raises ValueError, naming the part, where it isn't there.
+    """
+    prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
+    for there in (path, path.removeprefix(prefix), f"{prefix}{path}"):
+        try:
+            return model.get_submodule(there)
+        except AttributeError:
+            continue
+    raise ValueError(f"config.json says that part {path!r} is pruned, and {type(model).__name__} has no such part")
+
+
 @register_quantizer(METHOD)
 class PruningQuantizer(HfQuantizer):
     """Prunes the empty model before its weights come in."""
@@ -73,7 +87,7 @@ class PruningQuantizer(HfQuantizer):
 
         if self.pre_quantized:
             entry = vars(self.quantization_config)
-            prune_(model.get_submodule(entry["part"]), PruningSpec.model_validate(entry["pruning"], strict=False))
+            prune_(_part_of(model, entry["part"]), PruningSpec.model_validate(entry["pruning"], strict=False))
             # thresholds live near 1/N: half precision would move them
             model._keep_in_fp32_modules_strict.add(SUBMODULE)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -41,7 +42,8 @@ class Removable(Protocol):
 def attach(model: PreTrainedModel, owner: nn.Module, structure: Structure) -> None:
     """Hang all hooks on a model; `Begin.of(model).remove()` takes them off again. owner: has the submodule."""
     family, backbone = structure.family, structure.backbone
-    begin = Begin(model, owner, family.has_interface, structure.inner)
+    norm = None if structure.final_norm in structure.blocks else structure.final_norm
+    begin = Begin(model, owner, family.has_interface, structure.inner, norm)
     handles = begin.handles
     handles += [
         backbone.register_forward_pre_hook(begin, with_kwargs=True),
@@ -84,8 +86,8 @@ def _end_for_head(module: nn.Module, args: Any, output: Any) -> None:
     context.change(for_head=False)
 
 
-def make_forward(pruning: Pruning, *, training: bool) -> Forward:
-    """What carries a forward of the model out, by what it is asked for."""
+def make_forward(pruning: Pruning, *, training: bool, for_head: bool) -> Forward:
+    """What carries a forward of the model out, by what it is asked for. for_head: as in `context.Context`."""
     asked, policy = context.current(), pruning()
     observers = tuple(t for t in asked.traces if isinstance(t, Trace) and t.pruning is pruning)
     if not observers and not pruning.was_looked_at:
@@ -98,10 +100,10 @@ def make_forward(pruning: Pruning, *, training: bool) -> Forward:
     trains = training or asked.whole_sequence
     if trains and policy.levels.requires_grad and torch.is_grad_enabled():
         return LearningForward(policy, observers)
-    return PackedForward(policy, observers, trains=trains, for_head=asked.for_head)
+    return PackedForward(policy, observers, trains=trains, for_head=for_head)
 
 
-def _exported(policy: Policy, *, training: bool) -> PaddedForward:
+def _exported(policy: Policy, *, training: bool, for_head: bool) -> PaddedForward:
     """What a graph is traced from, in which levels have no values: the exporter gave them beforehand."""
     if training:
         raise ValueError("a pruned model is exported as it is in inference; call model.eval() before")
@@ -114,7 +116,7 @@ def _exported(policy: Policy, *, training: bool) -> PaddedForward:
         )
     # where thresholds aren't known, no stage is left out
     known = (math.nan,) * len(policy.before_blocks) if known is None else known
-    forward = PaddedForward(replace(policy, read_levels=lambda: known), for_head=asked.for_head)
+    forward = PaddedForward(replace(policy, read_levels=lambda: known), for_head=for_head)
     if asked.exporting is not None:
         asked.exporting.forward = forward
     return forward
@@ -145,20 +147,27 @@ class Begin:
     """What the backbone begins with; it also remembers what `prune_` did.
 
     model: what was pruned. owner: has the submodule, in which another may stand by now, such as PEFT's. inner: its own
-    gradient checkpointing would run the blocks' hooks twice, so the blocks do it.
+    gradient checkpointing would run the blocks' hooks twice, so the blocks do it. final_norm: None where a block is the
+    last.
     """
 
     model: PreTrainedModel
     owner: nn.Module
     has_interface: bool
     inner: nn.Module | None
+    final_norm: nn.Module | None = None
     handles: list[Removable] = field(default_factory=list)
 
     @staticmethod
     def of(model: nn.Module) -> Begin | None:
         """That of a model, or of the pruned part of a larger one."""
+        return next(Begin.all_of(model), None)
+
+    @staticmethod
+    def all_of(model: nn.Module) -> Iterator[Begin]:
+        """Those of all pruned parts of a model."""
         hooks = (hook for module in model.modules() for hook in module._forward_pre_hooks.values())
-        return next((hook for hook in hooks if isinstance(hook, Begin)), None)
+        return (hook for hook in hooks if isinstance(hook, Begin))
 
     def remove(self) -> None:
         for handle in self.handles:
@@ -172,19 +181,26 @@ class Begin:
 
     @torch.compiler.disable()
     def __call__(self, module: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
+        for_head = context.current().for_head and not self._is_looked_at(module)
         self._refuse(module, kwargs)
+        forward: Forward | None = None
+        checkpoints = False
         if torch.compiler.is_exporting():
-            context.change(forward=_exported(self.pruning(), training=module.training))
-            return
-        if any(isinstance(x, Tensor) and x.ndim and not len(x) for x in (*args, *kwargs.values())):
-            return  # no image: what the dense model makes of it
-        forward = make_forward(self.pruning, training=module.training)
-        if isinstance(forward, PackedForward) and forward.is_dense:
-            return
-        checkpoints = self.inner is not None and self.inner.grad_checkpointing
+            forward = _exported(self.pruning(), training=module.training, for_head=for_head)
+        # no image: what the dense model makes of it
+        elif not any(isinstance(x, Tensor) and x.ndim and not len(x) for x in (*args, *kwargs.values())):
+            forward = make_forward(self.pruning, training=module.training, for_head=for_head)
+            if isinstance(forward, PackedForward) and forward.is_dense:
+                forward = None
+            checkpoints = forward is not None and self.inner is not None and bool(self.inner.grad_checkpointing)
+        context.enter(module, forward, checkpoints=checkpoints)
         if checkpoints:
             vars(self.inner)["grad_checkpointing"] = False
-        context.change(forward=forward, checkpoints=checkpoints)
+
+    def _is_looked_at(self, module: nn.Module) -> bool:
+        """Whether hooks of others take what the backbone gives out, which they expect whole."""
+        parts = (module,) if self.final_norm is None else (module, self.final_norm)
+        return any(not isinstance(hook, _End | _Unpack) for part in parts for hook in part._forward_hooks.values())
 
     def _refuse(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
@@ -207,7 +223,9 @@ class Begin:
                 f"the pruned model's attention implementation was changed to '{module.config._attn_implementation}'; "
                 f"call model.set_attn_implementation('{NAME}')"
             )
-        if self.inner is not None and kwargs.get("output_hidden_states"):
+        wanted = kwargs.get("output_hidden_states")
+        wanted = getattr(module.config, "output_hidden_states", False) if wanted is None else wanted
+        if self.inner is not None and wanted:
             raise ValueError("a pruned timm model gives out no hidden states; call vitprune.restore_(model) first")
 
 
@@ -217,9 +235,10 @@ class _End:
 
     @torch.compiler.disable()
     def __call__(self, module: nn.Module, args: Any, output: Any) -> Any:
-        running = context.current()
+        running = context.leave(module)
+        if running is None:  # it was refused
+            return output
         forward = running.forward
-        context.change(forward=None, checkpoints=False)
         if running.checkpoints and self.inner is not None:
             vars(self.inner)["grad_checkpointing"] = True
         if forward is None or output is None:  # the forward failed

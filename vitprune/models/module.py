@@ -125,12 +125,12 @@ class Pruning(nn.Module):
         """
         if levels.is_cpu or levels.is_inference():  # no wait, or no count of changes
             return tuple(levels.tolist())
-        if self._seen is None or self._seen[0] is not levels or self._seen[1:3] != _state_of(levels):
-            self._seen = levels, *_state_of(levels), tuple(levels.tolist())
-        numbers = self._seen[3]
-        if any(level < 0 if self.spec.select == "threshold" else level >= 1 for level in numbers):
-            self._seen = None
-        return numbers
+        seen = self._seen  # other threads may run the model, too
+        if seen is None or seen[0] is not levels or seen[1:3] != _state_of(levels):
+            seen = levels, *_state_of(levels), tuple(levels.tolist())
+        are_read_again = any(level < 0 if self.spec.select == "threshold" else level >= 1 for level in seen[3])
+        self._seen = None if are_read_again else seen
+        return seen[3]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Pruning:
         def keep_dtype(tensor: Tensor) -> Tensor:

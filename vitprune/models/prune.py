@@ -89,6 +89,8 @@ def _tell_when_saved() -> None:
 
     @functools.wraps(saves)
     def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:
+        if is_pruned(self):
+            _require_one_part(self, "saved")
         tell_configs(self)
         if is_pruned(self):
             _require_savable(self)
@@ -96,6 +98,17 @@ def _tell_when_saved() -> None:
 
     setattr(save_pretrained, _TELLS, True)
     PreTrainedModel.save_pretrained = save_pretrained
+
+
+def _require_one_part(model: PreTrainedModel, verb: str) -> None:
+    """Raise ValueError for a model of which several parts are pruned."""
+    parts = {id(begin.model) for begin in Begin.all_of(model)}
+    if len(parts) > 1:
+        paths = [path for path, module in model.named_modules() if id(module) in parts]
+        raise ValueError(
+            f"{len(parts)} parts of {type(model).__name__} are pruned ({', '.join(paths)}), and a model with more than "
+            f"one can't be {verb}; call vitprune.restore_ on all but one of them"
+        )
 
 
 def _require_savable(model: PreTrainedModel) -> None:
@@ -154,10 +167,11 @@ def restore_(model: PreTrainedModel) -> PreTrainedModel:
     """Give back the dense model exactly, in place: `prune_` undone, weights as they are now.
 
     Raises:
-        ValueError: the model isn't pruned.
+        ValueError: the model isn't pruned, or several parts of it are.
     """
     pruning, begin = pruning_of(model), Begin.of(model)
     assert begin is not None
+    _require_one_part(model, "restored at once")
     begin.remove()
     backbone = find_backbone(begin.model)
     if backbone.config._attn_implementation == NAME:

@@ -64,7 +64,8 @@ def row_multiple_for(rows: int, x_TD: Tensor) -> int:
 def on_device(values: Sequence[int] | np.ndarray, device: torch.device) -> Tensor:
     """Whole numbers that the host knows; doesn't wait for what the device still has to do. Not to be written to."""
     known = torch.from_numpy(values) if isinstance(values, np.ndarray) else torch.tensor(values, dtype=torch.int64)
-    return known if device.type == "cpu" else known.to(device, non_blocking=True)
+    # on MPS a copy that isn't waited for reads memory that may be another's by then
+    return known if device.type == "cpu" else known.to(device, non_blocking=device.type == "cuda")
 
 
 def ranges(lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

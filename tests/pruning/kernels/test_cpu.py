@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 
 import numba
 import pytest
@@ -122,6 +123,34 @@ def test_without_numba_everything_is_done_in_operators(monkeypatch: pytest.Monke
     finally:
         cpu._loops.cache_clear()
     assert_close(ours, expected, **MODEL)
+
+
+def test_a_numba_that_does_not_work_is_named_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = answers(torch.float32)
+    (tmp_path / "numba.py").write_text("raise ImportError('Numba needs NumPy 2.3 or less. Got NumPy 2.4.')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "numba")
+    cpu._loops.cache_clear()
+    try:
+        with pytest.warns(
+            UserWarning, match=r"numba is installed and can't be used \(ImportError: Numba needs"
+        ) as said:
+            ours = answers(torch.float32)
+        assert not cpu.has_loops()
+    finally:
+        cpu._loops.cache_clear()
+    assert len(said) == 1
+    assert_close(ours, expected, **MODEL)
+
+
+def test_a_numba_that_compiles_nothing_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("numba.config.DISABLE_JIT", 1)
+    cpu._loops.cache_clear()
+    try:
+        assert not cpu.has_loops()
+        assert answers(torch.float32).isfinite().all()
+    finally:
+        cpu._loops.cache_clear()
 
 
 def test_other_users_of_numba_keep_their_threads() -> None:

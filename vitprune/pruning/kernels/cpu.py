@@ -9,6 +9,7 @@ sequence or, of order and distances, patches at the stage, H heads, K head width
 from __future__ import annotations
 
 import importlib.util
+import warnings
 from collections.abc import Sequence
 from functools import cache
 from typing import Any, overload
@@ -31,17 +32,27 @@ unpack: Unpack | None = None
 
 @cache
 def _loops() -> Any:
-    """The module; None without numba."""
-    if not has_loops():
+    """The module; None without numba, or with one that doesn't work here, which is said once."""
+    if importlib.util.find_spec("numba") is None:
         return None
-    from vitprune.pruning.kernels import cpu_loops  # now, since it takes its time
+    try:
+        import numba
 
-    return cpu_loops
+        from vitprune.pruning.kernels import cpu_loops  # now, since it takes its time
+    except Exception as error:  # it has many ways not to fit numpy, Python or the machine
+        warnings.warn(
+            f"numba is installed and can't be used ({type(error).__name__}: {error}); stages run without it, which "
+            "takes several times as long",
+            stacklevel=2,
+        )
+        return None
+    settings: Any = numba.config  # pyright: ignore[reportPrivateImportUsage]
+    return None if settings.DISABLE_JIT else cpu_loops
 
 
 def has_loops() -> bool:
-    """Whether numba is there."""
-    return importlib.util.find_spec("numba") is not None
+    """Whether numba is there, and works."""
+    return _loops() is not None
 
 
 def fits(x: Tensor) -> bool:

@@ -176,7 +176,9 @@ class MaskedForward(Forward):
             mask_BN1 = self._mask_BN[..., None].to(hidden_states.dtype)
             patches = slice(self.policy.num_prefix_tokens, None)
             kept_BND = (hidden_states * mask_BN1)[:, patches]
-            mean_B1D = kept_BND.sum(1, keepdim=True) / mask_BN1[:, patches].sum(1, keepdim=True)
+            sums = torch.promote_types(hidden_states.dtype, torch.float32)  # half precision doesn't count beyond 256
+            kept_B1D, count_B11 = (x.sum(1, keepdim=True, dtype=sums) for x in (kept_BND, mask_BN1[:, patches]))
+            mean_B1D = (kept_B1D / count_B11).to(hidden_states.dtype)
             return hidden_states + (1 - mask_BN1) * (mean_B1D - hidden_states)
         for merge in reversed(self._merges):
             index_BND = merge.dst_BN[..., None].expand(-1, -1, hidden_states.shape[-1])
