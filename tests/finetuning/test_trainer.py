@@ -18,6 +18,7 @@ from transformers import PreTrainedModel, Trainer, TrainingArguments
 
 import vitprune
 from vitprune.budget.calibration import mean_ratio
+from vitprune.models import context
 from vitprune.models.module import pruning_of
 
 CLOSE = 0.01  # of the dense MACs
@@ -240,23 +241,38 @@ def test_the_copy_that_peft_trains_is_in_force() -> None:
 
 
 class Interrupt(transformers.TrainerCallback):
-    """Breaks a training off."""
+    """Breaks a training off behind its fifth step, or in the next one's forward."""
+
+    def __init__(self, inside: bool) -> None:
+        self.inside = inside
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 5:
+        if state.global_step < 5:
+            return
+        if not self.inside:
             raise KeyboardInterrupt
+        last = kwargs["model"].get_submodule("classifier")
+        self.handle = last.register_forward_pre_hook(self._interrupt)
+
+    def _interrupt(self, module: Any, args: Any) -> None:
+        self.handle.remove()
+        raise KeyboardInterrupt
 
 
 @pytest.mark.parametrize("thresholds", ["scaled", "learned"])
 @pytest.mark.parametrize("same", [True, False])
-def test_training_goes_on_behind_one_that_broke_off(tmp_path: Path, thresholds: Any, same: bool) -> None:
+@pytest.mark.parametrize("inside", [True, False])
+def test_training_goes_on_behind_one_that_broke_off(tmp_path: Path, thresholds: Any, same: bool, inside: bool) -> None:
     model, held = calibrated("as-vit"), [tiny.images(40)[24:]]
     callback = vitprune.TrainerCallback(BUDGET, held, thresholds=thresholds)
     watch = Watch(callback)
     with pytest.raises(KeyboardInterrupt):
-        train(model, tmp_path, callback, watch, Interrupt())
+        train(model, tmp_path, callback, watch, Interrupt(inside))
     again = callback if same else vitprune.TrainerCallback(BUDGET, held, thresholds=thresholds)
+    told = len(again.ratios)
     train(model, tmp_path, again, steps=1)
+    assert abs(again.ratios[told] - callback.ratios[4]) < 0.1
+    assert context.current() == context.Context()
     assert again._training is not None
     assert again._training.starts == pytest.approx(watch.seen[5].tolist())
     assert abs(mean_ratio(model, held) - BUDGET) < CLOSE

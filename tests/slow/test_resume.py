@@ -135,6 +135,26 @@ def test_the_best_state_outlasts_a_break(tmp_path: Path) -> None:
     assert found[1] == expected[1]
 
 
+@pytest.mark.parametrize(
+    ("owner", "name", "when"),
+    [
+        (steps, "scale_to_budget", lambda *_: True),
+        (evaluation, "compare_closely", lambda *_: True),
+        (Loop, "_next_record", lambda loop: loop.step == 7),
+    ],
+)
+def test_a_broken_run_at_several_budgets(tmp_path: Path, owner: Any, name: str, when: Callable[..., bool]) -> None:
+    """What is compared before training has levels of another budget than training begins with."""
+    several = "budget.macs=[80%, 60%, 45%]"
+    apply(recipe(tmp_path / "unbroken", several))
+    asked = recipe(tmp_path / "broken", several)
+    break_off(asked, owner, name, when)
+    apply(asked)
+    expected, found = result(tmp_path / "unbroken"), result(tmp_path / "broken")
+    assert_close(found[0], expected[0], **EXACT)
+    assert found[1] == expected[1]
+
+
 def test_a_stream_goes_on_in_mid_epoch(tmp_path: Path) -> None:
     streamed = ("data.streaming=true", "finetune.steps=7")
     apply(recipe(tmp_path / "unbroken", *streamed))

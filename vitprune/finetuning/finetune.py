@@ -62,9 +62,13 @@ class History:
 def _settings_given_back() -> Iterator[None]:
     """Accelerate's settings are the process's: where there were none before, the next training may have its own."""
     had_none = not AcceleratorState._shared_state
+    plugin = None if had_none else AcceleratorState._shared_state.get("fsdp_plugin")
+    policy = getattr(plugin, "mixed_precision_policy", None)
     try:
         yield
     finally:
+        if plugin is not None:
+            plugin.mixed_precision_policy = policy
         if had_none:
             AcceleratorState._reset_state()
 
@@ -124,7 +128,6 @@ def finetune(
     require_trainable(images, spec, model, takes_labels=answers.kind.takes_labels)
     if not pruning_of(model).levels.isfinite().all():
         raise ValueError("thresholds have no start to learn from; call calibrate first, or give them in the spec")
-    pruning_of(model).keep_points(None)  # levels that were found for other weights
     state = distributed.init()
     accelerator = _accelerator(spec, tracker_context)
     require_precision(spec, accelerator.device)
@@ -148,6 +151,7 @@ def finetune(
         tracking = _tracking(accelerator, prepared, thresholds, spec, tracker_context)
         loop = Loop(accelerator, update, scheduler, batches, states, tracking, held_out, ours.whole_weights)
         loop.resume()
+        pruning_of(model).keep_points(None)  # levels that were found for other weights
         try:
             loop.run(steps, progress=progress and state.is_main_process)
         except NonFiniteLoss:

@@ -29,7 +29,9 @@ ABOVE = 0.02
 GROUP, GROUPS = 16, 8
 # what a ratio may differ from the first check's without a second look
 NEAR = 0.005
-# change of the ratio ÷ change of the log of the factor, until a second look says what it is; between these
+LOOKS = 3
+# change of the ratio ÷ change of the log of the factor, until a second look says what it is; what isn't between the
+# others is chance
 SENSITIVITY, LEAST, MOST = -0.26, -0.1, -2.0
 
 
@@ -59,17 +61,19 @@ class HeldOut:
         found = self._see(update)
         if found is None:
             return False
-        if self.checks and update.thresholds.holds:
+        for _ in range(LOOKS - 1 if self.checks and update.thresholds.holds else 0):
             first, seen = self.checks[0].ratio, found[0]["ratio"]
-            off = distributed.on_main(lambda: seen - first)
-            if abs(off) > NEAR:
-                moved = -off / self.sensitivity
-                self.log_factor += moved
-                found = self._see(update)
-                assert found is not None
-                then = found[0]["ratio"]
-                slope = distributed.on_main(lambda: (then - seen) / moved)
-                self.sensitivity = min(LEAST, max(MOST, slope))
+            off = distributed.on_main(lambda first=first, seen=seen: seen - first)
+            if not abs(off) > NEAR:
+                break
+            moved = -off / self.sensitivity
+            self.log_factor += moved
+            found = self._see(update)
+            assert found is not None
+            then = found[0]["ratio"]
+            slope = distributed.on_main(lambda then=then, seen=seen, moved=moved: (then - seen) / moved)
+            if MOST <= slope <= LEAST:
+                self.sensitivity = slope
         means, groups = found
         losses = {name: means[name] if math.isfinite(means[name]) else None for name in LOSSES if name in means}
         loss = sum(means[name] for name in losses)

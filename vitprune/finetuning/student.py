@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.nn import functional as F
+from transformers import PreTrainedModel
 
 from vitprune.finetuning.losses import NonFiniteLoss
 from vitprune.finetuning.optimization import learning
@@ -153,37 +154,48 @@ def trained(
     accelerator: Accelerator,
     thresholds: ThresholdTraining,
 ) -> Iterator[Trained]:
-    """The student to be trained; afterwards `answers` has what it learned and is ready to be used, both as before.
+    """The student to be trained; afterwards `answers` has what it learned and is ready to be used.
+
+    The student executes and recomputes again as before, and of the teacher the same weights ask for gradients.
 
     Sharded weights are brought together where all processes come to it: at the end, or where a loss became infinite,
     but not where one of them failed.
     """
-    learned_before = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
-    teacher.to(accelerator.device).eval().requires_grad_(False)
     sharded = accelerator.distributed_type == DistributedType.FSDP
     taught = copy.deepcopy(answers) if sharded else answers
     model = taught.model
-    taught.to(accelerator.device).train()
-    execution, pruning_of(model).execution = pruning_of(model).execution, spec.execution
-    recomputes = spec.gradient_checkpointing and not model.is_activation_checkpointing
-    if recomputes:
-        model.activation_checkpointing_enable()
-    student = Student(taught, thresholds, wants_tokens=spec.losses.tokens > 0)
-    first = None if sharded else copied(answers.state_dict())
-    found = Trained(answers, student, thresholds, sharded, first)
-    together = True
+    with _given_back(model, teacher):
+        teacher.to(accelerator.device).eval().requires_grad_(False)
+        taught.to(accelerator.device).train()
+        pruning_of(model).execution = spec.execution
+        if spec.gradient_checkpointing:
+            model.activation_checkpointing_enable()
+        student = Student(taught, thresholds, wants_tokens=spec.losses.tokens > 0)
+        first = None if sharded else copied(answers.state_dict())
+        found = Trained(answers, student, thresholds, sharded, first)
+        together = True
+        try:
+            with learning(model, spec):
+                yield found
+        except BaseException as error:
+            together = isinstance(error, NonFiniteLoss)
+            raise
+        finally:
+            if together or not sharded:
+                found.end()
+            answers.eval()
+
+
+@contextmanager
+def _given_back(model: PreTrainedModel, teacher: ImageModel) -> Iterator[None]:
+    """What training sets of both models, beside weights and mode, is as it was afterwards."""
+    learned = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
+    execution, recomputed = pruning_of(model).execution, model.is_activation_checkpointing
     try:
-        with learning(model, spec):
-            yield found
-    except BaseException as error:
-        together = isinstance(error, NonFiniteLoss)
-        raise
+        yield
     finally:
-        if together or not sharded:
-            found.end()
-        if recomputes:
-            model.activation_checkpointing_disable()
-        pruning_of(model).execution = execution
-        for parameter in learned_before:
+        for parameter in learned:
             parameter.requires_grad_(True)
-        answers.eval()
+        pruning_of(model).execution = execution
+        if model.is_activation_checkpointing and not recomputed:
+            model.activation_checkpointing_disable()

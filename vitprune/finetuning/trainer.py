@@ -26,17 +26,23 @@ from vitprune.runtime import distributed
 _DEFAULTS = FinetuneSpec()
 
 
+_Forwards = list[tuple[ExitStack, Trace]]
+
+
 @dataclass(frozen=True)
 class _Hold:
-    """What a training has put on a model, and how it was before."""
+    """What a training has put on a model, and how it was before. running: forwards that haven't ended."""
 
     training: ThresholdTraining
     handles: Sequence[Any]
+    running: _Forwards
     execution: Execution
     requires_grad: bool
 
     def let_go(self, pruning: Pruning) -> None:
         """The model has its thresholds, and is as it was."""
+        while self.running:  # what breaks a forward off may pass hooks by
+            self.running.pop()[0].close()
         for handle in self.handles:
             handle.remove()
         self.training.settle(pruning)
@@ -86,7 +92,7 @@ class TrainerCallback(transformers.TrainerCallback):
         self.ratios: list[float] = []
         self._training: ThresholdTraining | None = None
         self._since: list[Tensor] = []
-        self._running: list[tuple[ExitStack, Trace]] = []
+        self._running: _Forwards = []
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -97,7 +103,6 @@ class TrainerCallback(transformers.TrainerCallback):
         if (broken_off := _HELD.pop(pruning, None)) is not None:  # a training that nobody told it was over
             broken_off.let_go(pruning)
         self._since.clear()
-        self._running.clear()
         if not pruning.levels.isfinite().all():
             raise ValueError("thresholds have no start; call vitprune.calibrate on the model before it is trained")
         training = ThresholdTraining.of(pruning, self.mode, self.budget)
@@ -110,7 +115,7 @@ class TrainerCallback(transformers.TrainerCallback):
         ]
         if pruning.spec.select == "threshold":
             handles += self._training.translate(pruning)
-        _HELD[pruning] = _Hold(self._training, handles, pruning.execution, pruning.levels.requires_grad)
+        _HELD[pruning] = _Hold(self._training, handles, self._running, pruning.execution, pruning.levels.requires_grad)
         pruning.execution = self.execution
         pruning.requires_grad_(self.mode == "learned" and pruning.spec.select == "threshold")
 

@@ -90,7 +90,7 @@ class Plot:
         )
 
 
-ONE_NUMBER = 1e-9
+ONE_NUMBER = 1e-9  # relative difference up to which two values are drawn as one
 
 
 def nice(low: float, high: float) -> list[float]:

@@ -167,14 +167,17 @@ class _Run(Evaluation):
         self._settle(folder, "start", partial(scale, must_meet=self.recipe.budget.latency is None))
 
     def compare_calibrated(self, folder: RunFolder) -> Comparison:
-        """Compare what training starts from at the budget that the checkpoint will come with, as that will be."""
+        """Compare what training starts from, at the budget that the checkpoint will come with."""
         recipe, pruning = self.recipe, pruning_of(self.pruned)
         if recipe.budget.part == self._part:
             return folder.once("calibrated", Comparison, self.compare)
         strictest = Levels.of(pruning)
         adjust = scale_to_budget if recipe.pruning.select == "threshold" else calibrate
-        batches, part = self._calibration_batches, recipe.budget.part
-        self._settle(folder, "calibrated-levels", partial(adjust, self.pruned, batches, part, progress=self.is_main))
+
+        def settle() -> None:
+            adjust(self.pruned, self._calibration_batches, recipe.budget.part, progress=self.is_main)
+
+        self._settle(folder, "calibrated-levels", settle)
         found = folder.once("calibrated", Comparison, self.compare)
         strictest.give(pruning)
         return found
@@ -223,7 +226,8 @@ class _Run(Evaluation):
         # what was calibrated meets a budget of MACs already; one of time was not measured yet
         is_met = training is not None and not training.kept_step and recipe.budget.latency is None
         by_thresholds = recipe.pruning.select == "threshold"
-        if (by_thresholds or recipe.budget.latency is not None) and not is_met:
+        by_counts = recipe.pruning.is_calibrated and recipe.budget.latency is not None
+        if (by_thresholds or by_counts) and not is_met:
             batches = self._batches(self.holdout, recipe.calibration.batch_size)
             adjust = scale_to_budget if by_thresholds else calibrate
             settle = partial(adjust, self.pruned, batches, budget, progress=self.is_main)
