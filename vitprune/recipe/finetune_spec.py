@@ -16,7 +16,7 @@ Tracker = Literal["tensorboard", "trackio", "wandb", "comet_ml", "aim", "mlflow"
 
 
 LEARNING_RATES: dict[Trained, float] = {"all": 2e-5, "norms": 1e-3, "thresholds": 2e-5}
-"""What a recipe that says nothing has; docs/results.md has what was tried, which for norms is this rate alone."""
+"""What a recipe that says nothing has; docs/results.md has what others were worth."""
 
 
 class LossWeights(Spec):
