@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -91,12 +92,34 @@ def test_what_is_no_plain_vision_transformer_is_refused() -> None:
         )
 
 
-def test_a_recipe_becomes_a_checkpoint(tmp_path: Path) -> None:
+def write(folder: Path) -> None:
+    """A checkpoint and data."""
     model = timm_model()
     model.config.id2label = dict(enumerate(samples.NAMES))
     model.config.pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
-    model.save_pretrained(tmp_path / "checkpoint")
-    samples.write_data(tmp_path / "data")
+    model.save_pretrained(folder / "checkpoint")
+    samples.write_data(folder / "data")
+
+
+def test_training_gives_back_what_it_sets_and_export_has_a_processor_that_says_little(tmp_path: Path) -> None:
+    write(tmp_path)
+    dense = vitprune.load(tmp_path / "checkpoint")
+    processor = vitprune.load_processor(str(tmp_path / "checkpoint"))
+    images = vitprune.load_images({"path": str(tmp_path / "data")}, "train", processor)
+    model: Any = vitprune.prune_(copy.deepcopy(dense), {"before_blocks": [2, 4]})
+    vitprune.calibrate(model, images.sample(16, 0), 0.6, progress=False)
+    spec = {"steps": 2, "batch_size": 8, "augmentation": "strong", "gradient_checkpointing": True}
+    vitprune.finetune(model, dense, images, spec, 0.6, progress=False)
+    assert not model.timm_model.grad_checkpointing
+    exported = vitprune.export(model, tmp_path / "onnx", processor=processor)
+    assert not (tmp_path / "onnx" / "run.py").exists()
+    x = tiny.images(3)
+    with torch.no_grad():
+        torch.testing.assert_close(exported.model(x).logits, model(x).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_recipe_becomes_a_checkpoint(tmp_path: Path) -> None:
+    write(tmp_path)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     assert plan(load_recipe(recipe)).family == "timm_wrapper"

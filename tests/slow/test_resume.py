@@ -123,7 +123,7 @@ def test_a_broken_run_ends_as_an_unbroken_one(
 
 def test_the_best_state_outlasts_a_break(tmp_path: Path) -> None:
     # ever faster, until it is too fast
-    rising = ("finetune.learning_rate=0.3", "finetune.warmup=0.99", "finetune.checks=6")
+    rising = ("finetune.learning_rate=0.5", "finetune.warmup=0.99", "finetune.checks=6")
     whole = apply(recipe(tmp_path / "unbroken", *rising)).training
     assert whole is not None
     assert 0 < whole.kept_step < 12

@@ -30,8 +30,7 @@ GROUP, GROUPS = 16, 8
 # what a ratio may differ from the first check's without a second look
 NEAR = 0.005
 LOOKS = 3
-# change of the ratio ÷ change of the log of the factor, until a second look says what it is; what isn't between the
-# others is chance
+# change of the ratio ÷ change of the log of the factor, until a second look says what it is, between the others
 SENSITIVITY, LEAST, MOST = -0.26, -0.1, -2.0
 
 
@@ -72,8 +71,8 @@ class HeldOut:
             assert found is not None
             then = found[0]["ratio"]
             slope = distributed.on_main(lambda then=then, seen=seen, moved=moved: (then - seen) / moved)
-            if MOST <= slope <= LEAST:
-                self.sensitivity = slope
+            if slope < 0:  # otherwise it is chance
+                self.sensitivity = min(LEAST, max(MOST, slope))
         means, groups = found
         losses = {name: means[name] if math.isfinite(means[name]) else None for name in LOSSES if name in means}
         loss = sum(means[name] for name in losses)

@@ -164,11 +164,12 @@ def trained(
     sharded = accelerator.distributed_type == DistributedType.FSDP
     taught = copy.deepcopy(answers) if sharded else answers
     model = taught.model
-    with _given_back(model, teacher):
+    recomputes = spec.gradient_checkpointing and not _is_recomputed(model)
+    with _given_back(model, teacher, recomputes=recomputes):
         teacher.to(accelerator.device).eval().requires_grad_(False)
         taught.to(accelerator.device).train()
         pruning_of(model).execution = spec.execution
-        if spec.gradient_checkpointing:
+        if recomputes:
             model.activation_checkpointing_enable()
         student = Student(taught, thresholds, wants_tokens=spec.losses.tokens > 0)
         first = None if sharded else copied(answers.state_dict())
@@ -187,15 +188,21 @@ def trained(
 
 
 @contextmanager
-def _given_back(model: PreTrainedModel, teacher: ImageModel) -> Iterator[None]:
+def _given_back(model: PreTrainedModel, teacher: ImageModel, *, recomputes: bool) -> Iterator[None]:
     """What training sets of both models, beside weights and mode, is as it was afterwards."""
     learned = [parameter for parameter in teacher.parameters() if parameter.requires_grad]
-    execution, recomputed = pruning_of(model).execution, model.is_activation_checkpointing
+    execution = pruning_of(model).execution
     try:
         yield
     finally:
         for parameter in learned:
             parameter.requires_grad_(True)
         pruning_of(model).execution = execution
-        if model.is_activation_checkpointing and not recomputed:
+        if recomputes:
             model.activation_checkpointing_disable()
+
+
+def _is_recomputed(model: PreTrainedModel) -> bool:
+    """Whether a model's gradient checkpointing is on; timm's has a name of its own."""
+    inner: Any = examine(model).inner
+    return model.is_activation_checkpointing or (inner is not None and bool(inner.grad_checkpointing))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -41,13 +41,14 @@ class _Hold:
 
     def let_go(self, pruning: Pruning) -> None:
         """The model has its thresholds, and is as it was."""
-        while self.running:  # what breaks a forward off may pass hooks by
-            self.running.pop()[0].close()
         for handle in self.handles:
             handle.remove()
         self.training.settle(pruning)
         pruning.execution = self.execution
         pruning.requires_grad_(self.requires_grad)
+        while self.running:  # what breaks a forward off may pass hooks by
+            with suppress(ValueError):  # in another thread, or a notebook's next cell, nothing of it is left
+                self.running.pop()[0].close()
 
 
 # Trainer says nothing when a training breaks off, so what lies on a model is known by the model

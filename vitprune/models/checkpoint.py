@@ -258,6 +258,7 @@ def save(
         ValueError: the model isn't pruned or is a wrapper around one, or the path is taken and `overwrite` is false.
     """
     path = Path(path).resolve()
+    model = getattr(model, "_orig_mod", model)  # what torch.compile has wrapped
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
             f"{type(model).__name__} is no model of transformers (PreTrainedModel); pass the model inside it, such as "

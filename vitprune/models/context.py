@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
+from weakref import ref
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,7 +39,7 @@ class Context(NamedTuple):
     traces: tuple[Observer, ...] = ()
     whole_sequence: bool = False
     for_head: bool = False
-    backbone: nn.Module | None = None
+    backbone: ref[nn.Module] | None = None
     outer: Context | None = None
     forward: Forward | None = None
     checkpoints: bool = False
@@ -59,32 +60,42 @@ def change(**changes: Any) -> None:
     _context.set(_context.get()._replace(**changes))
 
 
+def running(backbone: nn.Module) -> Context | None:
+    """The context in which a backbone's forward runs, or ran until it was interrupted; None for any other."""
+    seen = _context.get()
+    while seen.backbone is not None:
+        if seen.backbone() is backbone:
+            return seen
+        assert seen.outer is not None
+        seen = seen.outer
+    return None
+
+
 def enter(backbone: nn.Module, forward: Forward | None, *, checkpoints: bool) -> None:
     """For hooks: a backbone's forward begins, perhaps inside that of another, which goes on where it ends.
 
     What isn't an Exception, such as Ctrl-C, passes by the hooks that end a forward: one of the same backbone that seems
-    to run was interrupted.
+    to run was interrupted, and one of a backbone that is no more.
     """
     before = _context.get()
     outer, seen = before, before
     while seen.backbone is not None:
         assert seen.outer is not None
-        if seen.backbone is backbone:
+        if seen.backbone() in (backbone, None):
             outer = seen.outer
         seen = seen.outer
     around = {name: getattr(outer, name) for name in ("backbone", "outer", "forward", "checkpoints")}
     outer = before._replace(for_head=False, **around)
-    _context.set(outer._replace(backbone=backbone, outer=outer, forward=forward, checkpoints=checkpoints))
+    _context.set(outer._replace(backbone=ref(backbone), outer=outer, forward=forward, checkpoints=checkpoints))
 
 
 def leave(backbone: nn.Module) -> Context | None:
-    """For hooks: a backbone's forward ends. Returns the context until now; None where that forward never began."""
-    before = _context.get()
-    if before.backbone is not backbone:
-        return None
-    assert before.outer is not None
-    _context.set(before.outer)
-    return before
+    """For hooks: a backbone's forward ends. Returns its context; None where that forward never began."""
+    own = running(backbone)
+    if own is not None:
+        assert own.outer is not None
+        _context.set(own.outer)
+    return own
 
 
 @contextmanager

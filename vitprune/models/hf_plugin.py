@@ -58,13 +58,18 @@ def _part_of(model: Any, path: str) -> Any:
 
     Raises ValueError, naming the part, where it isn't there.
     """
+    if path and path == model.base_model_prefix and not hasattr(model, path):
+        return model
     prefix = f"{model.base_model_prefix}." if model.base_model_prefix else ""
     for there in (path, path.removeprefix(prefix), f"{prefix}{path}"):
         try:
             return model.get_submodule(there)
         except AttributeError:
             continue
-    raise ValueError(f"config.json says that part {path!r} is pruned, and {type(model).__name__} has no such part")
+    raise ValueError(
+        f"config.json says that part {path!r} is pruned, and {type(model).__name__} has no such part; load it as the "
+        "class that it was saved from (`architectures`)"
+    )
 
 
 @register_quantizer(METHOD)

@@ -52,6 +52,10 @@ def attach(model: PreTrainedModel, owner: nn.Module, structure: Structure) -> No
     ]
     if structure.pooling is not None:
         handles.append(structure.pooling.register_forward_pre_hook(_pool_what_is_there, with_kwargs=True))
+    # Data2Vec's encoder makes the table that all blocks share anew for each
+    whole = {*backbone.modules()} - {backbone, *structure.blocks}
+    around = [module for module in whole if structure.blocks[0] in module.modules()]
+    handles += [module.register_forward_pre_hook(_interpolated_already, with_kwargs=True) for module in around]
     # transformers and timm have a class of that name for stochastic depth
     drops = (module for module in backbone.modules() if type(module).__name__.endswith("DropPath"))
     handles += [module.register_forward_hook(_drop_by_image) for module in drops]
@@ -182,6 +186,7 @@ class Begin:
     @torch.compiler.disable()
     def __call__(self, module: PreTrainedModel, args: Any, kwargs: dict[str, Any]) -> None:
         for_head = context.current().for_head and not self._is_looked_at(module)
+        context.change(for_head=False)
         self._refuse(module, kwargs)
         forward: Forward | None = None
         checkpoints = False
@@ -192,7 +197,10 @@ class Begin:
             forward = make_forward(self.pruning, training=module.training, for_head=for_head)
             if isinstance(forward, PackedForward) and forward.is_dense:
                 forward = None
-            checkpoints = forward is not None and self.inner is not None and bool(self.inner.grad_checkpointing)
+            interrupted = context.running(module)
+            was_off = interrupted is not None and interrupted.checkpoints
+            if forward is not None and self.inner is not None:
+                checkpoints = was_off or bool(self.inner.grad_checkpointing)
         context.enter(module, forward, checkpoints=checkpoints)
         if checkpoints:
             vars(self.inner)["grad_checkpointing"] = False
@@ -256,6 +264,14 @@ class _End:
 def _unpacked(forward: Forward, hidden_states: tuple[Tensor | None, ...]) -> tuple[Tensor | None, ...]:
     # those that weren't selected are None
     return tuple(None if x is None else forward.unpack_recorded(block, x) for block, x in enumerate(hidden_states))
+
+
+@torch.compiler.disable()
+def _interpolated_already(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]] | None:
+    """What embeds the image has interpolated positions; further in they would be stretched to rows that are left."""
+    if context.current().forward is None or not kwargs.get("interpolate_pos_encoding"):
+        return None
+    return args, {**kwargs, "interpolate_pos_encoding": False}
 
 
 @torch.compiler.disable()
