@@ -208,7 +208,9 @@ class Begin:
     def _is_looked_at(self, module: nn.Module) -> bool:
         """Whether hooks of others take what the backbone gives out, which they expect whole."""
         parts = (module,) if self.final_norm is None else (module, self.final_norm)
-        return any(not isinstance(hook, _End | _Unpack) for part in parts for hook in part._forward_hooks.values())
+        hooks = (hook for part in parts for hook in part._forward_hooks.values())
+        # of timm's the model is its own backbone
+        return any(not isinstance(hook, _End | _Unpack) and hook is not _end_for_head for hook in hooks)
 
     def _refuse(self, module: PreTrainedModel, kwargs: dict[str, Any]) -> None:
         if torch.jit.is_tracing():  # pyright: ignore[reportPrivateImportUsage]
