@@ -42,9 +42,17 @@ def augment(kind: Augmentation, processor: BaseImageProcessor) -> Augment | None
         case "light":
             return _Light()
         case "strong":
+            require_fitting(kind, processor)
             return _Strong(*pixel_scale(processor))
         case _:
             assert_never(kind)
+
+
+def require_fitting(kind: Augmentation, processor: BaseImageProcessor) -> None:
+    """Raise ValueError for changes that the images of a processor can't bear; asked without kornia."""
+    if kind == "strong" and (channels := len(pixel_scale(processor)[0])) != 3:
+        text = f"'strong' changes colours, so it needs images of 3 channels, not {channels}; use 'light'"
+        raise RecipeError.at(("finetune", "augmentation"), text)
 
 
 class _Light(nn.Module):
@@ -70,9 +78,6 @@ class _Light(nn.Module):
 class _Strong(nn.Module):
     def __init__(self, scale_C: Tensor, shift_C: Tensor) -> None:
         super().__init__()
-        if len(scale_C) != 3:
-            text = f"'strong' changes colours, so it needs images of 3 channels, not {len(scale_C)}; use 'light'"
-            raise RecipeError.at(("finetune", "augmentation"), text)
         from kornia.augmentation import RandomAffine, RandomBrightness, RandomContrast, RandomErasing, RandomSaturation
 
         self.register_buffer("scale", scale_C[:, None, None])

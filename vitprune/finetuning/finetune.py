@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import PreTrainedModel, get_cosine_schedule_with_warmup
 
-from vitprune.data.augmentation import augment
+from vitprune.data.augmentation import require_fitting
 from vitprune.data.images import Images
 from vitprune.data.training_batches import Share, TrainingBatches, require_even
 from vitprune.finetuning.held_out import HeldOut
@@ -219,7 +219,7 @@ def require_trainable(images: Images, spec: FinetuneSpec, model: PreTrainedModel
     count_steps(spec, images)
     require_even(spec.batch_size, distributed.init().num_processes)
     with concerning("finetune", "augmentation"):
-        augment(spec.augmentation, images.processor)
+        require_fitting(spec.augmentation, images.processor)
     if spec.gradient_checkpointing and not model.supports_gradient_checkpointing:
         text = f"{type(model).__name__} can't compute its blocks again; leave it out"
         raise RecipeError.at(("finetune", "gradient_checkpointing"), text)

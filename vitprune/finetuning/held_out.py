@@ -8,7 +8,7 @@ a factor of their own makes up for it.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, stdev
 
@@ -61,16 +61,15 @@ class HeldOut:
         if found is None:
             return False
         for _ in range(LOOKS - 1 if self.checks and update.thresholds.holds else 0):
-            first, seen = self.checks[0].ratio, found[0]["ratio"]
-            off = distributed.on_main(lambda first=first, seen=seen: seen - first)
+            seen = _ratio(found)
+            off = seen - self.checks[0].ratio
             if not abs(off) > NEAR:
                 break
             moved = -off / self.sensitivity
             self.log_factor += moved
             found = self._see(update)
             assert found is not None
-            then = found[0]["ratio"]
-            slope = distributed.on_main(lambda then=then, seen=seen, moved=moved: (then - seen) / moved)
+            slope = (_ratio(found) - seen) / moved
             if slope < 0:  # otherwise it is chance
                 self.sensitivity = min(LEAST, max(MOST, slope))
         means, groups = found
@@ -121,6 +120,11 @@ class HeldOut:
     def _group(self) -> int:
         length = self.images.length
         return GROUP if length is None else max(1, min(GROUP, length // GROUPS))
+
+
+def _ratio(found: tuple[Mapping[str, float], object]) -> float:
+    """As the main process saw it."""
+    return distributed.on_main(lambda: found[0]["ratio"])
 
 
 def _is_gain(before: Sequence[float], after: Sequence[float]) -> bool:

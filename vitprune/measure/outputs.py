@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from vitprune.data.batches import Batch, without_labels
 from vitprune.measure.answers import KINDS, PROBLEM_TYPES, AnswerKind, Embedding, task_of
+from vitprune.measure.timing import placed
 from vitprune.models.structure import Inputs, examine
 from vitprune.recipe.schema import Task
 
@@ -86,14 +87,10 @@ class ImageModel(nn.Module):
 
 def inputs_of(batch: Batch, model: nn.Module) -> Inputs:
     """What a model takes of a batch, where and as it computes: all but labels; whole numbers stay whole."""
-    first, left = next(model.parameters()), without_labels(batch)
-
-    def there(values: Tensor) -> Tensor:
-        return values.to(first.device, first.dtype if values.is_floating_point() else None)
-
+    left = without_labels(batch)
     if isinstance(left, Tensor):
-        return there(left)
-    return {name: there(values) if isinstance(values, Tensor) else values for name, values in left.items()}
+        return placed(left, model)
+    return {name: placed(values, model) if isinstance(values, Tensor) else values for name, values in left.items()}
 
 
 def has_head(model: PreTrainedModel) -> bool:

@@ -74,9 +74,9 @@ def wait_for(device: torch.device) -> None:
 
 
 def placed(x_BCHW: Tensor, model: nn.Module) -> Tensor:
-    """The pixels where and as the model computes."""
+    """The pixels where and as the model computes; whole numbers stay whole."""
     first = next(model.parameters())
-    return x_BCHW.to(device=first.device, dtype=first.dtype)
+    return x_BCHW.to(device=first.device, dtype=first.dtype if x_BCHW.is_floating_point() else None)
 
 
 def whole_batches(x_BCHW: Tensor, size: int) -> list[Tensor]:

@@ -197,10 +197,10 @@ class Begin:
             forward = make_forward(self.pruning, training=module.training, for_head=for_head)
             if isinstance(forward, PackedForward) and forward.is_dense:
                 forward = None
-            interrupted = context.running(module)
-            was_off = interrupted is not None and interrupted.checkpoints
             if forward is not None and self.inner is not None:
-                checkpoints = was_off or bool(self.inner.grad_checkpointing)
+                interrupted = context.running(module)  # which left the inner one's switch off
+                was_on = interrupted is not None and interrupted.checkpoints
+                checkpoints = was_on or bool(self.inner.grad_checkpointing)
         context.enter(module, forward, checkpoints=checkpoints)
         if checkpoints:
             vars(self.inner)["grad_checkpointing"] = False

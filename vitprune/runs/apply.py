@@ -172,15 +172,19 @@ class _Run(Evaluation):
         if recipe.budget.part == self._part:
             return folder.once("calibrated", Comparison, self.compare)
         strictest = Levels.of(pruning)
-        adjust = scale_to_budget if recipe.pruning.select == "threshold" else calibrate
 
         def settle() -> None:
-            adjust(self.pruned, self._calibration_batches, recipe.budget.part, progress=self.is_main)
+            self._adjust(self.pruned, self._calibration_batches, recipe.budget.part, progress=self.is_main)
 
         self._settle(folder, "calibrated-levels", settle)
         found = folder.once("calibrated", Comparison, self.compare)
         strictest.give(pruning)
         return found
+
+    @property
+    def _adjust(self) -> Callable[..., object]:
+        """What takes levels that were found to another budget."""
+        return scale_to_budget if self.recipe.pruning.select == "threshold" else calibrate
 
     @property
     def _part(self) -> float:
@@ -229,8 +233,7 @@ class _Run(Evaluation):
         by_counts = recipe.pruning.is_calibrated and recipe.budget.latency is not None
         if (by_thresholds or by_counts) and not is_met:
             batches = self._batches(self.holdout, recipe.calibration.batch_size)
-            adjust = scale_to_budget if by_thresholds else calibrate
-            settle = partial(adjust, self.pruned, batches, budget, progress=self.is_main)
+            settle = partial(self._adjust, self.pruned, batches, budget, progress=self.is_main)
             self._settle(folder, "thresholds", self._until_met(settle))
         return training
 
