@@ -16,13 +16,14 @@ install: $(VENV)/.installed  ## Create .venv with vitprune and what its developm
 $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	rm -rf $(VENV)/timm $(VENV)/torchao  # pip replaces nothing in a target folder
 	# torchvision comes with no other package: it has no build for every machine, timm's and torchao's tests only import it
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --target $(VENV)/timm timm torchvision
 	# torchao talks on stderr wherever transformers finds it
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --target $(VENV)/torchao torchao
 	touch $@
 
-demo: install  ## Prune, fine-tune, compare and save a small ViT; offline, under five minutes
+demo: install  ## Prune, fine-tune, compare and save a small ViT; offline, three to six minutes
 	HF_HUB_OFFLINE=1 $(BIN)/vitprune apply recipes/quickstart.yaml --set output.overwrite=true
 
 test: install  ## Run the tests, but for the slow ones

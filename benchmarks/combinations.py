@@ -1,9 +1,8 @@
 """What people combine with a pruned model, on the quickstart's ViT at 60 %: torchao's int8, Trainer, PEFT's LoRA.
 
-    make demo  # makes the checkpoint and the data
-    python benchmarks/combinations.py WORKDIR
+    PYTHONPATH=.venv/torchao python benchmarks/combinations.py WORKDIR
 
-Needs torchao and peft. Four minutes on two cores.
+Needs torchao, which `make install` puts into a folder of its own, and peft. Four minutes on two cores.
 """
 
 from __future__ import annotations

@@ -165,7 +165,7 @@ def make_batches(dense: PreTrainedModel, images: object, batch_size: int) -> lis
         (part["pixel_values"], part["labels"], _taught(dense, part["pixel_values"]).clone())
         for part in images.loader(AT_A_TIME)  # type: ignore[attr-defined]
     ]
-    size = batch_size // AT_A_TIME
+    size = max(1, batch_size // AT_A_TIME)
     return [parts[start : start + size] for start in range(0, len(parts), size)]
 
 

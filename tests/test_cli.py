@@ -74,10 +74,8 @@ def heavy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Heavy:
         (heavy.run("show", *arguments, options), output / "a.png")
     ]
     vars(modules["reports.token_pictures"])["in_a_line"] = str.upper
-    for name in ("print_report", "print_plan"):
-        setattr(
-            modules["reports.run_report"], name, lambda result, console, name=name: console.print(f"{name}: {result}")
-        )
+    for name, module in (("print_report", "reports.run_report"), ("print_plan", "runs.plan")):
+        setattr(modules[module], name, lambda result, console, name=name: console.print(f"{name}: {result}"))
     vars(modules["reports.bench_report"]).update(
         print_benchmark=lambda result, console: console.print(f"print_benchmark: {result}"),
         print_files=lambda result, folder, console: console.print(f"print_files: {result} in {folder}"),

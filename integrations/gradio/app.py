@@ -9,6 +9,7 @@ Without one the recipe quickstart's small ViT is pruned first, which takes half 
 from __future__ import annotations
 
 import copy
+import math
 import os
 import statistics
 import sys
@@ -29,6 +30,7 @@ import vitprune
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
 BUDGETS = ["90%", "75%", "60%", "45%", "35%"]
+EPS = 1e-6  # of rounding
 IMAGES = 64  # to find levels on
 REPEATS = 3  # forwards, of which the median time counts
 
@@ -67,8 +69,9 @@ class Space:
             with gr.Row():
                 with gr.Column(scale=1):
                     image = gr.Image(type="pil", label="Image", height=260)
-                    lowest, highest = round(100 * self.lowest), round(100 * self.highest)
-                    budget = gr.Slider(lowest, highest, value=min(60, highest), step=1, label="Budget, % of the MACs")
+                    lowest, highest = math.ceil(100 * self.lowest - EPS), math.floor(100 * self.highest + EPS)
+                    value = max(lowest, min(60, highest))
+                    budget = gr.Slider(lowest, highest, value=value, step=1, label="Budget, % of the MACs")
                 with gr.Column(scale=2):
                     tokens = gr.Image(
                         label="Patches after each stage", show_label=True, interactive=False, format="png"

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import samples
+import timm
 import tiny
 import torch
 from transformers import PreTrainedModel, TimmWrapperConfig, TimmWrapperForImageClassification, TimmWrapperModel
@@ -92,13 +94,21 @@ def test_what_is_no_plain_vision_transformer_is_refused() -> None:
         )
 
 
-def write(folder: Path) -> None:
-    """A checkpoint and data."""
-    model = timm_model()
+def write(folder: Path, *, by_timm: bool = False) -> None:
+    """A checkpoint and data. by_timm: as timm saves it for the Hub, where no class of transformers is named."""
+    samples.write_data(folder / "data")
+    model: Any = timm_model()
+    if by_timm:
+        place, names = folder / "checkpoint", {"label_names": samples.NAMES}
+        timm.models.save_for_hf(model.timm_model, str(place), model_config=names, safe_serialization=True)
+        known = json.loads((place / "config.json").read_text())
+        assert "architectures" not in known
+        known["model_args"] = SHAPE  # what newer versions also write there transformers gives a second time
+        (place / "config.json").write_text(json.dumps(known))
+        return
     model.config.id2label = dict(enumerate(samples.NAMES))
     model.config.pretrained_cfg = {"input_size": (3, 32, 32), "mean": (0.5,) * 3, "std": (0.5,) * 3, "crop_pct": 1.0}
     model.save_pretrained(folder / "checkpoint")
-    samples.write_data(folder / "data")
 
 
 def test_training_gives_back_what_it_sets_and_export_has_a_processor_that_says_little(tmp_path: Path) -> None:
@@ -118,14 +128,17 @@ def test_training_gives_back_what_it_sets_and_export_has_a_processor_that_says_l
         torch.testing.assert_close(exported.model(x).logits, model(x).logits, rtol=1e-4, atol=1e-4)
 
 
-def test_a_recipe_becomes_a_checkpoint(tmp_path: Path) -> None:
-    write(tmp_path)
+@pytest.mark.parametrize("by_timm", [False, True])
+def test_a_recipe_becomes_a_checkpoint(tmp_path: Path, by_timm: bool) -> None:
+    write(tmp_path, by_timm=by_timm)
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE)
     assert plan(load_recipe(recipe)).family == "timm_wrapper"
     report = apply(load_recipe(recipe, [f"output.path={tmp_path / 'out'}"]))
     assert report.comparison.macs.ratio == pytest.approx(0.6, abs=0.05)
-    assert vitprune.load(tmp_path / "out")(tiny.images(1)).logits.shape == (1, 5)
+    again = vitprune.load(tmp_path / "out")
+    assert again(tiny.images(1)).logits.shape == (1, 5)
+    assert again.config.id2label == dict(enumerate(samples.NAMES))
 
 
 def test_a_batch_without_images_has_no_answers() -> None:

@@ -44,7 +44,7 @@ def test_real_images(checkpoint: Path, tmp_path: Path) -> None:
     recipe, _ = read_target(str(checkpoint), str(samples.write_data(tmp_path / "data")))
     images = real_images(recipe, 6, 100)
     assert images.size == 32
-    assert images.described == f"24 images of {tmp_path / 'data'}, split test"
+    assert images.described == "24 images of ./data, split test"
     x = images.timed(32)
     assert x.shape == (24, 3, 32, 32)
     assert images.calibration(32).shape == (6, 3, 32, 32)
@@ -52,6 +52,15 @@ def test_real_images(checkpoint: Path, tmp_path: Path) -> None:
     assert larger.shape == (24, 3, 64, 64)
     # the same pictures: their brightness stays
     torch.testing.assert_close(larger.mean((1, 2, 3)), x.mean((1, 2, 3)), atol=0.02, rtol=0)
+
+
+def test_training_images_are_read_when_they_are_asked_for(checkpoint: Path, tmp_path: Path) -> None:
+    (samples.write_data(tmp_path / "data") / "train.parquet").unlink()
+    recipe, _ = read_target(str(checkpoint), str(tmp_path / "data"))
+    images = real_images(recipe, 6, 6)
+    assert len(images.timed(32)) == 6
+    with pytest.raises(ValueError, match=r"data.train.split: .* Unknown split"):
+        images.calibration(32)
 
 
 def test_images_that_are_not_square(checkpoint: Path, tmp_path: Path) -> None:

@@ -87,7 +87,7 @@ def test_what_makes_a_cpu_fast_is_named_where_it_is_missing(run: Bench, monkeypa
 def test_real_images_meet_the_target(run: Bench, tmp_path: Path) -> None:
     data = samples.write_data(tmp_path / "data", train=64, test=64)
     result = run("pruning.before_blocks=[1,3]", data=data, batch_sizes=(48,), calibration_images=64)
-    assert result.images == f"48 images of {data}, split test"
+    assert result.images == "48 images of ./data, split test"
     assert not result.notes
     assert result.cases[0].macs_ratio == pytest.approx(0.65, abs=0.02)
 

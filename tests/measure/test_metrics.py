@@ -57,6 +57,12 @@ def test_correlation_is_pearsons_of_each_number_and_none_of_what_never_changes()
     assert value == {"correlation": pytest.approx(expected)}
 
 
+def test_f1_of_one_label_is_that_label_s() -> None:
+    # precision 1/2, recall 1/2; of what hasn't the label more is right
+    answers, true = [[1.0], [1.0], [-1.0], [-1.0], [-1.0]], [[1.0], [0.0], [1.0], [0.0], [0.0]]
+    assert metric_of("multi-label", "f1").compute(predictions=answers, references=true) == {"f1": pytest.approx(0.5)}
+
+
 def test_only_five_count() -> None:
     metric = metric_of("single-label", "top-5-accuracy")
     assert metric.compute(predictions=[[0, 1, 2, 3, 4, 5]], references=[5]) == {"top-5-accuracy": 0.0}

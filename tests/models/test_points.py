@@ -50,6 +50,26 @@ def test_points_are_found_and_the_first_is_set(model: PreTrainedModel) -> None:
     assert ratio(fresh) == pytest.approx(0.8, abs=GOT)
 
 
+def test_a_budget_above_what_all_patches_cost_keeps_them() -> None:
+    # the last block computes what the head reads alone
+    model = vitprune.prune_(tiny.build("vit"), vitprune.PruningSpec(before_blocks=(1, 3, 4)))
+    high, low = vitprune.find_points(model, images(), ["97%", "65%"], progress=False)
+    with vitprune.trace(model) as trace, torch.no_grad():
+        model(images())
+    assert trace.kept_patches.float().mean() > 0.98 * trace.num_patches
+    assert trace.ratio == pytest.approx(high.ratio, abs=1e-6)
+    assert high.ratio < 0.93
+    assert low.ratio == pytest.approx(0.65, abs=GOT)
+
+
+def test_what_drops_nothing_is_not_scaled(model: PreTrainedModel) -> None:
+    points = vitprune.points_of(model)
+    vitprune.set_budget(model, 1)
+    with pytest.raises(ValueError, match=r"turned to dropping nothing.*call vitprune.set_budget"):
+        vitprune.scale_to_budget(model, images(), 0.5, progress=False)
+    assert vitprune.points_of(model) == points
+
+
 @pytest.mark.parametrize("budget", [0.8, "65%", 0.5])
 def test_a_point_has_what_was_asked(model: PreTrainedModel, budget: float | str) -> None:
     expected = vitprune.set_budget(model, budget)

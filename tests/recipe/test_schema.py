@@ -122,6 +122,23 @@ BROKEN: dict[str, tuple[str | bytes, str, str]] = {
         ":3: data.label_names: ",
         "is not there",
     ),
+    "a-class-that-is-neither-name-nor-id": (
+        HEAD.replace("fashion_mnist", "x, label_names: {a: 1.5}"),
+        ":3: data.label_names.a: ",
+        "should be a name or the id of a class, not 1.5",
+    ),
+    "levels-of-a-stage-that-is-not-there": (
+        HEAD
+        + "pruning:\n  before_blocks: [1]\n"
+        + "  points: [{budget: 80%, ratio: 0.8, levels: [0.1, 0.2], temperatures: [1.0]}]\n",
+        ":7: pruning.points: ",
+        "has 2 levels at 80% for the 1 stages [1]; give one per stage",
+    ),
+    "temperature-without-thresholds": (
+        HEAD + "pruning: {select: top-k, temperature: 0.1}\n",
+        ":5: pruning.temperature: ",
+        "has no meaning with select: top-k; leave it out",
+    ),
     "yaml-merge": (HEAD + "output: {<<: {path: x}}\n", ":5: output.<<: ", "unknown key"),
     "number-for-text": (
         HEAD.replace("224}", "224, revision: 1234567}"),
@@ -337,7 +354,7 @@ def test_what_people_write() -> None:
     full = load(
         HEAD.replace("65%", '"65 %"')
         + """
-pruning: {before_blocks: [1, 2], select: top-k, keep_ratios: [90%, 0.8], temperature: 1e-4}
+pruning: {before_blocks: [1, 2], select: top-k, keep_ratios: [90%, 0.8]}
 finetune: {epochs: 1, warmup: 5%, learning_rate: "2e-5", mixed_precision: no, losses: {task: 0}}
 evaluate: {metrics: [], batch_sizes: []}
 """
@@ -345,7 +362,6 @@ evaluate: {metrics: [], batch_sizes: []}
     assert full.budget.macs == 0.65
     assert full.pruning.before_blocks == (1, 2)
     assert full.pruning.keep_ratios == (0.9, 0.8)
-    assert full.pruning.temperature == 1e-4
     assert full.finetune == FinetuneSpec(learning_rate=2e-5, losses=LossWeights(task=0.0))
     assert (full.evaluate.metrics, full.evaluate.batch_sizes) == ((), ())
 
@@ -388,6 +404,9 @@ def test_overrides() -> None:
     assert changed.finetune == FinetuneSpec(epochs=1.0, losses=LossWeights(task=0.5, budget=4.0))
     assert changed.pruning.before_blocks == (4, 7)
     assert (changed.data.name, changed.output.path, changed.budget.macs) == ("a=b", "x", 0.5)
+    assert load(text, "pruning={}", "output.path=runs/exp #3").output.path == "runs/exp #3"
+    assert load(text, "pruning={}", "data.name=#3").data.name == "#3"
+    assert load(text, "pruning={}", 'data.name="a" # why').data.name == "a"
     assert load(text, "pruning={}", "finetune=null").finetune is None
     assert load(text, "pruning={}", "finetune=null", "finetune.epochs=2").finetune == FinetuneSpec(epochs=2.0)
 

@@ -6,7 +6,9 @@ import math
 
 import pytest
 
-from vitprune.reports.charts import Line, Plot, nice
+from vitprune.reports.charts import Axis, Line, Plot, nice
+
+TEXT = Axis(str)
 
 
 @pytest.mark.parametrize(
@@ -25,9 +27,23 @@ def test_ticks_are_round_and_reach_around(low: float, high: float, expected: lis
     assert nice(low, high) == pytest.approx(expected, abs=0.0)
 
 
+@pytest.mark.parametrize(
+    ("low", "high", "axis", "labels"),
+    [
+        (0, 1, Axis("{:.0f}".format, least=1), ["0", "1"]),
+        (0, 2, Axis("{:.0f}".format, least=1), ["0", "1", "2"]),
+        (0, 10, Axis("{:.0f}".format, least=1), ["0", "5", "10"]),
+        (0.12311, 0.12312, Axis("{:.4f}".format, least=1e-4), ["0.1231", "0.1232"]),
+        (0.98, 0.98, Axis("{:.1%}".format, least=0.001, most=1.0), ["85.0%", "90.0%", "95.0%", "100.0%"]),
+    ],
+)
+def test_ticks_can_be_told_apart(low: float, high: float, axis: Axis, labels: list[str]) -> None:
+    assert [axis.text(tick) for tick in axis.ticks(low, high)] == labels
+
+
 def test_points_lie_where_they_should() -> None:
     lines = [Line("ours", [(50, 0.9), (100, 1.0), (75, math.nan)]), Line("limit", [(50, 0.8), (100, 0.8)], dashed=True)]
-    plot = Plot.of(lines, "MACs", x_text=str, y_text=str)
+    plot = Plot.of(lines, "MACs", TEXT, TEXT)
     ours, limit = plot.lines
     assert [(point.x, point.y) for point in ours.points] == [(16.67, 50.0), (100.0, 100.0)]
     assert [(point.x, point.y) for point in limit.points] == [(16.67, 0.0), (100.0, 0.0)]
@@ -36,12 +52,12 @@ def test_points_lie_where_they_should() -> None:
 
 
 def test_a_single_point_has_a_frame() -> None:
-    (line,) = Plot.of([Line("one", [(3, 7)])], "x", x_text=str, y_text=str).lines
+    (line,) = Plot.of([Line("one", [(3, 7)])], "x", TEXT, TEXT).lines
     assert 0 < line.points[0].x < 100
     assert 0 < line.points[0].y < 100
 
 
 @pytest.mark.parametrize("values", [(0.9, 0.8999999999999999), (1e-14, 2e-14)])
 def test_values_that_hardly_differ_have_a_frame(values: tuple[float, float]) -> None:
-    (line,) = Plot.of([Line("two", [(1, values[0]), (2, values[1])])], "x", x_text=str, y_text=str).lines
+    (line,) = Plot.of([Line("two", [(1, values[0]), (2, values[1])])], "x", TEXT, TEXT).lines
     assert all(0 <= point.y <= 100 for point in line.points)

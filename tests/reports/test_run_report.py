@@ -8,13 +8,13 @@ import pytest
 from made_up_report import comparison, report, speed
 from rich.console import Console
 
-from vitprune.reports.results import Latency, MetricPair, Plan, PlanRow, Report, Timing
-from vitprune.reports.run_report import findings, print_plan, print_report
+from vitprune.reports.results import Latency, MetricPair, Report, Timing
+from vitprune.reports.run_report import findings, print_report
 
 
-def printed(value: Report | Plan) -> str:
+def printed(value: Report) -> str:
     console = Console(file=StringIO(), width=140)
-    print_report(value, console) if isinstance(value, Report) else print_plan(value, console)
+    print_report(value, console)
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
 
@@ -57,14 +57,24 @@ def test_quality_sentence(accuracy: float, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("interval", "words"),
+    ("found", "words"),
     [
-        ((-0.009, 0.006), "95 % interval of the difference -0.9 to +0.6 points: no difference seen on 1000 images."),
-        ((-0.019, -0.006), "95 % interval of the difference -1.9 to -0.6 points (McNemar's p 0.034, 1000 images)."),
+        (
+            (-0.009, 0.006, 0.7),
+            "95 % interval of the difference -0.9 to +0.6 points: no difference seen on 1000 images (McNemar's p 0.7).",
+        ),
+        (
+            (-0.014, -0.001, 0.065),  # where the two disagree the test counts, as in a sweep
+            "-1.4 to -0.1 points: no difference seen on 1000 images (McNemar's p 0.065).",
+        ),
+        (
+            (-0.019, -0.006, 0.0341),
+            "95 % interval of the difference -1.9 to -0.6 points (McNemar's p 0.034, 1000 images).",
+        ),
     ],
 )
-def test_quality_sentence_says_how_sure_it_is(interval: tuple[float, float], words: str) -> None:
-    pair = MetricPair(dense=0.924, pruned=0.9225, interval=interval, p_value=0.0341)
+def test_quality_sentence_says_how_sure_it_is(found: tuple[float, float, float], words: str) -> None:
+    pair = MetricPair(dense=0.924, pruned=0.9225, interval=found[:2], p_value=found[2])
     said = findings(report(comparison=comparison().model_copy(update={"metrics": {"accuracy": pair}})))
     assert said[1].endswith(words)
 
@@ -110,8 +120,8 @@ def latency(measured: float, predicted: float | None = 0.61) -> Latency:
     return Latency(asked=0.6, predicted=predicted, batch_size=16, dense=next(times), pruned=next(times), table=None)
 
 
-@pytest.mark.parametrize(("measured", "met"), [(0.57, "met"), (0.6, "met"), (0.63, "met"), (0.56, "not met")])
-def test_a_latency_budget_is_met_within_five_percent_of_it(measured: float, met: str) -> None:
+@pytest.mark.parametrize(("measured", "met"), [(0.57, "met"), (0.6, "met"), (0.56, "met"), (0.64, "not met")])
+def test_a_latency_budget_is_met_up_to_five_percent_above_it(measured: float, met: str) -> None:
     said = findings(report(budget=None, latency=latency(measured)))
     assert (
         f"At batch size 16 pruned takes {100 * measured:.1f} % of the dense model's time (the measured table expects "
@@ -125,46 +135,3 @@ def test_a_latency_budget_is_met_within_five_percent_of_it(measured: float, met:
 def test_a_latency_that_was_only_checked_expects_nothing() -> None:
     said = findings(report(budget=None, latency=latency(0.6, predicted=None)))
     assert any("of the dense model's time: the latency budget of 60.0 % is met" in sentence for sentence in said)
-
-
-def test_a_plan_for_a_budget_of_time_shows_the_dense_model_alone() -> None:
-    plan = Plan(
-        checkpoint="a",
-        family="vit",
-        model_class="ViTForImageClassification",
-        num_blocks=1,
-        num_prefix_tokens=1,
-        stages=(1,),
-        budget=0.6,
-        rows=(PlanRow(0, 197, None, 2e6, None),),
-        steps=(),
-        counts="time",
-    )
-    text = printed(plan)
-    assert "Budget 60.0 % of the time, stages" in text
-    assert "2 M" in text
-    assert "at the budget" not in text
-
-
-def test_plan() -> None:
-    plan = Plan(
-        checkpoint="runs/[a]",
-        family="vit",
-        model_class="ViTForImageClassification",
-        num_blocks=2,
-        num_prefix_tokens=1,
-        stages=(1,),
-        budget=0.6,
-        rows=(PlanRow(0, 197, 197.0, 2e6, 2e6), PlanRow(1, 197, 60.5, 2e6, 4e5)),
-        steps=("calibrate on [red] images", "save to runs/x"),
-    )
-    text = printed(plan)
-    for words in (
-        "runs/[a]: ViTForImageClassification (vit), 2 blocks, 1 prefix token",
-        "60.5",
-        "400 k",
-        "2.4 M (60.0 %)",
-    ):
-        assert words in text, words
-    assert "1. calibrate on [red] images" in text
-    assert "2. save to runs/x" in text

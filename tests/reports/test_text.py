@@ -7,14 +7,29 @@ from io import StringIO
 import pytest
 from rich.console import Console
 
-from vitprune.reports.text import count, markdown_table, percent, rich_table
+from vitprune.reports.text import count, markdown_table, percent, rich_table, storage
 
 
 @pytest.mark.parametrize(
-    ("macs", "text"), [(1.254e10, "12.5 G"), (4.6e6, "4.6 M"), (1234.0, "1.23 k"), (999.4, "999"), (0.0, "0")]
+    ("macs", "text"),
+    [
+        (1.254e10, "12.5 G"),
+        (4.6e6, "4.6 M"),
+        (1234.0, "1.23 k"),
+        (999.4, "999"),
+        (0.0, "0"),
+        (999.7e6, "1 G"),
+        (1.35e12, "1.35 T"),
+        (2.5e15, "2,500 T"),
+    ],
 )
 def test_macs_have_three_figures(macs: float, text: str) -> None:
     assert count(macs) == text
+
+
+@pytest.mark.parametrize(("size", "text"), [(17, "17 bytes"), (86.6e6, "86.6 MB"), (1.234e10, "12.3 GB")])
+def test_files_have_a_unit(size: float, text: str) -> None:
+    assert storage(size) == text
 
 
 def test_fractions_are_percentages() -> None:

@@ -63,6 +63,9 @@ def test_what_is_done_is_not_done_again(tmp_path: Path, monkeypatch: pytest.Monk
     more = sweep(asked, [0.8, 0.7], output=output)
     assert applied == [0.8, 0.6, 0.6, 0.7]
     assert [point.budget for point in more.methods["vitprune"]] == [0.8, 0.7, 0.6]
+    # what the message of a run out of memory advises, or of one that lost a worker
+    easier = asked.model_copy(update={"data": asked.data.model_copy(update={"workers": 1})})
+    assert sweep(easier, [0.8, 0.7], output=output) == more
     others = asked.model_copy(update={"seed": 1})
     with pytest.raises(ValueError, match="holds a sweep of another recipe"):
         sweep(others, [0.8], output=output)

@@ -7,6 +7,7 @@ import re
 
 import datasets
 import pytest
+from huggingface_hub import utils as hub
 from rich.console import Console
 from transformers.utils import logging as transformers_logging
 
@@ -57,6 +58,14 @@ def test_in_a_terminal_a_bar_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> 
     assert max(map(len, lines)) <= 80
 
 
+def test_what_is_printed_beside_a_bar_stays_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    with display() as shown:
+        shown.console = Console(stderr=True, force_terminal=True, width=80)
+        with task("looking", total=1, unit="image"):
+            print("a picture")
+    assert capsys.readouterr().out == "a picture\n"
+
+
 def test_work_within_work_belongs_to_it(seconds: None) -> None:
     with display() as shown, task("outer") as outer:
         with task("inner"):
@@ -79,11 +88,18 @@ def test_outside_of_a_command_nothing_stays(capsys: pytest.CaptureFixture[str]) 
 
 
 def test_bars_of_other_libraries_are_off_inside_alone() -> None:
-    before = transformers_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
+    def off() -> tuple[bool, bool, bool]:
+        loading = not transformers_logging.is_progress_bar_enabled()
+        return loading, datasets.are_progress_bars_disabled(), hub.are_progress_bars_disabled()
+
+    hub.enable_progress_bars()
+    before = off()
     with display():
-        assert not transformers_logging.is_progress_bar_enabled()
-        assert datasets.are_progress_bars_disabled()
-    assert (transformers_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()) == before
+        assert off() == (True, True, False), "downloads are shown"
+    assert off() == before
+    with display(quiet=True):
+        assert off() == (True, True, True)
+    assert off() == before
 
 
 def test_the_end_names_what_was_slow(seconds: None) -> None:

@@ -9,6 +9,7 @@ Tensor suffixes: B images, C channels, H height, W width.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -21,6 +22,7 @@ from vitprune.data.images import load_images
 from vitprune.exporting.export import image_shape
 from vitprune.models.checkpoint import load_processor
 from vitprune.recipe.errors import RecipeError, concerning
+from vitprune.recipe.for_readers import for_readers
 from vitprune.recipe.schema import Recipe, SplitSpec
 
 RANDOM_PIXELS = "random pixels"
@@ -61,13 +63,14 @@ def random_images(recipe: Recipe, model: PreTrainedModel, calibration: int, time
 def real_images(recipe: Recipe, calibration: int, timed: int) -> BenchImages:
     """Random samples of the recipe's training and evaluation images, at most so many of each.
 
-    Raises ValueError for data that isn't there or has no image.
+    Those of training are read when they are asked for. Raises ValueError for data that isn't there or has no image.
     """
-    train_BCHW = _load(recipe, recipe.data.train, calibration)
+    train = functools.cache(lambda: _load(recipe, recipe.data.train, calibration))
     eval_BCHW = _load(recipe, recipe.data.eval, timed)
-    described = f"{len(eval_BCHW)} images of {recipe.data.path}, split {recipe.data.eval.split}"
+    path = for_readers(recipe)["data"]["path"]
+    described = f"{len(eval_BCHW)} images of {path}, split {recipe.data.eval.split}"
     height, width = eval_BCHW.shape[-2:]
-    return BenchImages(described, height, width, _resized(train_BCHW), _resized(eval_BCHW))
+    return BenchImages(described, height, width, _resized(train), _resized(lambda: eval_BCHW))
 
 
 def require_square(images: BenchImages) -> None:
@@ -88,8 +91,9 @@ def _load(recipe: Recipe, split: SplitSpec, count: int) -> Tensor:
     return x_BCHW
 
 
-def _resized(x_BCHW: Tensor) -> Callable[[int | None], Tensor]:
+def _resized(read: Callable[[], Tensor]) -> Callable[[int | None], Tensor]:
     def at(size: int | None) -> Tensor:
+        x_BCHW = read()
         if size is None or tuple(x_BCHW.shape[-2:]) == (size, size):
             return x_BCHW
         return F.interpolate(x_BCHW, (size, size), mode="bicubic", antialias=True)

@@ -64,6 +64,11 @@ def is_recipe(target: str) -> bool:
     return Path(target).suffix in (".yaml", ".yml")
 
 
+def with_data(data: str | None, overrides: Sequence[str]) -> list[str]:
+    """The overrides of a recipe that is given other data."""
+    return [*overrides, *([] if data is None else [f"data.path={json.dumps(data, ensure_ascii=False)}"])]
+
+
 def read_target(target: str, data: str | None, overrides: Sequence[str] = ()) -> tuple[Recipe, bool]:
     """The recipe that a target stands for, and whether its images are to be random pixels.
 
@@ -71,8 +76,7 @@ def read_target(target: str, data: str | None, overrides: Sequence[str] = ()) ->
     `key.path=value` strings. Raises RecipeError with everything that is wrong.
     """
     if is_recipe(target):
-        changed = [*overrides, f"data.path={json.dumps(data, ensure_ascii=False)}"] if data is not None else overrides
-        return load_recipe(target, changed), False
+        return load_recipe(target, with_data(data, overrides)), False
     place = Place(target)
     tree: dict[str, Any] = {
         "version": 1,

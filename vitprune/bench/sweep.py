@@ -26,8 +26,10 @@ from vitprune.measure.throughput import describe_environment
 from vitprune.measure.timing import PlacedBatches
 from vitprune.models.structure import examine, require_images
 from vitprune.recipe.errors import concerning, first_line
+from vitprune.recipe.for_readers import for_readers
 from vitprune.reports.bench_results import Benchmark, Case, Failure, Setting, TrainingStep
 from vitprune.reports.results import Environment
+from vitprune.runtime.files import require_writable
 from vitprune.runtime.progress import Task, task
 
 BENCH_JSON = "bench.json"
@@ -55,6 +57,8 @@ def bench(settings: BenchSettings, *, output: Path | None = None, progress: bool
 
     Raises ValueError for a checkpoint, data or image size that can't be had; names the place and the way out.
     """
+    if output is not None:
+        require_writable(output)
     folder = folder_of(settings.recipe.model.checkpoint)
     if folder is not None:
         found = bench_exported(folder, settings, FEWEST_TIMED, progress=progress)
@@ -91,8 +95,6 @@ class _Sweep:
     @classmethod
     def start(cls, settings: BenchSettings, output: Path | None) -> _Sweep:
         """Load model and images once, to know what there is to do."""
-        if output is not None and output.exists() and not output.is_dir():
-            raise ValueError(f"{output} is no folder; name one for what is measured")
         recipe, device = settings.recipe, _device()
         dtypes = settings.dtypes or (recipe.model.dtype,)
         subjects = BenchSubjects.load(recipe, getattr(torch, dtypes[0]), device)
@@ -110,6 +112,8 @@ class _Sweep:
         targets = settings.targets
         if targets is None:
             targets = TARGETS if subjects.own is None else ()
+        if targets or settings.training:  # better now, too
+            images.calibration(None)
         modes, sizes = len(settings.modes), max(1, len(settings.image_sizes))
         each = len(targets) + modes * len(settings.batch_sizes) + settings.training
         if output is not None:
@@ -130,7 +134,7 @@ class _Sweep:
         return Benchmark(
             created=datetime.now(UTC),
             environment=self.environment,
-            checkpoint=self.settings.recipe.model.checkpoint,
+            checkpoint=for_readers(self.settings.recipe)["model"]["checkpoint"],
             pruning=self.pruning,
             images=self.images.described,
             repeats=self.settings.repeats,
@@ -164,11 +168,13 @@ class _Sweep:
     def _levels(self, subjects: BenchSubjects, setting: Setting) -> dict[float | None, Levels]:
         """The model's own, and calibrated ones for each target that can be reached."""
         levels: dict[float | None, Levels] = {} if subjects.own is None else {None: subjects.own}
-        images = self.images.calibration(setting.image_size)
-        batches = list(PlacedBatches(images.split(self.settings.recipe.calibration.batch_size), subjects.dense))
         found_at = None if subjects.own is None else subjects.own.patches
         if found_at is not None and subjects.patches(setting.image_size) != found_at:
             self.other_sizes.setdefault(setting.image_size, found_at)
+        if not self.targets:
+            return levels
+        images = self.images.calibration(setting.image_size)
+        batches = list(PlacedBatches(images.split(self.settings.recipe.calibration.batch_size), subjects.dense))
         for target in self.targets:
             with self._step(setting, f"calibration to {target:.0%}", target=target, also=ValueError):
                 levels[target] = subjects.calibrated(batches, target)

@@ -145,7 +145,10 @@ def measure_training(
     largest = max(levels, key=lambda target: 1.0 if target is None else target)
     for name in (DENSE, *(_name(execution, largest) for execution in EXECUTIONS)):
         require_memory(steps[name], batches[0], batch_size)
+    for step in steps.values():
+        step.ratios.clear()  # of the images that are timed alone
     timings, _ = time_in_turn({name: Runner(step, batches) for name, step in steps.items()}, repeats)
+    ratios = {name: statistics.fmean(step.ratios) for name, step in steps.items()}
     first = batches[0]
     peaks = {name: peak_memory(lambda step=step: step(first), first.device) for name, step in steps.items()}
     return [
@@ -156,7 +159,7 @@ def measure_training(
             target=target,
             dense=timings[DENSE],
             pruned=timings[name],
-            macs_ratio=statistics.fmean(steps[name].ratios),
+            macs_ratio=ratios[name],
             dense_peak_memory=peaks[DENSE],
             pruned_peak_memory=peaks[name],
         )

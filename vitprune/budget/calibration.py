@@ -54,8 +54,8 @@ class Calibration:
 def calibrate(model: nn.Module, batches: Batches, budget: float | str, *, progress: bool = True) -> Calibration:
     """Set the levels of a pruned model so that it meets a budget, in place.
 
-    With `before_blocks: auto` it looks for the stages, too: of the schedules that meet the budget the one whose answers
-    to these images are nearest to the dense model's, by KL divergence of its classes, squared error of its numbers or
+    With `before_blocks: auto` it looks for the stages, too: few of them, at which answers to these images are near to
+    the dense model's, by KL divergence of its classes, squared error of its numbers or
     cosine of its embeddings (`answers.AnswerKind.distance`).
 
     model: pruned; or what it is a part of, or is wrapped in.
@@ -147,20 +147,26 @@ def scale_to_budget(
 ) -> float:
     """Scale all thresholds by one common factor so that a trained model meets its budget; return the ratio got.
 
-    batches, budget: as for `calibrate`. must_meet: raise ValueError for a budget that no factor reaches; otherwise it
-    is the nearest that is got.
+    batches, budget: as for `calibrate`. must_meet: raise ValueError for a budget that no factor gets down to, or up to
+    where more could be kept; otherwise it is the nearest that is got.
 
-    Raises ValueError for thresholds that were never found.
+    Raises ValueError for thresholds that were never found, or were left by `set_budget(model, 1)`.
     """
     pruning, model = pruning_of(model), pruned_part(model)
     batches = _listed(batches, model)
     budget = _checked(batches, budget)
     if pruning.is_forgotten:
         raise ValueError("the model's thresholds were never found, so there are none to scale; call vitprune.calibrate")
+    if not pruning.levels.isfinite().all():
+        raise ValueError(
+            "the model was turned to dropping nothing, at which it has no thresholds to scale; call "
+            "vitprune.set_budget(model, ...) with a budget that it was calibrated for before"
+        )
     with all_or_nothing(pruning), task("meeting the budget", unit="pass", shown=progress) as bar:
         pruning.keep_points(None)
-        ratio = _scale(pruning, _Passes(model, batches, bar), budget)
-        if must_meet and not _meets(ratio, budget):
+        passes = _Passes(model, batches, bar)
+        ratio = _scale(pruning, passes, budget)
+        if must_meet and not _meets(ratio, budget) and (ratio > budget or not _keeps_most(pruning, passes, ratio)):
             raise _unmet(pruning, ratio, budget)
         return ratio
 
@@ -168,6 +174,16 @@ def scale_to_budget(
 def _meets(ratio: float, budget: float) -> bool:
     """Whether that is as near as levels that are found come."""
     return abs(ratio - budget) <= 5 * TOLERANCE
+
+
+def _keeps_most(pruning: Pruning, passes: _Passes, ratio: float) -> bool:
+    """Whether hardly a patch more could be kept: a last block that computes what the head reads costs less, too."""
+    levels = pruning.levels.detach().clone()
+    with torch.no_grad():
+        pruning.levels.fill_(0.0)
+        most = passes.run(Trace(pruning, pruning.before_blocks))
+        pruning.levels.copy_(levels)
+    return _meets(ratio, most)
 
 
 def _unmet(pruning: Pruning, ratio: float, budget: float) -> RecipeError:
@@ -321,7 +337,8 @@ def _scale(pruning: Pruning, passes: _Passes, budget: float) -> float:
 def _search(ratio_at: Callable[[float], float], budget: float, *, start: float, top: float) -> float:
     """Find x in [0, top] with ratio_at(x) = budget ± TOLERANCE for a falling function; leave it at the best x seen.
 
-    False position between the nearest points on either side; the older side's weight is halved (Illinois).
+    False position between the nearest points on either side; where the same side moves twice the weight of the other
+    is halved (Illinois).
     """
     seen: dict[float, float] = {}
 
@@ -333,15 +350,17 @@ def _search(ratio_at: Callable[[float], float], budget: float, *, start: float, 
     low, error_low = 0.0, 1.0 - budget  # at 0 nothing leaves
     high: float | None = None
     error_high = 0.0
-    x = start
+    x, side = start, 0
     while len(seen) < MAX_PASSES:
         error = probe(x)
         if abs(error) <= TOLERANCE:
             break
+        before, side = side, 1 if error > 0 else -1
+        again = side == before
         if error > 0:
-            low, error_low, error_high = x, error, error_high / 2
+            low, error_low, error_high = x, error, error_high / 2 if again else error_high
         else:
-            high, error_high, error_low = x, error, error_low / 2
+            high, error_high, error_low = x, error, error_low / 2 if again else error_low
         if high is None:
             if low >= top:
                 break

@@ -25,6 +25,7 @@ from vitprune.models.trace import eval_mode, trace
 
 # parts of the patches that are left behind the last stage, where the table is measured
 LEFT = (1.0, 0.75, 0.5, 0.35, 0.2, 0.1)
+ALMOST = 0.98  # in place of 1 where stages that keep all are left out
 POINTS = 9
 REPEATS = 4
 # how strongly the table prefers straight lines to what few measurements say, and level ones where there are none
@@ -50,7 +51,9 @@ def measure_latency(
     with eval_mode(dense, pruned), _restored(pruning):
         pruning.latency = None
         x_BCHW = placed(batches[0], pruned)
-        probes = [_probe(after, blocks, x_BCHW, 1 - left ** (1 / len(pruning.before_blocks))) for left in LEFT]
+        most, stages = 1.0 if pruning.spec.select == "threshold" else ALMOST, len(pruning.before_blocks)
+        rates = [1 - min(left, most) ** (1 / stages) for left in LEFT]
+        probes = [_probe(after, blocks, x_BCHW, rate) for rate in rates]
         on_device = PlacedBatches(batches, pruned)
         runners = {str(index): Runner(probe, on_device) for index, probe in enumerate(probes)}
         timings, _ = time_in_turn(
@@ -103,11 +106,13 @@ class _Probe:
         handles = [block.register_forward_pre_hook(stamp, prepend=True) for block in self.blocks]
         handles += [block.register_forward_hook(stamp) for block in self.blocks]
         stamp()
-        with context.within(behind_block=stamp):
-            self.model(x_BCHW)
+        try:
+            with context.within(behind_block=stamp):
+                self.model(x_BCHW)
+        finally:
+            for handle in handles:
+                handle.remove()
         stamp()
-        for handle in handles:
-            handle.remove()
         self.seconds.append(stamps)
 
     def split(self, stages: tuple[int, ...]) -> tuple[list[float], list[float], float]:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vitprune.bench.settings import BATCH_SIZES, BenchSettings, is_recipe, read_target
+from vitprune.bench.settings import BATCH_SIZES, BenchSettings, is_recipe, read_target, with_data
 from vitprune.cli.talk import AsJson, Overrides, Quiet, Talk, clear_messages, read_macs
 from vitprune.recipe.schema import locate
 
@@ -79,7 +79,8 @@ def bench(
 ) -> None:
     """Measure speed and memory against the dense model on this machine. Options that take several can be repeated."""
     path = Path(target)
-    with clear_messages(lambda error: locate(error, path, overrides or ()) if is_recipe(target) else error):
+    changed = with_data(data, overrides or ())
+    with clear_messages(lambda error: locate(error, path, changed) if is_recipe(target) else error):
         recipe, random_pixels = read_target(target, data, overrides or ())
         settings = BenchSettings(
             recipe,
@@ -102,4 +103,4 @@ def bench(
             typer.echo(benchmark.model_dump_json(indent=2, by_alias=True))
         elif not quiet:
             print_benchmark(benchmark, Console())
-            print_files(benchmark, output, Console())
+        print_files(benchmark, output, Console(quiet=quiet or as_json))

@@ -58,8 +58,8 @@ def _launched(recipe: Path, overrides: Sequence[str], options: Sequence[str], gi
 def plan(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Show what apply would do: stages, tokens and MACs per block, steps. Runs nothing."""
     with loaded(recipe, overrides) as settings:
-        from vitprune.reports.run_report import print_plan
         from vitprune.runs.plan import plan as run
+        from vitprune.runs.plan import print_plan
 
         print_plan(run(settings), Console())
 

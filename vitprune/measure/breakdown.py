@@ -54,7 +54,7 @@ class Observed:
             likeness_B=kind.likeness(dense, pruned).cpu(),
             difference_B=kind.difference(dense, pruned).cpu(),
             answers=(recorded(kind, dense, finite_B[0]), recorded(kind, pruned, finite_B[1])) if wanted else None,
-            labels=labels.cpu() if labels is not None and labelled else None,
+            labels=torch.as_tensor(labels).cpu() if labels is not None and labelled else None,
             finite_B=finite_B,
         )
 

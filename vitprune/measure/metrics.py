@@ -124,7 +124,8 @@ class LabelF1(ScoredMetric):
         there_C = (has_BC | given_BC).any(0)
         if not there_C.any():
             return 1.0
-        return float(f1_score(has_BC[:, there_C], given_BC[:, there_C], average="macro"))
+        pairs = zip(has_BC[:, there_C].T, given_BC[:, there_C].T, strict=True)  # of a single label sklearn has two
+        return float(np.mean([f1_score(has_B, given_B) for has_B, given_B in pairs]))
 
 
 class LabelAccuracy(ScoredMetric):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import inspect
-import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -32,7 +31,7 @@ from vitprune.models.module import is_pruned
 from vitprune.models.points import set_budget
 from vitprune.models.structure import Structure, examine
 from vitprune.recipe.errors import first_line
-from vitprune.runtime.files import GIB, beside, contents, require_name_fits
+from vitprune.runtime.files import GIB, beside, contents, require_name_fits, require_writable, there
 from vitprune.runtime.hub_cache import CONFIG, NO_SAFETENSORS, PROCESSOR, TOKENIZER, WEIGHTS, WEIGHTS_INDEX, absence
 
 EXPORTED = "export.json"
@@ -66,6 +65,8 @@ def model_class(checkpoint: str, config: PreTrainedConfig) -> type[PreTrainedMod
     """The class that a checkpoint was saved from, if vitprune can prune it. Raises ValueError listing what works."""
     given: Any = config.architectures
     architectures = [given] if isinstance(given, str) and given else given if isinstance(given, list) else []
+    if not architectures and config.model_type == "timm_wrapper":  # timm's own files name the architecture alone
+        architectures = [_classifier_of(config) if config.num_labels else "TimmWrapperModel"]
     if not architectures:
         raise ValueError(
             f"{checkpoint}: its config.json doesn't say what it was saved from; add the class's name, such as "
@@ -215,10 +216,7 @@ def require_free(path: Path, *, overwrite: bool) -> None:
     """
     if path == path.parent:
         raise ValueError(f"{path} is no folder of its own; name one below it")
-    above = path if path.is_mount() else _there(path.parent)
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        trouble = "may not be written" if above.is_dir() else "is no folder"
-        raise ValueError(f"{path}: {above} {trouble}; choose another path")
+    require_writable(path if path.is_mount() else path.parent, path)
     old = beside(path, "old")
     if old.exists() and not path.exists():  # of a run that was killed between two renames
         old.rename(path)
@@ -294,7 +292,7 @@ def write_folder(path: Path, write: Callable[[Path], None], *, overwrite: bool) 
         write(unfinished)
         _replace(unfinished, path)
     except (OSError, SafetensorError) as error:
-        free = shutil.disk_usage(_there(path)).free / GIB
+        free = shutil.disk_usage(there(path)).free / GIB
         raise OSError(
             f"the checkpoint can't be written to {path}: {first_line(error)} ({free:.3g} GiB are free there); make "
             "room, or choose another path"
@@ -306,17 +304,12 @@ def write_folder(path: Path, write: Callable[[Path], None], *, overwrite: bool) 
 def require_room(path: Path, model: PreTrainedModel) -> None:
     """Raise ValueError for an output path on a disk that has no room for the model."""
     needed = sum(weight.numel() * weight.element_size() for weight in model.state_dict().values())
-    free = shutil.disk_usage(_there(path)).free
+    free = shutil.disk_usage(there(path)).free
     if free < needed:
         raise ValueError(
             f"{path}: the checkpoint takes {needed / GIB:.3g} GiB, and {free / GIB:.3g} GiB are free "
             "there; make room, or choose another path"
         )
-
-
-def _there(path: Path) -> Path:
-    """The nearest folder above a path, or itself, that is there."""
-    return next(folder for folder in (path, *path.parents) if folder.exists())
 
 
 def _replace(new: Path, path: Path) -> None:

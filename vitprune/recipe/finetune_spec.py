@@ -76,7 +76,7 @@ class FinetuneSpec(Spec):
     holdout: PositiveInt = 256
     """Training images kept back to choose the best state by, and to scale the thresholds to the budget at the end."""
     checks: PositiveInt = 5
-    """How often, in all, the images kept back are looked at."""
+    """How often, while it trains, the images kept back are looked at; once more before."""
     losses: LossWeights = LossWeights()
     """What the fine-tuner minimises."""
     trackers: Annotated[tuple[Tracker, ...], LISTS_TOO] = ()

@@ -118,6 +118,29 @@ class PruningSpec(Spec):
             raise ValueError(f"has {min(values)}, but by ToMe at most half of them leave at a stage; give 0.5 or more")
         return values
 
+    @check("temperature")
+    @classmethod
+    def _of_thresholds(cls, value: float | None, info: ValidationInfo) -> float | None:
+        select = info.data.get("select", "threshold")
+        if value is not None and select != "threshold":
+            raise ValueError(f"has no meaning with select: {select}; leave it out")
+        return value
+
+    @check("points")
+    @classmethod
+    def _points_per_stage(
+        cls, points: tuple[OperatingPoint, ...] | None, info: ValidationInfo
+    ) -> tuple[OperatingPoint, ...] | None:
+        stages = info.data.get("before_blocks")
+        for point in points or ():
+            for name, values in (("levels", point.levels), ("temperatures", point.temperatures)):
+                if isinstance(stages, tuple) and len(values) != len(stages):
+                    raise ValueError(
+                        f"has {len(values)} {name} at {point.budget:.0%} for the {len(stages)} stages {list(stages)}; "
+                        "give one per stage"
+                    )
+        return points
+
     @property
     def is_calibrated(self) -> bool:
         """Whether levels are found for a budget."""

@@ -146,7 +146,7 @@ class BudgetSpec(Spec):
         if self.macs is None and self.latency is None:
             raise ValueError("says nothing; write {macs: 65%} or {latency: 60%}")
         if self.macs is not None and self.latency is not None:
-            raise ValueError("has both macs and latency; keep the one that matters")
+            raise ValueError("has both macs and latency; keep the one that matters (--set budget.macs= takes macs out)")
         return self
 
     @property
@@ -294,7 +294,10 @@ def locate(error: RecipeError, path: str | Path, overrides: Sequence[str] = ()) 
     """The error with its lines: what shows only beside the model (stage 99 of 12) was still written in the recipe."""
     if all(problem.place for problem in error.problems):
         return error
-    source = Source.read(Path(path), overrides)
+    try:
+        source = Source.read(Path(path), overrides)
+    except RecipeError:  # what can be read only once, such as a pipe
+        return error
     return RecipeError(
         [problem._replace(place=problem.place or source.place(problem.key)) for problem in error.problems]
     )

@@ -24,7 +24,7 @@ from pydantic import (
     WithJsonSchema,
 )
 
-from vitprune.recipe.errors import LIST, WORD, RecipeError, problems_of
+from vitprune.recipe.errors import LIST, WORD, RecipeError, problems_of, show
 
 
 class Spec(BaseModel):
@@ -110,8 +110,17 @@ Text = Annotated[str, StringConstraints(min_length=1)]
 LocalPath = Annotated[Text, AfterValidator(_expanded)]
 LocalFile = Annotated[Text, AfterValidator(_existing)]
 HubOrLocal = Annotated[Text, AfterValidator(_existing)]
+
+
+def _name_or_id(value: object) -> object:
+    if not isinstance(value, str | int) or isinstance(value, bool):
+        raise ValueError(f"should be a name or the id of a class, not {show(value)}")
+    return value
+
+
+NameOrId = Annotated[str | int, BeforeValidator(_name_or_id)]
 PairsOrFile = Annotated[
-    Annotated[dict[str, str | int], Tag(LIST)] | Annotated[LocalFile, Tag(WORD)],
+    Annotated[dict[str, NameOrId], Tag(LIST)] | Annotated[LocalFile, Tag(WORD)],
     Discriminator(
         lambda value: LIST if isinstance(value, Mapping) else WORD if isinstance(value, str) else None,
         custom_error_type="wrong_form",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -53,7 +54,7 @@ class Source:
             self.problems.append(Problem((), "write it as key=value, such as finetune.epochs=1", place))
             return
         try:
-            value, places, problems = _parse(written, lambda line: place, key)
+            value, places, problems = _parse(_whole(written), lambda line: place, key)
         except RecipeError as error:
             self.problems += error.problems
             return
@@ -177,6 +178,13 @@ class _Reader:
                 self.places[below] = here
                 section[name.value] = self.plain(child, below)
         return section
+
+
+def _whole(written: str) -> str:
+    """An override's value, in which no comment begins: where YAML would see one it is put in quotes."""
+    plain = written.strip()
+    begins_comment = plain.startswith("#") or (" #" in plain and plain[0] not in "[{\"'|>&*!")
+    return json.dumps(plain, ensure_ascii=False) if begins_comment else written
 
 
 def _scalar(tag: str, text: str) -> str | int | float | bool | None:

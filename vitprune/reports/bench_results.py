@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import PositiveFloat, computed_field
 
-from vitprune.reports.results import Document, Environment, PairedTiming, Result, Timing
+from vitprune.reports.results import PAYS, Document, Environment, PairedTiming, Result, Timing
 
 
 class Setting(Result):
@@ -104,7 +104,7 @@ class Failure(Setting):
 class Verdict(Setting):
     """What one setting and target come to. speedup, ideal_speedup: at `batch_size`, the largest that was measured.
 
-    break_even: the smallest batch size measured from which on pruned is faster than dense; None if there is none.
+    break_even: the smallest batch size measured from which on pruned is `PAYS` times as fast as dense, or None.
     """
 
     target: float | None
@@ -168,9 +168,9 @@ class Benchmark(Document):
 
 
 def break_even(cases: list[Case]) -> int | None:
-    """The smallest batch size from which on pruned is faster than dense at all that were measured."""
+    """The smallest batch size from which on pruned is `PAYS` times as fast as dense at all that were measured."""
     falling = sorted(cases, key=lambda case: case.batch_size, reverse=True)
-    faster = list(takewhile(lambda case: case.speedup > 1, falling))
+    faster = list(takewhile(lambda case: case.speedup >= PAYS, falling))
     return faster[-1].batch_size if faster else None
 
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jinja2
 import yaml
 
-from vitprune.reports.charts import Line, Plot
+from vitprune.reports.charts import Axis, Line, Plot
 from vitprune.reports.model_card import usage_of
 from vitprune.reports.results import Breakdown, Comparison, Environment, PointResult, Report
 from vitprune.reports.run_report import findings, tables_of
@@ -191,7 +191,9 @@ def _training(report: Report) -> Plot | None:
     if not losses:
         return None
     lines = [Line("loss", losses)]
-    return Plot.of(lines, "step", x_text=lambda step: f"{step:.0f}", y_text=lambda loss: f"{loss:.3f}")
+    return Plot.of(
+        lines, "step", Axis(lambda step: f"{step:.0f}", least=1), Axis(lambda loss: f"{loss:.4f}", least=1e-4)
+    )
 
 
 def _classes(breakdown: Breakdown | None) -> dict[str, Any]:
@@ -247,7 +249,7 @@ def _curves(methods: Mapping[str, Sequence[PointResult]]) -> Iterator[tuple[str,
         least = min(point.ratio for point in points)
         steps = [least + (1 - least) * step / 40 for step in range(41)]
         limit = Line("what the MACs allow", [(ratio, 1 / ratio) for ratio in steps], dashed=True)
-        plot = Plot.of([*lines, limit], "MACs, of dense", x_text=_percent, y_text=lambda speed: f"{speed:.2f}x")
+        plot = Plot.of([*lines, limit], "MACs, of dense", _MACS, Axis(lambda speed: f"{speed:.2f}x", least=0.01))
         yield f"speed-up at batch size {size}", "Measured; the dashed line is what the MACs would allow.", plot
 
 
@@ -264,10 +266,9 @@ def _speed(point: PointResult, batch_size: int) -> float:
     return next((row.speedup for row in point.throughput if row.batch_size == batch_size), float("nan"))
 
 
-def _percent(part: float) -> str:
-    return percent(part, 0)
+_MACS = Axis(lambda part: percent(part, 0), least=0.01)
 
 
 def _plot(lines: Sequence[Line], is_fraction: bool) -> Plot:
-    shown = percent if is_fraction else number
-    return Plot.of(lines, "MACs, of dense", x_text=_percent, y_text=shown)
+    shown = Axis(percent, least=0.001, most=1.0) if is_fraction else Axis(number)
+    return Plot.of(lines, "MACs, of dense", _MACS, shown)

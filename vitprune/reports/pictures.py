@@ -22,13 +22,18 @@ MISSING = "no pictures: matplotlib isn't installed; pip install 'vitprune[plots]
 
 
 def save_plots(benchmark: Benchmark, folder: Path) -> list[Path]:
-    """Write speedup.png and efficiency.png; none where nothing was measured. ImportError without matplotlib."""
+    """Write speedup.png and efficiency.png; none where nothing was measured. ImportError without matplotlib.
+
+    Those of an earlier benchmark go.
+    """
+    drawn = (("speedup.png", _draw_speedup), ("efficiency.png", _draw_efficiency))
+    for name, _ in drawn:
+        (folder / name).unlink(missing_ok=True)
     if not benchmark.cases:
         return []
     panels: dict[Setting, list[Case]] = {}
     for case in benchmark.cases:
         panels.setdefault(case.setting, []).append(case)
-    drawn = (("speedup.png", _draw_speedup), ("efficiency.png", _draw_efficiency))
     return [_save(panels, draw, folder / name) for name, draw in drawn]
 
 

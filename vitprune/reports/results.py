@@ -1,11 +1,10 @@
-"""What is found out about a pruned model, as values: `report.json` is a `Report`. Also what a run would do: `Plan`.
+"""What is found out about a pruned model, as values: `report.json` is a `Report`.
 
 Knows names, units and the file. `docs/report.md` explains each field.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -25,6 +24,8 @@ from vitprune.recipe.schema import Task
 from vitprune.runtime.files import write_text_whole
 
 LATENCY_TOLERANCE = 0.05  # of the latency that was asked for
+SURE = 0.05  # of McNemar's test
+PAYS = 1.05  # a speed-up worth having: less is lost in the noise
 
 
 class Result(BaseModel):
@@ -63,6 +64,11 @@ class MetricPair(Result):
     def difference(self) -> float:
         """Pruned less dense."""
         return self.pruned - self.dense
+
+    @property
+    def differs(self) -> bool:
+        """Whether so many images tell the models apart at all."""
+        return self.p_value is not None and self.p_value < SURE
 
 
 class Macs(Result):
@@ -294,7 +300,7 @@ class Latency(Result):
     @property
     def met(self) -> bool:
         """Whether the budget is."""
-        return abs(self.measured / self.asked - 1) <= LATENCY_TOLERANCE + 1e-9
+        return self.measured <= self.asked * (1 + LATENCY_TOLERANCE) + 1e-9
 
 
 class Environment(Result):
@@ -360,37 +366,3 @@ class Report(Document):
     points: tuple[PointResult, ...] = ()
     latency: Latency | None = None
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class PlanRow:
-    """One block. Tokens count prefix tokens too; MACs are of one image; both at the budget are expected values.
-
-    None where the budget is of time, which isn't known before it is measured.
-    """
-
-    block: int
-    tokens_dense: int
-    tokens_budget: float | None
-    macs_dense: float
-    macs_budget: float | None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What `apply` would do. `steps` says it in plain words; `counts`: what the budget is a part of.
-
-    `obstacle`: why it would not begin as things are, such as an output that exists.
-    """
-
-    checkpoint: str
-    family: str
-    model_class: str
-    num_blocks: int
-    num_prefix_tokens: int
-    stages: tuple[int, ...]
-    budget: float
-    rows: tuple[PlanRow, ...]
-    steps: tuple[str, ...]
-    counts: Literal["MACs", "time"] = "MACs"
-    obstacle: str | None = None

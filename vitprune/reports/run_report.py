@@ -1,4 +1,4 @@
-"""Shows results, tables and in words, and what a run would do."""
+"""Shows results, tables and in words."""
 
 from __future__ import annotations
 
@@ -8,15 +8,13 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.markup import escape
 
-from vitprune.recipe.finetune_spec import Trained
-from vitprune.recipe.schema import Recipe
 from vitprune.reports.results import (
     LATENCY_TOLERANCE,
+    PAYS,
     Check,
     Comparison,
     Latency,
     MetricPair,
-    Plan,
     Report,
     ScheduleSearch,
     Throughput,
@@ -25,7 +23,6 @@ from vitprune.reports.results import (
 from vitprune.reports.sweep_report import point_cells
 from vitprune.reports.text import Cells, count, number, percent, rich_table
 
-PAYS = 1.05  # a speed-up worth having: less is lost in the noise
 BUDGET_TOLERANCE = 0.01
 SHOWN_SCHEDULES = 5
 
@@ -83,8 +80,9 @@ def _schedule(search: ScheduleSearch, at: str) -> str:
     taken, *others = search.tried
     blocks = ", ".join(map(str, taken.before_blocks))
     sentence = (
-        f"Pruning before blocks {blocks} was chosen among {len(search.tried)} schedules at {at}: its answers to "
-        f"{search.images} calibration images are nearest to the dense model's ({search.measure} {taken.distance:.2g}"
+        f"Pruning before blocks {blocks} was chosen among {len(search.tried)} schedules at {at}, for answers to "
+        f"{search.images} calibration images near the dense model's, and few stages ({search.measure} "
+        f"{taken.distance:.2g}"
     )
     if not others:
         return f"{sentence})."
@@ -154,8 +152,8 @@ def _quality(name: str, pair: MetricPair, images: int) -> str:
         return f"{sentence}."
     low, high = (f"{100 * end:+.1f}" for end in pair.interval)
     sentence += f", 95 % interval of the difference {low} to {high} points"
-    if pair.interval[0] <= 0 <= pair.interval[1]:
-        return f"{sentence}: no difference seen on {images} images."
+    if not pair.differs:
+        return f"{sentence}: no difference seen on {images} images (McNemar's p {pair.p_value:.2g})."
     return f"{sentence} (McNemar's p {pair.p_value:.2g}, {images} images)."
 
 
@@ -285,77 +283,12 @@ def _latency_cells(latency: Latency) -> Cells:
     ]
 
 
-def print_plan(plan: Plan, console: Console) -> None:
-    """What `apply` would do, as tokens and MACs of each block, and step by step."""
-    prefix = f"{plan.num_prefix_tokens} prefix token{'' if plan.num_prefix_tokens == 1 else 's'}"
-    model = f"{plan.checkpoint}: {plan.model_class} ({plan.family}), {plan.num_blocks} blocks, {prefix}"
-    console.print(escape(model), highlight=False)
-    stages = ", ".join(map(str, plan.stages))
-    budget = f"Budget {percent(plan.budget)} of the {plan.counts}"
-    console.print(f"{budget}, stages before blocks {stages}", highlight=False)
-    console.print(rich_table("Blocks, one image", _plan_cells(plan)))
-    for place, step in enumerate(plan.steps, start=1):
-        console.print(f"{place}. {escape(step)}", highlight=False)
-    if plan.obstacle is not None:
-        console.print(f"As it is, apply will stop at once: {escape(plan.obstacle)}", highlight=False)
-
-
-def _plan_cells(plan: Plan) -> Cells:
-    """With tokens and MACs at the budget where they are known."""
-    cells: Cells = [("block", "", "tokens dense", "at the budget", "MACs dense", "at the budget")]
-    dense = budget = 0.0
-    for row in plan.rows:
-        stage = "stage" if row.block in plan.stages else ""
-        dense, budget = dense + row.macs_dense, budget + (row.macs_budget or 0.0)
-        tokens = "" if row.tokens_budget is None else f"{row.tokens_budget:.1f}"
-        macs = "" if row.macs_budget is None else count(row.macs_budget)
-        cells.append((str(row.block), stage, str(row.tokens_dense), tokens, count(row.macs_dense), macs))
-    cells.append(("all", "", "", "", count(dense), f"{count(budget)} ({percent(budget / dense)})" if budget else ""))
-    if budget:
-        return cells
-    return [(*row[:3], row[4]) for row in cells]
-
-
 def shortfall(found: Latency) -> str | None:
-    """A sentence for the reader where what was measured isn't what was asked; None where it is."""
-    if found.met:
+    """A sentence for the reader where what was measured is far from what was asked; None where it isn't."""
+    if abs(found.measured / found.asked - 1) <= LATENCY_TOLERANCE + 1e-9:
         return None
+    missed = f"isn't used up: only {found.measured:.1%}" if found.met else f"is missed: {found.measured:.1%}"
     return (
-        f"The latency budget of {found.asked:.1%} is missed: {found.measured:.1%} was measured, further off than "
-        f"{LATENCY_TOLERANCE:.0%} of what was asked. Other work on the machine, or images unlike"
-        " the calibration's, do that."
+        f"The latency budget of {found.asked:.1%} {missed} was measured, further off than {LATENCY_TOLERANCE:.0%} of "
+        "what was asked. Other work on the machine, or images unlike the calibration's, do that."
     )
-
-
-_WHAT: dict[Trained, str] = {"all": "all weights", "norms": "norms", "thresholds": "thresholds"}
-
-
-def plan_steps(recipe: Recipe, most_tries: int, *, is_pruned: bool = False) -> tuple[str, ...]:
-    """What a run does, step by step, for `Plan.steps`. is_pruned: whether the checkpoint is already."""
-    steps = (
-        [f"take {recipe.model.checkpoint}, which is pruned already, for dense and pruned model"] if is_pruned else []
-    )
-    counts = "MACs" if recipe.budget.latency is None else "dense model's time"
-    if recipe.budget.latency is not None and (recipe.pruning.is_calibrated or recipe.finetune is not None):
-        steps.append(f"measure what blocks and stages take by tokens, in batches of {recipe.budget.timed_batch}")
-    if recipe.pruning.is_searched:
-        steps.append(
-            f"try up to {most_tries} schedules, the first of which is shown above, on {recipe.calibration.images} "
-            "training images"
-        )
-    if recipe.pruning.is_calibrated:
-        steps.append(
-            f"calibrate on {recipe.calibration.images} training images to {recipe.budget.strictest:.0%} of the {counts}"
-        )
-    if (tuning := recipe.finetune) is not None:
-        length = f"{tuning.epochs:g} epochs" if tuning.steps is None else f"{tuning.steps} steps"
-        steps.append(f"fine-tune {_WHAT[tuning.train]} for {length} in batches of {tuning.batch_size}")
-        steps.append(f"keep the best state, and meet the budget, on {tuning.holdout} training images held out")
-    steps.append(f"compare with the dense model on split '{recipe.data.eval.split}' of {recipe.data.path}")
-    if recipe.evaluate.batch_sizes:
-        sizes = ", ".join(map(str, recipe.evaluate.batch_sizes))
-        steps.append(f"time both at batch sizes {sizes}")
-    if recipe.budget.latency is not None:
-        steps.append(f"check by measurement that pruned takes {recipe.budget.latency:.0%} of the dense model's time")
-    steps.append(f"save to {recipe.output.path}")
-    return tuple(steps)

@@ -11,8 +11,6 @@ from rich.markup import escape
 from vitprune.reports.results import Comparison, Document, Environment, PointResult, Report, Result
 from vitprune.reports.text import Cells, number, percent, rich_table
 
-SURE = 0.05  # of McNemar's test
-
 
 class SweepPoint(PointResult):
     """One method at one budget. folder: of its checkpoint and report, beside the sweep's files."""
@@ -135,9 +133,7 @@ def _of_method(method: str, points: Sequence[SweepPoint]) -> Iterator[str]:
     if not tested:
         return
     images = tested[0][0].comparison.images
-    unseen = [
-        point for point, pair in tested if pair.p_value is not None and (pair.p_value >= SURE or pair.difference >= 0)
-    ]
+    unseen = [point for point, pair in tested if not pair.differs or pair.difference >= 0]
     first = next((place for place, (point, _) in enumerate(tested) if point not in unseen), len(tested))
     if first:
         least = percent(tested[first - 1][0].ratio)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from rich.markup import escape
 from rich.table import Table
 
@@ -32,10 +34,21 @@ def percent(part: float, digits: int = 1) -> str:
 
 def count(macs: float) -> str:
     """Multiply-accumulates, to three figures."""
-    for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if macs >= size:
-            return f"{macs / size:.3g} {unit}"
-    return f"{macs:.0f}"
+    return _scaled(macs, ("", "k", "M", "G", "T"))
+
+
+def storage(size: float) -> str:
+    """Bytes, to three figures."""
+    return _scaled(size, ("bytes", "kB", "MB", "GB", "TB"))
+
+
+def _scaled(value: float, units: Sequence[str]) -> str:
+    """In the first unit in which it has no fourth figure; each is a thousand of the one before."""
+    for unit in units[:-1]:
+        if float(text := f"{value:.3g}") < 1000:
+            return f"{text} {unit}".rstrip()
+        value /= 1000
+    return f"{value:,.3g} {units[-1]}" if value < 1000 else f"{value:,.0f} {units[-1]}"
 
 
 def number(value: float) -> str:

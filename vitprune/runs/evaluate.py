@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from vitprune.budget.latency import check_latency
@@ -18,6 +19,7 @@ from vitprune.measure.throughput import describe_environment, measure_throughput
 from vitprune.models.module import Levels, pruning_of
 from vitprune.models.points import points_of, set_budget
 from vitprune.recipe.errors import first_line
+from vitprune.recipe.for_readers import for_readers, without_paths
 from vitprune.recipe.schema import Recipe
 from vitprune.reports.page import ShownImages, report_page
 from vitprune.reports.results import (
@@ -32,12 +34,14 @@ from vitprune.reports.results import (
 )
 from vitprune.reports.run_report import shortfall
 from vitprune.reports.token_pictures import SeenImage
-from vitprune.runs.inputs import RunInputs, for_readers, without_paths
+from vitprune.runs.inputs import RunInputs
 from vitprune.runtime import distributed
-from vitprune.runtime.files import write_text_whole
+from vitprune.runtime.files import require_writable, write_text_whole
+from vitprune.runtime.hub_cache import Disconnected
 
 # different batches of the largest size that throughput is measured on
 TIMED_BATCHES = 3
+REPORT_JSON = "report.json"
 
 Points = Sequence[tuple[float, Comparison]]
 """Budgets that a checkpoint has levels for, and what was found at each."""
@@ -49,25 +53,27 @@ def evaluate(checkpoint: str, recipe: Recipe, output: Path) -> Report:
     The budget is the checkpoint's own, where its report says one. Writes report.json and report.html to the folder
     `output`.
     """
+    distributed.on_main(lambda: require_writable(output))
     run = Evaluation.load(recipe, pruned=checkpoint)
     found = run.compare_closely()
     report = run.report(*found, run.compare_points(found[0], lambda name, kind, compute: compute()))
     report = report.model_copy(update={"budget": _own_budget(checkpoint, report.budget)})
     if run.is_main:
-        name = Path(checkpoint).name if Path(checkpoint).exists() else checkpoint
+        name = Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint
         page = report_page(report, name, run.show(report))
         output.mkdir(parents=True, exist_ok=True)
-        report.save(output / "report.json")
+        report.save(output / REPORT_JSON)
         write_text_whole(output / "report.html", page)
     return report
 
 
 def _own_budget(checkpoint: str, asked: float | None) -> float | None:
     """Of MACs, that a checkpoint was made for; `asked` where it doesn't say."""
-    place = Path(checkpoint) / "report.json"
     try:
+        here = Path(checkpoint)
+        place = here / REPORT_JSON if here.exists() else Path(hf_hub_download(checkpoint, REPORT_JSON))
         own = Report.load(place) if place.is_file() else None
-    except ValueError:  # of another version
+    except (ValueError, OSError, Disconnected):  # of another version, or not there
         return asked
     return asked if own is None else own.budget
 

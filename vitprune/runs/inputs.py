@@ -9,8 +9,7 @@ import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
@@ -117,18 +116,22 @@ class RunInputs:
 
     def fingerprint(self) -> dict[str, object]:
         """What a run has to share with the interrupted one that it resumes."""
-        settings = flat(self.recipe.model_dump(mode="json", exclude=_NO_MATTER))
         images = {"train": self.train, "held out": self.holdout, "eval": self.eval}
         found = {f"images ({name})": one.fingerprint for name, one in images.items() if one is not None}
         weights = {"weights of model.checkpoint": digest_weights(self.dense)}
-        if (tuning := self.recipe.finetune) is not None:
-            # the images of a step are what the result depends on, and of a stream how they come
-            key = "finetune.batch_size x gradient_accumulation_steps"
-            settings[key] = tuning.images_per_step
-            if self.recipe.data.streaming:
-                settings["finetune.batch_size"] = tuning.batch_size
-                settings["data.workers"] = self.recipe.data.workers
-        return {**settings, **found, **weights, "processes": distributed.init().num_processes}
+        return {**lasting(self.recipe), **found, **weights, "processes": distributed.init().num_processes}
+
+
+def lasting(recipe: Recipe) -> dict[str, object]:
+    """What of a recipe, its keys as `--set` writes them, may not change while its run is interrupted."""
+    settings = flat(recipe.model_dump(mode="json", exclude=_NO_MATTER))
+    if (tuning := recipe.finetune) is not None:
+        # the images of a step are what the result depends on, and of a stream how they come
+        settings["finetune.batch_size x gradient_accumulation_steps"] = tuning.images_per_step
+        if recipe.data.streaming:
+            settings["finetune.batch_size"] = tuning.batch_size
+            settings["data.workers"] = recipe.data.workers
+    return settings
 
 
 def _load_processor(recipe: Recipe, pruned: str | None) -> BaseImageProcessor:
@@ -258,32 +261,6 @@ def read_images(recipe: Recipe, processor: BaseImageProcessor, dense: PreTrained
             task="single-label" if kind.name == "embedding" else kind.name,
             seed=recipe.seed,
         )
-
-
-def for_readers(recipe: Recipe) -> dict[str, Any]:
-    """A recipe as others may see it: of local paths the last part alone, behind "./"."""
-    shown = recipe.model_dump(mode="json")
-    for section, key in _PATHS:
-        value = shown[section][key]
-        if isinstance(value, str) and is_local(value):
-            shown[section][key] = f"./{Path(value).name}"
-    return shown
-
-
-def without_paths(text: str, recipe: Recipe) -> str:
-    """What is said of a run, with no local path of its recipe in it."""
-    values = [recipe.model_dump(mode="json")[section][key] for section, key in _PATHS]
-    for path in sorted((v for v in values if isinstance(v, str) and is_local(v)), key=len, reverse=True):
-        text = text.replace(path, Path(path).name)
-    return text
-
-
-_PATHS = (("model", "checkpoint"), ("data", "path"), ("data", "label_names"), ("output", "path"))
-
-
-def is_local(path: str) -> bool:
-    """Whether a value of a recipe is a path, not a Hub id."""
-    return Path(path).is_absolute() or Path(path).exists() or path.startswith((".", "~"))
 
 
 def moved(model: PreTrainedModel, to: torch.device | torch.dtype | None) -> PreTrainedModel:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
+from rich.console import Console
+from rich.markup import escape
 from transformers import PreTrainedModel
 from transformers.image_processing_utils import BaseImageProcessor
 
@@ -16,12 +20,49 @@ from vitprune.models.module import spec_of
 from vitprune.models.structure import count_tokens, require_images
 from vitprune.pruning.costs import CostModel
 from vitprune.recipe.errors import RecipeError, concerning
+from vitprune.recipe.finetune_spec import Trained
 from vitprune.recipe.pruning_spec import ANCHORS
 from vitprune.recipe.schema import Recipe, as_recipe
-from vitprune.reports.results import Plan, PlanRow
-from vitprune.reports.run_report import plan_steps
+from vitprune.reports.text import Cells, count, percent, rich_table
 from vitprune.runs.inputs import prepare, read_images, require_training_images, with_policy_of
 from vitprune.runs.resume import require_output
+
+
+@dataclass(frozen=True)
+class PlanRow:
+    """One block. Tokens count prefix tokens too; MACs are of one image; both at the budget are expected values.
+
+    None where the budget is of time, which isn't known before it is measured.
+    """
+
+    block: int
+    tokens_dense: int
+    tokens_budget: float | None
+    macs_dense: float
+    macs_budget: float | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `apply` would do. `steps` says it in plain words; `counts`: what the budget is a part of.
+
+    `macs_outside`: of embedding and head, which no pruning saves.
+
+    `obstacle`: why it would not begin as things are, such as an output that exists.
+    """
+
+    checkpoint: str
+    family: str
+    model_class: str
+    num_blocks: int
+    num_prefix_tokens: int
+    stages: tuple[int, ...]
+    budget: float
+    rows: tuple[PlanRow, ...]
+    macs_outside: float
+    steps: tuple[str, ...]
+    counts: Literal["MACs", "time"] = "MACs"
+    obstacle: str | None = None
 
 
 def plan(recipe: Recipe | str | Path) -> Plan:
@@ -74,7 +115,8 @@ def plan(recipe: Recipe | str | Path) -> Plan:
         budget=recipe.budget.part,
         counts="time" if recipe.budget.macs is None else "MACs",
         rows=rows,
-        steps=plan_steps(recipe, MOST_TRIES, is_pruned=is_pruned),
+        macs_outside=cost.outside(patches),
+        steps=_steps(recipe, is_pruned=is_pruned),
         obstacle=_obstacle(recipe),
     )
 
@@ -123,3 +165,79 @@ def _require_reachable(recipe: Recipe, first: Schedule, cost: CostModel, patches
 def _meets_budget(recipe: Recipe) -> bool:
     """Whether levels are found for the budget; those that are given are as they are."""
     return recipe.pruning.is_calibrated or (recipe.finetune is not None and recipe.pruning.select == "threshold")
+
+
+def print_plan(plan: Plan, console: Console) -> None:
+    """What `apply` would do, as tokens and MACs of each block, and step by step."""
+    prefix = f"{plan.num_prefix_tokens} prefix token{'' if plan.num_prefix_tokens == 1 else 's'}"
+    model = f"{plan.checkpoint}: {plan.model_class} ({plan.family}), {plan.num_blocks} blocks, {prefix}"
+    console.print(escape(model), highlight=False)
+    stages = ", ".join(map(str, plan.stages))
+    budget = f"Budget {percent(plan.budget)} of the {plan.counts}"
+    console.print(f"{budget}, stages before blocks {stages}", highlight=False)
+    console.print(rich_table("Blocks, one image", _plan_cells(plan)))
+    for place, step in enumerate(plan.steps, start=1):
+        console.print(f"{place}. {escape(step)}", highlight=False)
+    if plan.obstacle is not None:
+        console.print(f"As it is, apply will stop at once: {escape(plan.obstacle)}", highlight=False)
+
+
+def _plan_cells(plan: Plan) -> Cells:
+    """With tokens and MACs at the budget where they are known."""
+    cells: Cells = [("block", "", "tokens dense", "at the budget", "MACs dense", "at the budget")]
+    dense = budget = 0.0
+    for row in plan.rows:
+        stage = "stage" if row.block in plan.stages else ""
+        dense, budget = dense + row.macs_dense, budget + (row.macs_budget or 0.0)
+        tokens = "" if row.tokens_budget is None else f"{row.tokens_budget:.1f}"
+        macs = "" if row.macs_budget is None else count(row.macs_budget)
+        cells.append((str(row.block), stage, str(row.tokens_dense), tokens, count(row.macs_dense), macs))
+    outside = count(plan.macs_outside)
+    cells.append(("outside", "", "", "", outside, outside))
+    dense, at_budget = dense + plan.macs_outside, budget + plan.macs_outside
+    cells.append(("all", "", "", "", count(dense), f"{count(at_budget)} ({percent(at_budget / dense)})"))
+    if budget:
+        return cells
+    return [(*row[:3], row[4]) for row in cells]
+
+
+_WHAT: dict[Trained, str] = {"all": "all weights", "norms": "norms", "thresholds": "thresholds"}
+
+
+def _steps(recipe: Recipe, *, is_pruned: bool) -> tuple[str, ...]:
+    """What a run does, step by step. is_pruned: whether the checkpoint is already."""
+    steps = (
+        [f"take {recipe.model.checkpoint}, which is pruned already, for dense and pruned model"] if is_pruned else []
+    )
+    counts = "MACs" if recipe.budget.latency is None else "dense model's time"
+    if recipe.budget.latency is not None and (recipe.pruning.is_calibrated or recipe.finetune is not None):
+        steps.append(f"measure what blocks and stages take by tokens, in batches of {recipe.budget.timed_batch}")
+    if recipe.pruning.is_searched:
+        steps.append(
+            f"try up to {MOST_TRIES} schedules, the first of which is shown above, on {recipe.calibration.images} "
+            "training images"
+        )
+    if recipe.pruning.is_calibrated:
+        steps.append(
+            f"calibrate on {recipe.calibration.images} training images to {percent(recipe.budget.strictest)} of the "
+            f"{counts}"
+        )
+    elif recipe.finetune is not None and recipe.pruning.select == "threshold":
+        steps.append(f"scale the thresholds to {percent(recipe.budget.strictest)} of the {counts}")
+    if (tuning := recipe.finetune) is not None:
+        length = f"{tuning.epochs:g} epochs" if tuning.steps is None else f"{tuning.steps} steps"
+        steps.append(f"fine-tune {_WHAT[tuning.train]} for {length} in batches of {tuning.batch_size}")
+        steps.append(f"keep the best state, and meet the budget, on {tuning.holdout} training images held out")
+    if len(points := recipe.budget.points) > 1:
+        steps.append(f"find levels for {', '.join(map(percent, points))} of the {counts}")
+    steps.append(f"compare with the dense model on split '{recipe.data.eval.split}' of {recipe.data.path}")
+    if recipe.evaluate.batch_sizes:
+        sizes = ", ".join(map(str, recipe.evaluate.batch_sizes))
+        steps.append(f"time both at batch sizes {sizes}")
+    if recipe.budget.latency is not None:
+        asked = percent(recipe.budget.latency)
+        steps.append(f"check by measurement that pruned takes {asked} of the dense model's time")
+    steps.append(f"save to {recipe.output.path}")
+    if recipe.output.push_to_hub is not None:
+        steps.append(f"upload it to {recipe.output.push_to_hub}")
+    return tuple(steps)

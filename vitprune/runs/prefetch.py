@@ -19,6 +19,7 @@ from vitprune.measure.outputs import is_two_towers
 from vitprune.models.checkpoint import load_config, load_tokenizer, model_class, outline, require_safetensors
 from vitprune.recipe.errors import concerning, first_line
 from vitprune.recipe.schema import DataSpec, ModelSpec, Recipe
+from vitprune.reports.text import storage
 from vitprune.runs.plan import plan
 from vitprune.runtime.hub_cache import (
     CONFIG,
@@ -141,13 +142,4 @@ def _fetch_split(data: DataSpec, split: str) -> str:
 def _in_the_cache(files: Sequence[Path]) -> str:
     """With what they take and where they are."""
     size = sum(file.stat().st_size for file in files)
-    return f"in the cache, {_amount(size)} in {files[0].parent}" if files else "in the cache"
-
-
-def _amount(size: float) -> str:
-    """Bytes as people write them."""
-    for unit in ("bytes", "kB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:,.1f} GB"
+    return f"in the cache, {storage(size)} in {files[0].parent}" if files else "in the cache"

@@ -25,7 +25,7 @@ from vitprune.models.prune import restore_
 from vitprune.models.structure import examine, require_images
 from vitprune.recipe.errors import unkeyed
 from vitprune.reports.token_pictures import SeenImage, draw_image, draw_sheet
-from vitprune.runtime.files import write_whole
+from vitprune.runtime.files import require_writable, write_whole
 from vitprune.runtime.progress import track
 
 OnePicture = str | Path | PIL.Image.Image
@@ -83,6 +83,7 @@ def show_files(
     """
     if bool(images) == (data is not None):
         raise ValueError("name images, or a data set by --data with --rows; one of the two")
+    require_writable(output)
     viewer = Viewer.of(checkpoint, None, dense, budget)
     if data is None:
         files = [*_files(images)]

@@ -14,13 +14,14 @@ from filelock import FileLock, Timeout
 from vitprune.finetuning.losses import NonFiniteLoss
 from vitprune.models.checkpoint import load_config, model_class, outline
 from vitprune.recipe.errors import concerning, first_line
+from vitprune.recipe.for_readers import without_paths
 from vitprune.recipe.pruning_spec import at_depths
 from vitprune.recipe.schema import BudgetSpec, PruningSpec, Recipe
 from vitprune.reports.page import sweep_page
 from vitprune.reports.sweep_report import Missed, Sweep, SweepPoint
 from vitprune.reports.text import percent
 from vitprune.runs.apply import apply
-from vitprune.runs.inputs import without_paths
+from vitprune.runs.inputs import lasting
 from vitprune.runtime import distributed
 from vitprune.runtime.files import beside, write_text_whole
 
@@ -51,7 +52,7 @@ def sweep(
         ValueError: the output holds a sweep of another recipe, or of none, or one is under way there; names the way
             out.
     """
-    asked = _fingerprint(recipe)
+    asked, output = _fingerprint(recipe), output.resolve()
     with _alone(output):
         found = distributed.on_main(lambda: _begun(output, asked, restart=restart))
         for method, budget, part in _points(recipe, sorted(budgets, reverse=True), baselines):
@@ -127,7 +128,7 @@ def _begun(output: Path, asked: str, *, restart: bool) -> Sweep:
 
 def _fingerprint(recipe: Recipe) -> str:
     """What the points of a sweep share."""
-    shared = recipe.model_dump(mode="json", exclude={"output": True, "budget": {"macs", "latency"}})
+    shared = {key: value for key, value in lasting(recipe).items() if key not in ("budget.macs", "budget.latency")}
     shared["counts"] = "time" if recipe.budget.macs is None else "MACs"
     return hashlib.sha256(json.dumps(shared, sort_keys=True).encode()).hexdigest()[:16]
 

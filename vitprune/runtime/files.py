@@ -35,6 +35,19 @@ def contents(path: Path) -> Iterator[Path]:
     return (entry for entry in path.iterdir() if entry.name not in own)
 
 
+def there(path: Path) -> Path:
+    """The nearest folder above a path, or itself, that is there."""
+    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+
+
+def require_writable(folder: Path, path: Path | None = None) -> None:
+    """Raise ValueError where a folder can't be written, or made. path: what it is needed for, where not for itself."""
+    above = there(folder)
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        trouble = "may not be written" if above.is_dir() else "is no folder"
+        raise ValueError(f"{path or folder}: {above} {trouble}; choose another path")
+
+
 def require_name_fits(path: Path) -> None:
     """Raise ValueError where a name that will be needed is longer than the file system takes."""
     above = next(folder for folder in path.parents if folder.exists())
@@ -54,7 +67,7 @@ def write_text_whole(path: Path, text: str) -> None:
 
 def write_whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file beside its place and renames it, so that it is there whole or not at all."""
-    unfinished = path.with_name(f"{path.name}.unfinished")
+    unfinished = path.with_name(f"{path.name}.{os.getpid()}.unfinished")
     try:
         write(unfinished)
         unfinished.replace(path)

@@ -11,6 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalToken
 from huggingface_hub.utils import validate_repo_id
 
 from vitprune.recipe.errors import first_line
+from vitprune.runtime.files import contents
 from vitprune.runtime.hub_cache import Disconnected
 
 LOG_IN = "log in with `hf auth login`, or set HF_TOKEN to a token that may write"
@@ -61,7 +62,9 @@ def upload(folder: Path, repo: str, *, private: bool, instead: Mapping[str, str]
     Raises OSError with the way out where that fails; the repository is as it was, or new and empty.
     """
     api = HfApi()
-    names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    # where the folder is a volume, other things of the run lie in it
+    files = (file for entry in contents(folder) for file in ([entry] if entry.is_file() else entry.rglob("*")))
+    names = sorted(file.relative_to(folder).as_posix() for file in files if file.is_file())
     added = [
         CommitOperationAdd(name, instead[name].encode() if name in instead else str(folder / name)) for name in names
     ]

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import datasets
+from huggingface_hub import utils as hub
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
 from transformers.utils import logging as transformers_logging
@@ -85,8 +86,11 @@ def display(*, quiet: bool = False) -> Iterator[Display]:
     found = Display(quiet=quiet)
     token = _display.set(found)
     bars = transformers_logging.is_progress_bar_enabled(), datasets.are_progress_bars_disabled()
-    transformers_logging.disable_progress_bar()
+    downloads = not hub.are_progress_bars_disabled()
+    transformers_logging.disable_progress_bar()  # those of downloads, too
     datasets.disable_progress_bars()
+    if downloads and not quiet:
+        hub.enable_progress_bars()
     try:
         yield found
     finally:
@@ -95,6 +99,8 @@ def display(*, quiet: bool = False) -> Iterator[Display]:
             transformers_logging.enable_progress_bar()
         if not bars[1]:
             datasets.enable_progress_bars()
+        if downloads:
+            hub.enable_progress_bars()
 
 
 class _Silent:
@@ -196,14 +202,16 @@ class Display:
 
     @contextmanager
     def _in_terminal(self, counted: _Counted, *, steady: bool) -> Iterator[None]:
-        """A bar that goes when the work is done; within other work a line for itself."""
+        """A bar that goes when the work is done; work within other work has none."""
         columns = (
             SpinnerColumn(),
             TextColumn("{task.description}", markup=False),
             BarColumn(20),
             TextColumn("{task.fields[count]} {task.fields[remark]}", markup=False, style="dim"),
         )
-        bar = Progress(*columns, console=self.console, transient=True, auto_refresh=not steady, refresh_per_second=4)
+        pace: Any = {"auto_refresh": not steady, "refresh_per_second": 4}
+        shares = sys.stdout.isatty()  # otherwise what a command prints meanwhile would go to stderr
+        bar = Progress(*columns, console=self.console, transient=True, redirect_stdout=shares, **pace)
         if self._depth > 1:  # rich has one live display at a time: the outer one goes on
             yield
             return
