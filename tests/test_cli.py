@@ -109,6 +109,14 @@ def test_verbs(heavy: Heavy, verb: str, arguments: tuple[str, ...], printed: str
     assert (recipe.finetune.epochs, recipe.data.name) == (2.0, "a=b")
 
 
+def test_a_quiet_bench_draws_its_pictures(heavy: Heavy, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[object, bool]] = []
+    module = sys.modules["vitprune.reports.bench_report"]
+    monkeypatch.setattr(module, "print_files", lambda _, folder, console: drawn.append((folder, console.quiet)))
+    result = invoke("bench", "facebook/dinov2-small", "--quiet", "--output", "here")
+    assert (result.exit_code, result.stdout, drawn) == (0, "", [(Path("here"), True)])
+
+
 def test_bench(heavy: Heavy) -> None:
     several = ["--macs", "80%", "--macs", "0.5", "--batch-size", "1", "--batch-size", "64", "--dtype", "bfloat16"]
     sizes = ["--image-size", "224", "--image-size", "448", "--mode", "eager", "--mode", "compiled", "--repeats", "5"]

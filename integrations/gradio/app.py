@@ -9,7 +9,6 @@ Without one the recipe quickstart's small ViT is pruned first, which takes half 
 from __future__ import annotations
 
 import copy
-import math
 import os
 import statistics
 import sys
@@ -30,7 +29,6 @@ import vitprune
 
 QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
 BUDGETS = ["90%", "75%", "60%", "45%", "35%"]
-EPS = 1e-6  # of rounding
 IMAGES = 64  # to find levels on
 REPEATS = 3  # forwards, of which the median time counts
 
@@ -51,7 +49,8 @@ class Space:
         if image is None:
             return None, "Upload an image."
         image = image.convert("RGB")
-        expected = vitprune.set_budget(self.pruned, percent / 100)
+        # the slider's steps may end beside its ends
+        expected = vitprune.set_budget(self.pruned, min(max(percent / 100, self.lowest), self.highest))
         x: Any = self.processor(image, return_tensors="pt")["pixel_values"]
         with vitprune.trace(self.pruned) as seen:
             self.pruned(x)
@@ -69,9 +68,9 @@ class Space:
             with gr.Row():
                 with gr.Column(scale=1):
                     image = gr.Image(type="pil", label="Image", height=260)
-                    lowest, highest = math.ceil(100 * self.lowest - EPS), math.floor(100 * self.highest + EPS)
+                    lowest, highest = 100 * self.lowest, 100 * self.highest
                     value = max(lowest, min(60, highest))
-                    budget = gr.Slider(lowest, highest, value=value, step=1, label="Budget, % of the MACs")
+                    budget = gr.Slider(lowest, highest, value=value, step=0.5, label="Budget, % of the MACs")
                 with gr.Column(scale=2):
                     tokens = gr.Image(
                         label="Patches after each stage", show_label=True, interactive=False, format="png"

@@ -21,6 +21,7 @@ FORMS: dict[str, Any] = {
     "a tensor": lambda: X,
     "tensors": lambda: [X[:8], X[8:]],
     "dicts": lambda: [{"pixel_values": X[:8], "labels": LABELS[:8]}, {"pixel_values": X[8:], "label": LABELS[8:]}],
+    "pairs with lists": lambda: [(X[:6], LABELS[:6].tolist()), (X[6:], LABELS[6:].tolist())],
     "a loader of pairs": lambda: DataLoader(TensorDataset(X, LABELS), batch_size=5),
     "a generator": lambda: (part for part in X.split(4)),
 }
@@ -38,7 +39,8 @@ def test_all_forms_are_the_same_images(form: str) -> None:
     assert vitprune.scale_to_budget(model, FORMS[form](), 0.7, progress=False) == pytest.approx(0.7, abs=0.01)
     result = vitprune.compare(tiny.build("vit"), model, FORMS[form](), progress=False)
     assert result.images == 12
-    assert set(result.metrics) == ({"accuracy"} if form in ("dicts", "a loader of pairs") else set())
+    has_labels = form in ("dicts", "pairs with lists", "a loader of pairs")
+    assert set(result.metrics) == ({"accuracy"} if has_labels else set())
 
 
 def test_our_own_images_are_taken_everywhere(tmp_path: Path) -> None:

@@ -37,7 +37,8 @@ from vitprune.reports.results import Training
 from vitprune.runtime import distributed, signals
 
 BUDGET = 0.6
-SPEC = FinetuneSpec(epochs=1, batch_size=8, learning_rate=1e-3, augmentation="none")
+BOTH = LossWeights(task=1.0, distillation=0.5)
+SPEC = FinetuneSpec(epochs=1, batch_size=8, learning_rate=1e-3, augmentation="none", losses=BOTH)
 LEARNED = SPEC.model_copy(update={"thresholds": "learned"})
 # sums of floats in another order, through AdamW
 SAME = Tolerance(rtol=1e-5, atol=1e-5)
@@ -348,7 +349,7 @@ def test_a_look_at_all_tokens_counts_what_inference_does(tmp_path: Path) -> None
     ratios = []
     for tokens in (0.0, 1.0):
         dense, pruned = models(data)
-        spec = SPEC.model_copy(update={"losses": LossWeights(tokens=tokens), "steps": 1})
+        spec = SPEC.model_copy(update={"losses": BOTH.model_copy(update={"tokens": tokens}), "steps": 1})
         training = finetune(pruned, dense, data, spec, BUDGET, holdout=data, progress=False).training
         assert training is not None
         ratios.append(training.checks[0].ratio)

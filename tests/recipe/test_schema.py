@@ -134,11 +134,6 @@ BROKEN: dict[str, tuple[str | bytes, str, str]] = {
         ":7: pruning.points: ",
         "has 2 levels at 80% for the 1 stages [1]; give one per stage",
     ),
-    "temperature-without-thresholds": (
-        HEAD + "pruning: {select: top-k, temperature: 0.1}\n",
-        ":5: pruning.temperature: ",
-        "has no meaning with select: top-k; leave it out",
-    ),
     "yaml-merge": (HEAD + "output: {<<: {path: x}}\n", ":5: output.<<: ", "unknown key"),
     "number-for-text": (
         HEAD.replace("224}", "224, revision: 1234567}"),
@@ -354,15 +349,16 @@ def test_what_people_write() -> None:
     full = load(
         HEAD.replace("65%", '"65 %"')
         + """
-pruning: {before_blocks: [1, 2], select: top-k, keep_ratios: [90%, 0.8]}
-finetune: {epochs: 1, warmup: 5%, learning_rate: "2e-5", mixed_precision: no, losses: {task: 0}}
+pruning: {before_blocks: [1, 2], select: top-k, keep_ratios: [90%, 0.8], temperature: 1e-4}
+finetune: {epochs: 1, warmup: 5%, learning_rate: "2e-5", mixed_precision: no, losses: {task: 1}}
 evaluate: {metrics: [], batch_sizes: []}
 """
     )
     assert full.budget.macs == 0.65
     assert full.pruning.before_blocks == (1, 2)
     assert full.pruning.keep_ratios == (0.9, 0.8)
-    assert full.finetune == FinetuneSpec(learning_rate=2e-5, losses=LossWeights(task=0.0))
+    assert full.pruning.temperature == 1e-4
+    assert full.finetune == FinetuneSpec(learning_rate=2e-5, losses=LossWeights(task=1.0))
     assert (full.evaluate.metrics, full.evaluate.batch_sizes) == ((), ())
 
 
@@ -405,6 +401,7 @@ def test_overrides() -> None:
     assert changed.pruning.before_blocks == (4, 7)
     assert (changed.data.name, changed.output.path, changed.budget.macs) == ("a=b", "x", 0.5)
     assert load(text, "pruning={}", "output.path=runs/exp #3").output.path == "runs/exp #3"
+    assert load(text, "pruning={}", "data.name=a\t#3").data.name == "a\t#3"
     assert load(text, "pruning={}", "data.name=#3").data.name == "#3"
     assert load(text, "pruning={}", 'data.name="a" # why').data.name == "a"
     assert load(text, "pruning={}", "finetune=null").finetune is None

@@ -38,6 +38,8 @@ def test_gains_of_training() -> None:
         ({1: 1.1, 4: 0.9, 16: 1.4}, 16),
         ({1: 1.1, 4: 0.9}, None),
         ({1: 1.0}, None),
+        ({1: 1.04}, None),
+        ({1: 1.04, 4: 1.05}, 4),
     ],
 )
 def test_break_even(speedups: dict[int, float], expected: int | None) -> None:
@@ -62,6 +64,11 @@ def test_break_even(speedups: dict[int, float], expected: int | None) -> None:
             {1: 0.7, 4: 0.9},
             "0.90x as fast as dense at batch size 4 in bfloat16 at 224 px (1.54x is what the MACs allow); it doesn't "
             "pay here.",
+        ),
+        (
+            {1: 1.3, 4: 1.02},
+            "1.02x as fast as dense at batch size 4 in bfloat16 at 224 px (1.54x is what the MACs allow); it pays at "
+            "batch size 1 alone.",
         ),
         (
             {4: 1.2},

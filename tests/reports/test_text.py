@@ -20,6 +20,7 @@ from vitprune.reports.text import count, markdown_table, percent, rich_table, st
         (0.0, "0"),
         (999.7e6, "1 G"),
         (1.35e12, "1.35 T"),
+        (999.7e12, "1,000 T"),
         (2.5e15, "2,500 T"),
     ],
 )

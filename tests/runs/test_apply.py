@@ -385,6 +385,17 @@ def test_a_plan_for_a_budget_of_time_expects_no_tokens(tmp_path: Path) -> None:
     assert any("check by measurement" in step for step in planned.steps)
 
 
+def test_a_plan_names_all_that_will_be_done(tmp_path: Path) -> None:
+    changes = ["budget.macs=[80%, 62.5%]", "pruning.thresholds=[0.001, 0.001]", "output.push_to_hub=user/name"]
+    said = "\n".join(plan(recipe(tmp_path, RECIPE + FINETUNE, "vit", *changes)).steps)
+    for words in (
+        "scale the thresholds to 62.5 % of the MACs",
+        "find levels for 80.0 %, 62.5 % of the MACs",
+        "upload it to user/name",
+    ):
+        assert words in said
+
+
 @pytest.mark.parametrize(
     "changes",
     [

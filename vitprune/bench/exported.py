@@ -56,7 +56,7 @@ def bench_exported(folder: Path, settings: BenchSettings, fewest: int, *, progre
     return Benchmark(
         created=datetime.now(UTC),
         environment=describe_environment(exported.model),
-        checkpoint=folder.name,
+        checkpoint=f"./{folder.name}",
         pruning=pruning_of(exported.model).spec.model_dump(mode="json"),
         images=described,
         repeats=settings.repeats,

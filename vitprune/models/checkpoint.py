@@ -38,16 +38,20 @@ EXPORTED = "export.json"
 """By this file an exported model's folder is known."""
 ASSETS = "assets"
 """Folder of a checkpoint's pictures."""
+_TIMM = "timm_wrapper"
 
 
 def load_config(checkpoint: str, revision: str | None = None) -> PreTrainedConfig:
     """The config of a checkpoint on the Hub or in a folder. Raises ValueError naming the checkpoint and the way out."""
     try:
-        return AutoConfig.from_pretrained(checkpoint, revision=revision, trust_remote_code=False)
+        config = AutoConfig.from_pretrained(checkpoint, revision=revision, trust_remote_code=False)
     except Exception as error:  # of a config.json with odd values anything
         absent = absence(error, checkpoint, revision, "its config is", CONFIG)
         reason = _odd("config.json", error) if absent is None else f"there is no such folder, and {absent}"
         raise ValueError(f"{checkpoint}: {reason}") from error
+    if config.model_type == _TIMM and config.model_args:  # transformers gives the number of classes a second time
+        config.model_args = {name: value for name, value in config.model_args.items() if name != "num_classes"}
+    return config
 
 
 def _odd(file: str, error: Exception) -> str:
@@ -65,7 +69,7 @@ def model_class(checkpoint: str, config: PreTrainedConfig) -> type[PreTrainedMod
     """The class that a checkpoint was saved from, if vitprune can prune it. Raises ValueError listing what works."""
     given: Any = config.architectures
     architectures = [given] if isinstance(given, str) and given else given if isinstance(given, list) else []
-    if not architectures and config.model_type == "timm_wrapper":  # timm's own files name the architecture alone
+    if not architectures and config.model_type == _TIMM:  # timm's own files name the architecture alone
         architectures = [_classifier_of(config) if config.num_labels else "TimmWrapperModel"]
     if not architectures:
         raise ValueError(
@@ -146,7 +150,8 @@ def load(
     config = load_config(checkpoint, revision)
     cls = model_class(checkpoint, config)
     require_safetensors(checkpoint)
-    model, missing = _read(cls, checkpoint, revision, dtype)
+    known = {"config": config} if config.model_type == _TIMM else {}
+    model, missing = _read(cls, checkpoint, revision, dtype, **known)
     if missing and all(name.startswith("pooler.") for name in missing) and _pools_by_choice(cls):
         # as it was saved from: a model that was built without
         model, missing = _read(cls, checkpoint, revision, dtype, add_pooling_layer=False)

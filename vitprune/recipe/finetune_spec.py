@@ -15,18 +15,18 @@ Trained = Literal["all", "norms", "thresholds"]
 Tracker = Literal["tensorboard", "trackio", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab"]
 
 
-LEARNING_RATES: dict[Trained, float] = {"all": 2e-5, "norms": 1e-3, "thresholds": 2e-5}
+LEARNING_RATES: dict[Trained, float] = {"all": 1e-5, "norms": 1e-3, "thresholds": 1e-5}
 """What a recipe that says nothing has; docs/results.md has what others were worth."""
 
 
 class LossWeights(Spec):
-    """What the fine-tuner minimises."""
+    """What the fine-tuner minimises. The defaults need no labels: the dense model's answers are to stay."""
 
-    task: NonNegative = 1.0
+    task: NonNegative = 0.0
     """The labels' loss: cross-entropy, binary where an image has several of them, squared error for numbers."""
     budget: NonNegative = 2.0
     """What thresholds that learn are held to the budget by."""
-    distillation: NonNegative = 0.5
+    distillation: NonNegative = 1.0
     """Divergence from the dense model's answers."""
     tokens: NonNegative = 0.0
     """1 - cosine between the tokens that are left at the end and the dense model's."""
@@ -53,7 +53,7 @@ class FinetuneSpec(Spec):
     train: Trained = "all"
     """Which weights learn: all, those of norms alone, or none beside the thresholds."""
     learning_rate: Positive | None = None
-    """Highest learning rate of the weights; if left out, 2e-5 for all of them and 1e-3 for norms."""
+    """Highest learning rate of the weights; if left out, 1e-5 for all of them and 1e-3 for norms."""
     thresholds: ThresholdMode = "scaled"
     """scaled: a common factor holds them to the budget while weights learn; learned: gradients move them, too;
     calibrated: they stay as they were until the end."""

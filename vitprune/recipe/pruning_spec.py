@@ -118,14 +118,6 @@ class PruningSpec(Spec):
             raise ValueError(f"has {min(values)}, but by ToMe at most half of them leave at a stage; give 0.5 or more")
         return values
 
-    @check("temperature")
-    @classmethod
-    def _of_thresholds(cls, value: float | None, info: ValidationInfo) -> float | None:
-        select = info.data.get("select", "threshold")
-        if value is not None and select != "threshold":
-            raise ValueError(f"has no meaning with select: {select}; leave it out")
-        return value
-
     @check("points")
     @classmethod
     def _points_per_stage(

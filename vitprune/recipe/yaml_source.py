@@ -181,10 +181,10 @@ class _Reader:
 
 
 def _whole(written: str) -> str:
-    """An override's value, in which no comment begins: where YAML would see one it is put in quotes."""
-    plain = written.strip()
-    begins_comment = plain.startswith("#") or (" #" in plain and plain[0] not in "[{\"'|>&*!")
-    return json.dumps(plain, ensure_ascii=False) if begins_comment else written
+    """An override's value; plain text in which YAML would see a comment is put in quotes."""
+    text = written.strip()
+    is_plain = text[:1] not in tuple("[{\"'|>&*!")
+    return json.dumps(text, ensure_ascii=False) if is_plain and re.search(r"(^|\s)#", text) else written
 
 
 def _scalar(tag: str, text: str) -> str | int | float | bool | None:

@@ -176,7 +176,8 @@ def break_even(cases: list[Case]) -> int | None:
 
 def _pays(cases: list[Case], first: int | None) -> str:
     if first is None:
-        return "it doesn't pay here"
+        paying = [str(case.batch_size) for case in cases if case.speedup >= PAYS]
+        return f"it pays at batch size {', '.join(paying)} alone" if paying else "it doesn't pay here"
     if len(cases) == 1:
         return "it pays there, the only batch size measured"
     if first == cases[0].batch_size:

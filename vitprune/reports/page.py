@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import io
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -238,11 +239,13 @@ def _curves(methods: Mapping[str, Sequence[PointResult]]) -> Iterator[tuple[str,
         lines = _lines(methods, lambda point, metric=metric: _value(point, metric))
         ends = [min(point.ratio for point in points), 1.0]
         level = Line("dense", [(end, pair.dense) for end in ends], dashed=True)
-        yield metric, "The dashed line is the dense model.", _plot([*lines, level], pair.is_fraction)
+        axis = _PART if pair.is_fraction else _four_figures(pair.dense)
+        yield metric, "The dashed line is the dense model.", Plot.of([*lines, level], "MACs, of dense", _MACS, axis)
     for name, value in LIKENESS.items():
         if value(first) is not None:
             lines = _lines(methods, lambda point, value=value: value(point.comparison) or 0.0)
-            yield name, "How like the dense model's answers are.", _plot(lines, name == AGREEMENT)
+            axis = _PART if name == AGREEMENT else Axis("{:.4f}".format, least=1e-4, most=1.0)
+            yield name, "How like the dense model's answers are.", Plot.of(lines, "MACs, of dense", _MACS, axis)
     sizes = sorted({row.batch_size for point in points for row in point.throughput})
     for size in sizes[-1:]:
         lines = _lines(methods, lambda point, size=size: _speed(point, size))
@@ -267,8 +270,9 @@ def _speed(point: PointResult, batch_size: int) -> float:
 
 
 _MACS = Axis(lambda part: percent(part, 0), least=0.01)
+_PART = Axis(percent, least=0.001, most=1.0)
 
 
-def _plot(lines: Sequence[Line], is_fraction: bool) -> Plot:
-    shown = Axis(percent, least=0.001, most=1.0) if is_fraction else Axis(number)
-    return Plot.of(lines, "MACs, of dense", _MACS, shown)
+def _four_figures(value: float) -> Axis:
+    """For numbers about so large."""
+    return Axis(number, least=10.0 ** (math.floor(math.log10(abs(value))) - 3) if value else 0.0)

@@ -48,7 +48,7 @@ def _scaled(value: float, units: Sequence[str]) -> str:
         if float(text := f"{value:.3g}") < 1000:
             return f"{text} {unit}".rstrip()
         value /= 1000
-    return f"{value:,.3g} {units[-1]}" if value < 1000 else f"{value:,.0f} {units[-1]}"
+    return f"{float(f'{value:.3g}'):,.4g} {units[-1]}" if value < 1000 else f"{value:,.0f} {units[-1]}"
 
 
 def number(value: float) -> str:

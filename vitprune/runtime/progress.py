@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any, Protocol, TypeVar
+from typing import Protocol, TypeVar
 
 import datasets
 from huggingface_hub import utils as hub
@@ -99,8 +99,8 @@ def display(*, quiet: bool = False) -> Iterator[Display]:
             transformers_logging.enable_progress_bar()
         if not bars[1]:
             datasets.enable_progress_bars()
-        if downloads:
-            hub.enable_progress_bars()
+        # which transformers' switch on, too
+        (hub.enable_progress_bars if downloads else hub.disable_progress_bars)()
 
 
 class _Silent:
@@ -209,9 +209,14 @@ class Display:
             BarColumn(20),
             TextColumn("{task.fields[count]} {task.fields[remark]}", markup=False, style="dim"),
         )
-        pace: Any = {"auto_refresh": not steady, "refresh_per_second": 4}
-        shares = sys.stdout.isatty()  # otherwise what a command prints meanwhile would go to stderr
-        bar = Progress(*columns, console=self.console, transient=True, redirect_stdout=shares, **pace)
+        bar = Progress(
+            *columns,
+            console=self.console,
+            transient=True,
+            auto_refresh=not steady,
+            refresh_per_second=4,
+            redirect_stdout=sys.stdout.isatty(),  # otherwise what a command prints meanwhile would go to stderr
+        )
         if self._depth > 1:  # rich has one live display at a time: the outer one goes on
             yield
             return
