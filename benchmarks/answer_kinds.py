@@ -33,7 +33,8 @@ RECIPE: dict[str, Any] = {
     "evaluate": {"batch_sizes": []},
 }
 # heads fitted by least squares are steep, and what is dark, or in a picture at all, a crop would change
-TUNED: dict[str, Any] = {"epochs": 2, "holdout": 200, "learning_rate": 1e-6, "augmentation": "none"}
+LOSSES = {"task": 1.0, "distillation": 0.5}
+TUNED: dict[str, Any] = {"epochs": 2, "holdout": 200, "learning_rate": 1e-6, "augmentation": "none", "losses": LOSSES}
 DARK = 64  # of 255
 RIDGE = 1.0
 GAIN = 8.0  # what least squares fits to ±1 becomes logits that are as sure

@@ -1,7 +1,7 @@
 """What fine-tuning is worth: dense, calibrated only and fine-tuned on the same test images, at one budget.
 
     python benchmarks/finetuning.py CHECKPOINT DATA --budget 0.35 --images 4000
-    python benchmarks/finetuning.py CHECKPOINT DATA --budget 0.35 --policy tome --set losses.distillation=2
+    python benchmarks/finetuning.py CHECKPOINT DATA --budget 0.35 --policy tome --set losses.task=1
 
 CHECKPOINT: folder or Hub id of a dense classifier. DATA: as `data.path` in a recipe, with splits train and test.
 Calibrates in bfloat16, or in `--dtype`, on 256 training images, trains one epoch unless told otherwise, scales the

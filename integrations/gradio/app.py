@@ -68,7 +68,7 @@ class Space:
             with gr.Row():
                 with gr.Column(scale=1):
                     image = gr.Image(type="pil", label="Image", height=260)
-                    lowest, highest = 100 * self.lowest, 100 * self.highest
+                    lowest, highest = (round(100 * end, 4) for end in (self.lowest, self.highest))
                     value = max(lowest, min(60, highest))
                     budget = gr.Slider(lowest, highest, value=value, step=0.5, label="Budget, % of the MACs")
                 with gr.Column(scale=2):

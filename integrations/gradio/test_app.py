@@ -78,7 +78,7 @@ def test_upload_slide_and_read(opened: tuple[Page, list[str]], tmp_path: Path) -
     expect(page.locator("img[src*='png']").last).to_be_visible(timeout=PATIENCE)
     slider = page.get_by_role("slider")
     slider.focus()
-    for _ in range(15):
+    for _ in range(30):
         slider.press("ArrowLeft")
     deadline = time.monotonic() + PATIENCE / 1000
     while (last := told(page)) >= first and time.monotonic() < deadline:

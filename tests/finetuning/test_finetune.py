@@ -126,12 +126,14 @@ def test_levels_of_several_budgets_hold_for_other_weights_alone(tmp_path: Path) 
 def test_without_labels_the_teacher_is_enough(tmp_path: Path) -> None:
     data = images(tmp_path, labelled=False)
     dense, pruned = models(data)
-    history = finetune(pruned, dense, data, SPEC, BUDGET, progress=False)
+    spec = SPEC.model_copy(update={"losses": LossWeights()})
+    history = finetune(pruned, dense, data, spec, BUDGET, progress=False)
     stages = {"kept/before_block_2", "kept/before_block_4"}
     assert set(history.records[0]) == {"loss", "distillation", "ratio", "kept", "factor", "lr", *stages}
-    weights = LossWeights(task=1.0, distillation=0.0)
-    with pytest.raises(ValueError, match=r"finetune\.losses: images without labels need losses\.distillation > 0"):
-        finetune(pruned, dense, data, SPEC.model_copy(update={"losses": weights}), BUDGET, progress=False)
+    with pytest.raises(
+        ValueError, match=r"finetune\.losses\.task: is 1, but the training images have no labels"
+    ):
+        finetune(pruned, dense, data, SPEC, BUDGET, progress=False)
 
 
 def test_fixed_counts_train_and_have_no_thresholds_to_learn(tmp_path: Path) -> None:

@@ -420,7 +420,7 @@ def test_a_budget_that_nothing_reaches(tmp_path: Path, changes: list[str], run: 
         (["data.image_column=nope"], "data.image_column"),
         (["finetune.holdout=5000"], "finetune.holdout"),
         (["finetune.trackers=[comet_ml]"], "finetune.trackers"),
-        (["finetune.losses={task: 1.0, distillation: 0.0}", "data.labels=ignore"], "finetune.losses"),
+        (["finetune.losses={task: 1.0, distillation: 0.0}", "data.labels=ignore"], "finetune.losses.task"),
         (["evaluate.metrics=[correlation]"], "evaluate.metrics"),
     ],
 )

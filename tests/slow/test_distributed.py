@@ -53,6 +53,7 @@ def prepare(out: Path, launcher: list[str], *, fsdp: bool, **settings: object) -
     """Command and environment of 20 steps: batches of 16 that share 50 images don't end where epochs do."""
     common = {"data": str(out.parent / "data"), "steps": 20, "augmentation": "light", "fsdp": fsdp, "held_out": 10}
     common["thresholds"] = "learned" if settings["policy"] == PAPER else "scaled"
+    common |= {"losses": {"task": 1.0, "distillation": 0.5}, "learning_rate": 2e-5}
     arguments = [str(WORKER), str(out), json.dumps(common | settings)]
     out.mkdir(exist_ok=True)
     environment = {**os.environ, "OMP_NUM_THREADS": "1", **(FSDP if fsdp else {})}

@@ -27,7 +27,7 @@ from vitprune.runtime.signals import TERMINATED, USAGE
 
 TEXT = (
     RECIPE.replace("batch_sizes: [1, 4]", "batch_sizes: []")
-    + "finetune: {epochs: 4, batch_size: 8, holdout: 24, checkpoint_every: 2}\n"
+    + "finetune: {epochs: 4, batch_size: 8, holdout: 24, checkpoint_every: 2, losses: {task: 1, distillation: 0.5}}\n"
 )
 # sums of floats in another order, through AdamW
 SAME = Tolerance(rtol=1e-5, atol=1e-5)

@@ -35,7 +35,8 @@ from vitprune.runtime import signals
 from vitprune.runtime.signals import TERMINATED
 
 FINETUNE = """\
-finetune: {epochs: 4, batch_size: 8, holdout: 24, learning_rate: 1e-3, checkpoint_every: 2, checkpoints_kept: 2}
+finetune: {epochs: 4, batch_size: 8, holdout: 24, learning_rate: 1e-3, checkpoint_every: 2, checkpoints_kept: 2,
+  losses: {task: 1, distillation: 0.5}}
 seed: 3
 """
 TEXT = RECIPE.replace("batch_sizes: [1, 4]", "batch_sizes: []") + FINETUNE

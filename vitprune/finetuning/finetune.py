@@ -96,7 +96,7 @@ def finetune(
     but for rounding.
 
     teacher: the dense model; frozen, for the distillation loss, `answers.AnswerKind.distance`.
-    images: labelled or not (then the task loss is left out).
+    images: labelled where `spec.losses.task` is above 0.
     spec: as a recipe's section `finetune`, also a dict of its keys.
     budget: MACs of the pruned pass ÷ dense, in (0, 1] or such as "65%"; seconds where the model has a latency table
         (`latency.budget_latency`).
@@ -105,7 +105,7 @@ def finetune(
     tracker_context: what `spec.trackers` are given.
 
     Raises:
-        ValueError: no images for a single batch, no loss that could teach the task, thresholds without a start, a
+        ValueError: no images for a single batch, a loss of labels without labels, thresholds without a start, a
             batch that the processes can't share evenly, a budget out of range, a teacher that the model isn't made of,
             as their answers tell, nothing that could learn, or weights in half precision, in which small steps are
             lost.
@@ -224,9 +224,10 @@ def require_trainable(images: Images, spec: FinetuneSpec, model: PreTrainedModel
         text = f"{type(model).__name__} can't compute its blocks again; leave it out"
         raise RecipeError.at(("finetune", "gradient_checkpointing"), text)
     require_installed(spec.trackers)
-    if not spec.losses.distillation and not (images.labelled and takes_labels):
-        lacking = "images without labels need" if takes_labels else "a model without classes needs"
-        raise RecipeError.at(("finetune", "losses"), f"{lacking} losses.distillation > 0")
+    if spec.losses.task and not (images.labelled and takes_labels):
+        lacking = "the training images have no labels" if takes_labels else "the model has no classes"
+        text = f"is {spec.losses.task:g}, but {lacking}; leave it out: the dense model's answers teach without"
+        raise RecipeError.at(("finetune", "losses", "task"), text)
 
 
 def count_steps(spec: FinetuneSpec, images: Images) -> int:

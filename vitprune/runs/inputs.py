@@ -248,8 +248,12 @@ def _embed_classes(
 
 
 def read_images(recipe: Recipe, processor: BaseImageProcessor, dense: PreTrainedModel, split: SplitSpec) -> Images:
-    """Labels are the model's classes; without a head they are those of the data; of no use without a prompt."""
+    """Labels are the model's classes; without a head they are those of the data; of no use without a prompt.
+
+    Those of training images aren't read, nor need they fit, unless something is learned from them.
+    """
     kind = _kind(recipe, dense)
+    learns = recipe.finetune is not None and recipe.finetune.losses.task > 0
     labels = class_names(dense) if has_head(dense) else None
     with concerning("data", "path"):
         return load_images(
@@ -257,7 +261,7 @@ def read_images(recipe: Recipe, processor: BaseImageProcessor, dense: PreTrained
             split,
             processor,
             id2label=labels,
-            labelled=kind.takes_labels,
+            labelled=kind.takes_labels and (learns or split is not recipe.data.train),
             task="single-label" if kind.name == "embedding" else kind.name,
             seed=recipe.seed,
         )
