@@ -130,9 +130,7 @@ def test_without_labels_the_teacher_is_enough(tmp_path: Path) -> None:
     history = finetune(pruned, dense, data, spec, BUDGET, progress=False)
     stages = {"kept/before_block_2", "kept/before_block_4"}
     assert set(history.records[0]) == {"loss", "distillation", "ratio", "kept", "factor", "lr", *stages}
-    with pytest.raises(
-        ValueError, match=r"finetune\.losses\.task: is 1, but the training images have no labels"
-    ):
+    with pytest.raises(ValueError, match=r"finetune\.losses\.task: is 1, but the training images have no labels"):
         finetune(pruned, dense, data, SPEC, BUDGET, progress=False)
 
 

@@ -61,6 +61,15 @@ def test_a_check_is_the_mean_over_the_images_and_the_lowest_loss_is_kept() -> No
     assert update.taught == 3  # the teacher is asked once
 
 
+@pytest.mark.parametrize(("negligible", "kept"), [(0.0, 10), (0.001, 0)])
+def test_a_gain_that_shows_in_no_answer_is_none(negligible: float, kept: int) -> None:
+    update: Any = Updates([0.0007, 0.0005])
+    images: Any = Pictures()
+    held = HeldOut(images, (4,), 0.6, negligible)
+    assert [held.look(update, step) for step in (0, 10)] == [True, kept > 0]
+    assert held.kept_step == kept
+
+
 class Growing(Updates):
     """Whose ratio falls as the factor grows, and which grows dearer or cheaper as it learns; more costs gain."""
 

@@ -147,7 +147,7 @@ def finetune(
         accelerator.register_for_checkpointing(scheduler)
         stages = pruning_of(model).before_blocks
         update = TrainStep(accelerator, prepared, taught_by, optimizer, spec, thresholds, stages, images.stand_in())
-        held_out = None if holdout is None else HeldOut(holdout, stages, budget)
+        held_out = None if holdout is None else HeldOut(holdout, stages, budget, answers.kind.negligible)
         tracking = _tracking(accelerator, prepared, thresholds, spec, tracker_context)
         loop = Loop(accelerator, update, scheduler, batches, states, tracking, held_out, ours.whole_weights)
         loop.resume()

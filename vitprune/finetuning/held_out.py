@@ -38,7 +38,8 @@ SENSITIVITY, LEAST, MOST = -0.26, -0.1, -2.0
 class HeldOut:
     """Looks at the student every so often, and keeps the best state.
 
-    images: every process looks at all of them; what the main one finds counts. checks: so far, the first before any
+    images: every process looks at all of them; what the main one finds counts. negligible: a loss that is lower by no
+    more than that gained nothing. checks: so far, the first before any
     step. first: losses of each `GROUP` before any step. best: of the best check, unless that is the first, whose state
     the caller has. log_factor: of the factor that these images need beside that of training.
     sensitivity: of the ratio to it.
@@ -47,6 +48,7 @@ class HeldOut:
     images: Images
     before_blocks: Sequence[int]
     budget: float
+    negligible: float = 0.0
     count: int = 0
     checks: list[Check] = field(default_factory=list)
     best: State | None = None
@@ -80,7 +82,9 @@ class HeldOut:
         allowed = max([self.budget, *(check.ratio for check in self.checks[:1])])
         self.first = self.first or groups
         is_finite = math.isfinite(loss)
-        counts = is_finite and (step == 0 or (means["ratio"] <= allowed + ABOVE and _is_gain(self.first, groups)))
+        counts = is_finite and (
+            step == 0 or (means["ratio"] <= allowed + ABOVE and _is_gain(self.first, groups, self.negligible))
+        )
         known = loss if is_finite else None
         own = Check(step=step, loss=known, losses=losses, ratio=means["ratio"], kept=kept, counts=counts)
         check = distributed.on_main(lambda: own)
@@ -127,12 +131,12 @@ def _ratio(found: tuple[Mapping[str, float], object]) -> float:
     return distributed.on_main(lambda: found[0]["ratio"])
 
 
-def _is_gain(before: Sequence[float], after: Sequence[float]) -> bool:
+def _is_gain(before: Sequence[float], after: Sequence[float], negligible: float = 0.0) -> bool:
     """Whether losses of the same groups fell by more than chance would let them: by one standard error of the mean.
 
-    after: finite.
+    after: finite. negligible: nor is so much a gain.
     """
     if len(before) != len(after) or len(before) < 2 or not all(map(math.isfinite, before)):
         return True
     gains = [one - other for one, other in zip(before, after, strict=True)]
-    return mean(gains) > stdev(gains) / math.sqrt(len(gains))
+    return mean(gains) > max(negligible, stdev(gains) / math.sqrt(len(gains)))

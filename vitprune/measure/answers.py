@@ -27,12 +27,13 @@ PROBLEM_TYPES: Mapping[Task, Literal["single_label_classification", "multi_label
 class AnswerKind(ABC):
     """What follows from what the numbers of an answer are.
 
-    unit: what `distance` is measured in. described: what a model answers with. takes_labels: whether there is a task to
-    learn from them.
+    unit: what `distance` is measured in. negligible: a change of it that shows in hardly an answer. described: what a
+    model answers with. takes_labels: whether there is a task to learn from them.
     """
 
     name: ClassVar[Task | Literal["embedding"]]
     unit: ClassVar[str]
+    negligible: ClassVar[float] = 0.0
     described: ClassVar[str]
     takes_labels: ClassVar[bool] = True
 
@@ -66,6 +67,7 @@ class SingleLabel(AnswerKind):
 
     name = "single-label"
     unit = "KL"
+    negligible = 0.001
     described = "logits of classes"
 
     def task_loss(self, answers_BC: Tensor, labels: Tensor) -> Tensor:

@@ -96,7 +96,8 @@ def _training(training: Training) -> str:
     if not training.kept_step:
         return (
             f"Fine-tuning gained nothing: on {images} the loss was {_loss(first)} before it and {_loss(last)} at "
-            "its end, and no state was better by more than chance at the same cost; the calibrated model was kept."
+            "its end, and no state was better at the same cost by more than chance, or so much that it shows in "
+            "answers; the calibrated model was kept."
         )
     return (
         f"Fine-tuning brought the loss on {images} from {_loss(first)} to {_loss(kept)}: the state after step "
