@@ -23,6 +23,8 @@ from pydantic import (
 from vitprune.recipe.schema import Task
 from vitprune.runtime.files import write_text_whole
 
+REPORT_JSON = "report.json"
+"""A `Report`, in a checkpoint's folder and where `evaluate` writes."""
 LATENCY_TOLERANCE = 0.05  # of the latency that was asked for
 SURE = 0.05  # of McNemar's test
 PAYS = 1.05  # a speed-up worth having: less is lost in the noise

@@ -28,6 +28,7 @@ from vitprune.recipe.schema import Recipe, as_recipe
 from vitprune.reports.model_card import PICTURES, model_card
 from vitprune.reports.page import report_page
 from vitprune.reports.results import (
+    REPORT_JSON,
     Breakdown,
     Comparison,
     Report,
@@ -272,7 +273,7 @@ class _Run(Evaluation):
         name = self.recipe.output.push_to_hub or output.name
         files = {
             "recipe.yaml": _with_versions(self.recipe, report),
-            "report.json": report.model_dump_json(indent=2, by_alias=True) + "\n",
+            REPORT_JSON: report.model_dump_json(indent=2, by_alias=True) + "\n",
             "report.html": report_page(report, name, images),
             "README.md": model_card(report, name, captions),
             **drawn,

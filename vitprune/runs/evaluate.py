@@ -23,6 +23,7 @@ from vitprune.recipe.for_readers import for_readers, without_paths
 from vitprune.recipe.schema import Recipe
 from vitprune.reports.page import ShownImages, report_page
 from vitprune.reports.results import (
+    REPORT_JSON,
     Breakdown,
     Comparison,
     Latency,
@@ -41,7 +42,6 @@ from vitprune.runtime.hub_cache import Disconnected
 
 # different batches of the largest size that throughput is measured on
 TIMED_BATCHES = 3
-REPORT_JSON = "report.json"
 
 Points = Sequence[tuple[float, Comparison]]
 """Budgets that a checkpoint has levels for, and what was found at each."""

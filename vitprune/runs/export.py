@@ -21,7 +21,7 @@ from vitprune.models.checkpoint import load, load_processor
 from vitprune.models.module import is_pruned
 from vitprune.models.trace import trace
 from vitprune.recipe.values import read_budget
-from vitprune.reports.results import Comparison, Report
+from vitprune.reports.results import REPORT_JSON, Comparison, Report
 from vitprune.runtime.progress import task
 
 CHECKED = 4  # images of noise
@@ -100,7 +100,7 @@ def _kept(checkpoint: str, kept: str, budget: str | None) -> Sequence[int]:
         except ValueError:
             way_out = f"write numbers such as 180,126,87, or one of {', '.join(QUANTILES)}"
             raise ValueError(f"--kept is {kept!r}; {way_out}") from None
-    path = Path(checkpoint) / "report.json"
+    path = Path(checkpoint) / REPORT_JSON
     if not path.is_file():
         raise ValueError(
             f"{checkpoint} has no report.json that says how many patches images keep; name them: --kept 180,126,87"

@@ -222,7 +222,7 @@ def _steps(recipe: Recipe, *, is_pruned: bool) -> tuple[str, ...]:
             f"calibrate on {recipe.calibration.images} training images to {percent(recipe.budget.strictest)} of the "
             f"{counts}"
         )
-    elif recipe.finetune is not None and recipe.pruning.select == "threshold":
+    elif _meets_budget(recipe):
         steps.append(f"scale the thresholds to {percent(recipe.budget.strictest)} of the {counts}")
     if (tuning := recipe.finetune) is not None:
         length = f"{tuning.epochs:g} epochs" if tuning.steps is None else f"{tuning.steps} steps"

@@ -7,11 +7,11 @@ from typing import Any
 
 from vitprune.recipe.yaml_source import dump
 from vitprune.reports.model_card import PICTURES, model_card
-from vitprune.reports.results import Report
+from vitprune.reports.results import REPORT_JSON, Report
 from vitprune.runtime.hub_upload import require_rights, upload
 
 PAGE = "report.html"
-REPORT, RECIPE, CARD = "report.json", "recipe.yaml", "README.md"
+RECIPE, CARD = "recipe.yaml", "README.md"
 
 
 def push(checkpoint: str | Path, repo: str, *, private: bool = False) -> str:
@@ -25,10 +25,12 @@ def push(checkpoint: str | Path, repo: str, *, private: bool = False) -> str:
         OSError: the upload failed; it can be tried again.
     """
     folder = Path(checkpoint)
-    if not (folder / REPORT).is_file() or not (folder / "config.json").is_file():
-        raise ValueError(f"{checkpoint} is no folder of a checkpoint that `vitprune apply` wrote (it has no {REPORT})")
+    if not (folder / REPORT_JSON).is_file() or not (folder / "config.json").is_file():
+        raise ValueError(
+            f"{checkpoint} is no folder of a checkpoint that `vitprune apply` wrote (it has no {REPORT_JSON})"
+        )
     require_rights(repo)
-    report = Report.load(folder / REPORT)
+    report = Report.load(folder / REPORT_JSON)
     there = {caption: file for caption, file in PICTURES.items() if (folder / file).is_file()}
     instead = {CARD: model_card(report, repo, there)}
     if (folder / RECIPE).is_file():

@@ -18,12 +18,12 @@ from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
 from vitprune.models.checkpoint import require_free
+from vitprune.reports.results import REPORT_JSON
 from vitprune.runtime import distributed
 from vitprune.runtime.files import beside, write_text_whole
 
 T = TypeVar("T")
 _FINGERPRINT = "fingerprint.json"
-_REPORT = "report.json"
 _ABSENT = "nothing"
 _LOCK = "lock"
 _OWNER = "owner.txt"
@@ -40,7 +40,7 @@ def require_output(output: Path, *, overwrite: bool) -> None:
 
 def was_saved(output: Path) -> bool:
     """Whether the interrupted run had saved its result, and only cleaning up is left."""
-    reports = [place / _REPORT for place in (place_of(output), output)]
+    reports = [place / REPORT_JSON for place in (place_of(output), output)]
     if not all(report.is_file() for report in reports):
         return False
     mine, theirs = (json.loads(report.read_text(encoding="utf-8")).get("created") for report in reports)

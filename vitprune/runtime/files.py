@@ -50,7 +50,7 @@ def require_writable(folder: Path, path: Path | None = None) -> None:
 
 def require_name_fits(path: Path) -> None:
     """Raise ValueError where a name that will be needed is longer than the file system takes."""
-    above = next(folder for folder in path.parents if folder.exists())
+    above = there(path.parent)
     longest = max((beside(path, kind).name for kind in KINDS), key=lambda name: len(os.fsencode(name)))
     limit = os.pathconf(above, "PC_NAME_MAX") if hasattr(os, "pathconf") else 255
     if (excess := len(os.fsencode(longest)) - limit) > 0:
