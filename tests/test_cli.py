@@ -239,6 +239,20 @@ def test_a_loader_process_that_was_killed(heavy: Heavy) -> None:
     result = invoke("apply", "recipe.yaml")
     assert result.exit_code == 1
     assert "a process that loads images was killed, most often for want of memory; lower data.workers" in result.stderr
+    heavy.error = RuntimeError(
+        "DataLoader worker (pid 7) is killed by signal: Bus error. It is possible that dataloader's workers are out of "
+        "shared memory. Please try to raise your shared memory limit."
+    )
+    assert "for want of shared memory (in a container: --shm-size); lower data" in invoke("apply", "recipe.yaml").stderr
+
+
+@pytest.mark.parametrize(("kind", "said"), [(OSError, "Hub: 503"), (ValueError, "row 3: class 17 is none\nof 10")])
+def test_an_error_in_a_loader_process_is_said_as_it_was(heavy: Heavy, kind: type[Exception], said: str) -> None:
+    heavy.error = kind(
+        f"Caught {kind.__name__} in DataLoader worker process 0.\nOriginal Traceback (most recent call last):\n"
+        f'  File "worker.py", line 1, in fetch\n    raise {kind.__name__}: no\n{kind.__name__}: {said}\n'
+    )
+    assert invoke("apply", "recipe.yaml").stderr == f"failed: {said} (VITPRUNE_DEBUG=1 shows where)\n"
 
 
 @pytest.mark.parametrize("error", [AssertionError("ours"), KeyError("ours")])

@@ -467,10 +467,12 @@ def test_truncated_file_is_named(tmp_path: Path) -> None:
         list(load(folder).loader(2))
 
 
-def test_a_whole_batch_of_broken_images(parquet: Callable[..., Path]) -> None:
-    images = load(parquet(rows(4, broken=(2, 3))), on_error="skip")
-    with pytest.raises(ValueError, match="a whole batch of 2 images is broken"):
-        list(images.loader(2))
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_batch_of_broken_images_does_not_come(parquet: Callable[..., Path], streaming: bool) -> None:
+    images = load(parquet(rows(5, broken=(2, 3))), on_error="skip", streaming=streaming)
+    assert [len(batch["labels"]) for batch in images.loader(2)] == [2, 1]
+    assert images.skipped == 2
+    assert len(load(parquet(rows(2, broken=(0, 1))), on_error="skip", streaming=streaming).pixels()) == 0
 
 
 # Python 3.12 warns of every fork of a process with threads, which torch has.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from vitprune.data.augmentation import Augmentation
 from vitprune.data.images import Images, load_images
+from vitprune.data.splits import Stream
 from vitprune.data.training_batches import Position, Share, TrainingBatches
 from vitprune.recipe.schema import DataSpec
 
@@ -70,6 +72,32 @@ def epochs(images: Images, processes: int, count: int) -> list[list[list[int]]]:
     return seen
 
 
+def test_processes_share_shards_where_that_is_nearly_even(tmp_path: Path) -> None:
+    own = {}
+    for files in (11, 3):
+        rows = load(write(tmp_path / f"{files}", files), streaming=True).share(1, 2).rows
+        assert isinstance(rows, Stream)
+        own[files] = rows.num_shards
+    assert own == {11: 5, 3: 3}
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_loader_processes_pass_sigterm_by(tmp_path: Path, streaming: bool) -> None:
+    images = load(write(tmp_path / "data", 2), streaming=streaming, workers=2)
+    one, several = batches(images, Share(), batch_size=1), iter(images.loader(1))
+    first = [*numbers(next(one)), *numbers(next(several))]
+    for process in multiprocessing.active_children():
+        process.terminate()
+    assert len(first + [number for _ in range(COUNT - 1) for number in numbers(next(one))]) == COUNT + 1
+    assert len(list(several)) == COUNT - 1
+
+
+def test_a_stream_goes_on_behind_a_batch_of_broken_images(tmp_path: Path) -> None:
+    one = batches(load(write(tmp_path / "data", 1, broken=tuple(range(COUNT))), streaming=True), Share())
+    seen = [(next(one), one.ended) for _ in range(7)]
+    assert seen == [(None, False)] * 6 + [(None, True)]
+
+
 def flat(steps: Sequence[list[int]]) -> list[int]:
     return [number for step in steps for number in step]
 
@@ -94,7 +122,9 @@ def test_shares_of_a_table_are_its_batches_and_a_position_goes_on(tmp_path: Path
     assert [flat([numbers(next(share)) for share in again]) for _ in range(3)] == expected[5:]
 
 
-@pytest.mark.parametrize(("processes", "workers", "files"), [(1, 0, 1), (2, 2, 4), (2, 2, 6), (2, 1, 3), (2, 2, 1)])
+@pytest.mark.parametrize(
+    ("processes", "workers", "files"), [(1, 0, 1), (2, 2, 4), (2, 2, 6), (2, 1, 3), (2, 2, 1), (2, 0, 11), (2, 2, 11)]
+)
 def test_a_stream_comes_once_an_epoch(tmp_path: Path, processes: int, workers: int, files: int) -> None:
     images = load(write(tmp_path / "data", files), streaming=True, workers=workers)
     first, second = epochs(images, processes, 2)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from vitprune.reports.results import Document
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file, such as recipes/quickstart.yaml.")]
+_IN_LOADER = "in DataLoader worker process"
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe, such as finetune.epochs=1."),
@@ -62,12 +64,18 @@ def _explained(error: Exception) -> str:
 
         if has_lost_another(error):
             return "another process of this run ended; the same command resumes from what was kept"
-    if "DataLoader worker" in str(error):  # which torch raises wherever the main process is just then
+    text = str(error)
+    if "DataLoader worker (pid" in text:  # which torch raises wherever the main process is just then
+        is_shared = "shared memory" in text
+        lacking = "shared memory (in a container: --shm-size)" if is_shared else "memory"
         return (
-            "a process that loads images was killed, most often for want of memory; lower data.workers, or free some, "
-            "and run the same command again: it resumes from what was kept"
+            f"a process that loads images was killed, most often for want of {lacking}; lower data.workers, or free "
+            "some, and run the same command again: it resumes from what was kept"
         )
-    return str(error) or type(error).__name__
+    if _IN_LOADER in text:  # behind a traceback of that process, as text
+        name = type(error).__name__
+        text = re.split(rf"^(?:\w+\.)*{name}: ", text, flags=re.MULTILINE)[-1].strip()
+    return text or type(error).__name__
 
 
 def _say(message: str) -> None:

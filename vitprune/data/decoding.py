@@ -133,17 +133,14 @@ def processor_at(processor: BaseImageProcessor, height: int, width: int) -> Base
 
 @dataclass(frozen=True)
 class Collate:
-    """Puts samples together to a batch. may_be_empty: None where all are broken, instead of an error."""
+    """Puts samples together to a batch; None where all are broken."""
 
     place: str
-    may_be_empty: bool = False
 
     def __call__(self, samples: list[Sample | None]) -> dict[str, Tensor] | None:
         whole = [sample for sample in samples if sample is not None]
         if not whole:
-            if self.may_be_empty:
-                return None
-            raise ValueError(f"{self.place}: a whole batch of {len(samples)} images is broken; see what the data holds")
+            return None
         shapes = {tuple(pixels_CHW.shape) for pixels_CHW, _ in whole}
         if len(shapes) > 1:
             raise ValueError(

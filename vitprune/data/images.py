@@ -6,7 +6,7 @@ Tensor suffixes: B images, C channels, H height, W width.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import PIL.Image
@@ -21,8 +21,14 @@ from vitprune.data.source import open_source
 from vitprune.data.splits import Stream, Table
 from vitprune.recipe.schema import DataSpec, SplitSpec, Task
 from vitprune.recipe.values import as_spec
+from vitprune.runtime.signals import leave_to_main
 
 LOADED = 32  # images decoded at a time where all are wanted
+
+
+class _NonEmpty(torch_data.DataLoader[Any]):
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        return (batch for batch in super().__iter__() if batch is not None)
 
 
 def load_images(
@@ -163,17 +169,18 @@ class Images:
 
         Of several labels an image, or of numbers, labels are (B, outputs of the model) float32.
 
-        A batch is smaller by the broken images skipped in it.
+        A batch is smaller by the broken images skipped in it, and doesn't come where no other is in it.
 
-        Raises BrokenImageError while running, and ValueError for a batch of only broken images.
+        Raises BrokenImageError while running.
         """
         rows, processes = self.rows, self.workers
         if isinstance(rows, Stream):
             processes = min(processes, rows.num_shards)
-        return torch_data.DataLoader(
+        return _NonEmpty(
             rows,
             batch_size=batch_size,
             num_workers=processes,
+            worker_init_fn=leave_to_main,
             collate_fn=Collate(rows.reader.source.place),
             generator=torch.Generator().manual_seed(0),
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -18,6 +19,8 @@ from torch.utils import data as torch_data
 from vitprune.data.decoding import Reader, Sample
 
 SHUFFLE_BUFFER = 1000  # rows of a stream to choose from, undecoded
+# processes share a stream's shards where none has so much more than its part; otherwise each reads all, and takes some
+UNEVEN = 1.1
 ROW = "row number"
 
 
@@ -172,7 +175,11 @@ class Stream(torch_data.IterableDataset[Sample | None]):
             # several shards at a time are read by threads, which a loader's process, a fork, can wait for in vain
             rows = rows.shuffle(seed=_seed(self.order), buffer_size=SHUFFLE_BUFFER, max_buffer_input_shards=1)
         index, count = self.part
-        return rows if count == 1 else split_dataset_by_node(rows, index, count)
+        if count == 1:
+            return rows
+        most = math.ceil(rows.num_shards / count)  # of the shards, which the process has that has most
+        by_shards = most * count <= UNEVEN * rows.num_shards
+        return split_dataset_by_node(rows, index, count, "shards" if by_shards else "examples")
 
     def _whose(self) -> str:
         """Rows are counted by what reads them."""

@@ -23,6 +23,7 @@ from vitprune.data.decoding import Collate, Sample
 from vitprune.data.images import Images
 from vitprune.data.splits import Order, Stream, Table, digest
 from vitprune.recipe.errors import RecipeError
+from vitprune.runtime.signals import leave_to_main
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ class Position:
 
 
 WHOLE, START = Share(), Position()
+_END: Any = object()
 
 
 @dataclass
@@ -49,7 +51,7 @@ class TrainingBatches:
     """This process's share of one batch after the other, without an end.
 
     Each is a batch as `Images.loader` gives them, or None where the share is empty: all its images are broken, or the
-    epoch of a stream has ended for this process. When all processes get None, call `begin_epoch`.
+    epoch of a stream has `ended` for this process. When it has for all of them, call `begin_epoch`.
 
     Of a table, batch k has the images k·`batch_size` to (k + 1)·`batch_size` of an endless row of epochs, each in an
     order of its own: batches are always full, also where one epoch ends and the next begins.
@@ -61,6 +63,7 @@ class TrainingBatches:
     augmentation: Augmentation
     share: Share = WHOLE
     position: Position = START
+    ended: bool = field(default=False, init=False)
     _loader: Iterator[Any] | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -69,13 +72,14 @@ class TrainingBatches:
     def __next__(self) -> dict[str, Tensor] | None:
         if self._loader is None:
             self._loader = self._load()
-        batch = next(self._loader, None)
+        batch = next(self._loader, _END)
+        self.ended = batch is _END
         self.position = Position(self.position.epoch, self.position.images + self.batch_size)
-        return batch
+        return None if self.ended else batch
 
     def begin_epoch(self) -> None:
         """The next epoch of a stream."""
-        self.position, self._loader = Position(self.position.epoch + 1), None
+        self.position, self._loader, self.ended = Position(self.position.epoch + 1), None, False
 
     def _load(self) -> Iterator[Any]:
         """From the position on."""
@@ -98,8 +102,9 @@ class TrainingBatches:
         return torch_data.DataLoader(
             rows,
             num_workers=workers,
-            collate_fn=Collate(self.images.rows.reader.source.place, may_be_empty=True),
+            collate_fn=Collate(self.images.rows.reader.source.place),
             pin_memory=torch.cuda.is_available(),
+            worker_init_fn=leave_to_main,
             # loader processes are seeded by it; without, the global random numbers would go on with each loader
             generator=torch.Generator().manual_seed(self.seed),
             **batching,

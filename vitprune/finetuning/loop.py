@@ -24,6 +24,7 @@ from vitprune.measure.memory import is_out_of_memory
 from vitprune.recipe.errors import RecipeError
 from vitprune.recipe.schema import FinetuneSpec
 from vitprune.reports.results import Check, Training
+from vitprune.runtime import distributed
 from vitprune.runtime.progress import Task, task
 from vitprune.runtime.signals import Terminated, deferred
 
@@ -179,8 +180,10 @@ class Loop:
             if passed >= length + images_per_step:
                 raise RecipeError.at(("data", "train"), "none of the images left to fine-tune with can be read")
             return
-        if self.batches.position.images <= images_per_step:
-            raise RecipeError.at(("data", "train"), "the stream has no images to fine-tune with")
+        if not all(distributed.all_gather(self.batches.ended)):
+            return
+        if passed >= self.batches.position.images:
+            raise RecipeError.at(("data", "train"), "the stream has no images to fine-tune with that can be read")
         self.batches.begin_epoch()
 
     @contextmanager

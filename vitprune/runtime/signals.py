@@ -51,6 +51,14 @@ def deferred() -> Iterator[Notice]:
         _notice.reset(token)
 
 
+def leave_to_main(process: int) -> None:
+    """In a process that a `DataLoader` starts: pass SIGTERM by, which may go to the whole group.
+
+    The main process says when it is over, also by ending.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
 def _on_sigterm(number: int, frame: object) -> None:
     notice = _notice.get()
     if notice is None:
