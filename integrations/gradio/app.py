@@ -78,6 +78,7 @@ class Space:
                     told = gr.Markdown()
             for change in (image.change, budget.change):
                 look = {"show_progress": "minimal", "trigger_mode": "always_last"}  # of a slide that goes on
+                look["concurrency_id"] = "look"  # one at a time: the budget is the model's
                 change(self.look, [image, budget], [tokens, told], **look)
         return page
 

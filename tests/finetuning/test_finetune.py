@@ -29,8 +29,10 @@ from vitprune.finetuning.losses import answer_losses
 from vitprune.finetuning.optimization import build_optimizer
 from vitprune.finetuning.state import States
 from vitprune.finetuning.step import TrainStep
+from vitprune.finetuning.student import Student
 from vitprune.finetuning.thresholds import GAIN, ThresholdTraining
 from vitprune.measure.answers import KINDS
+from vitprune.measure.outputs import ImageModel
 from vitprune.models.module import pruning_of
 from vitprune.recipe.schema import DataSpec, FinetuneSpec, LossWeights, PruningSpec, SplitSpec, ThresholdMode
 from vitprune.reports.results import Training
@@ -325,12 +327,28 @@ def test_the_best_state_is_kept(tmp_path: Path, thresholds: str, monkeypatch: py
 def test_what_gains_nothing_is_not_kept(tmp_path: Path) -> None:
     train, holdout = images(tmp_path).holdout(16, 0)
     dense, pruned = models(train)
+    points = vitprune.find_points(pruned, train, [0.8, 0.6], progress=False)
     before = copy.deepcopy(pruned.state_dict())
     spec = SPEC.model_copy(update={"losses": LossWeights(task=0.0, distillation=1.0), "learning_rate": 0.3})
     training = finetune(pruned, dense, train, spec, BUDGET, holdout=holdout, progress=False).training
     assert training is not None
     assert training.kept_step == 0
     assert_close(dict(pruned.state_dict()), dict(before), **EXACT)
+    assert vitprune.points_of(pruned) == points
+
+
+def test_fsdp_is_told_to_shard_blocks(tmp_path: Path) -> None:
+    _, pruned = models(images(tmp_path))
+    thresholds = ThresholdTraining.of(pruning_of(pruned), "scaled", BUDGET)
+    assert Student(ImageModel.of(pruned), thresholds, wants_tokens=False)._no_split_modules == ["ViTLayer"]
+
+
+def test_the_teacher_may_be_in_half_precision(tmp_path: Path) -> None:
+    data, rest = images(tmp_path).holdout(16, 0)
+    dense, pruned = models(data)
+    spec = SPEC.model_copy(update={"steps": 2})
+    history = finetune(pruned, dense.bfloat16(), data, spec, BUDGET, holdout=rest, progress=False)
+    assert all(math.isfinite(record["distillation"]) for record in history.records)
 
 
 def test_without_a_held_out_image_the_last_state_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -476,6 +494,10 @@ def test_what_a_model_or_its_images_cannot_do_is_said_before_anything_runs(
     monkeypatch.setattr(type(model), "supports_gradient_checkpointing", False)
     with pytest.raises(ValueError, match=r"finetune\.gradient_checkpointing: .* can't compute its blocks again"):
         require_trainable(data, SPEC.model_copy(update={"gradient_checkpointing": True}), model, takes_labels=True)
-    monkeypatch.setattr(distributed, "init", lambda: SimpleNamespace(num_processes=3))
+    state = SimpleNamespace(num_processes=3, distributed_type="MULTI_CPU")
+    monkeypatch.setattr(distributed, "init", lambda: state)
     with pytest.raises(ValueError, match=r"finetune\.batch_size: 8 can't be shared evenly by 3 processes"):
+        require_trainable(data, SPEC, model, takes_labels=True)
+    state.distributed_type = "DEEPSPEED"
+    with pytest.raises(ValueError, match="doesn't run under DeepSpeed; use FSDP2"):
         require_trainable(data, SPEC, model, takes_labels=True)

@@ -11,6 +11,7 @@ from torch import nn
 
 from vitprune.finetuning.held_out import GROUP, NEAR, SENSITIVITY, HeldOut, _is_gain
 from vitprune.finetuning.thresholds import ThresholdTraining
+from vitprune.recipe.schema import ThresholdMode
 
 
 class Pictures:
@@ -31,7 +32,7 @@ class Updates:
         self.student = nn.Dropout().train()
         self.losses = losses
         self.seen = self.taught = 0
-        self.thresholds = ThresholdTraining("calibrated", holds=False, budget=0.6, starts=(0.1,), units=(0.01,))
+        self.thresholds = ThresholdTraining("calibrated", scales=False, budget=0.6, starts=(0.1,), units=(0.01,))
 
     def teach(self, batch: Any) -> None:
         self.taught += 1
@@ -73,10 +74,12 @@ def test_a_gain_that_shows_in_no_answer_is_none(negligible: float, kept: int) ->
 class Growing(Updates):
     """Whose ratio falls as the factor grows, and which grows dearer or cheaper as it learns; more costs gain."""
 
+    mode: ThresholdMode = "scaled"
+
     def __init__(self, drift: list[float], slope: float = -0.3) -> None:
         super().__init__([])
         self.slope = slope
-        self.thresholds = ThresholdTraining("scaled", holds=True, budget=0.6, starts=(0.1,), units=(0.01,))
+        self.thresholds = ThresholdTraining(self.mode, scales=True, budget=0.6, starts=(0.1,), units=(0.01,))
         self.drift = drift
 
     def look(self, batch: Any, taught: None) -> dict[str, float]:
@@ -85,8 +88,13 @@ class Growing(Updates):
         return {"task": 1.0 - ratio, "ratio": ratio, "kept/before_block_4": 0.25}
 
 
-def test_states_are_compared_at_one_ratio() -> None:
-    update: Any = Growing([0.0])
+class Staying(Growing):
+    mode: ThresholdMode = "calibrated"
+
+
+@pytest.mark.parametrize("kind", [Growing, Staying])
+def test_states_are_compared_at_one_ratio(kind: type[Growing]) -> None:
+    update: Any = kind([0.0])
     images: Any = Pictures()
     held = HeldOut(images, (4,), 0.6)
     assert held.look(update, 0)

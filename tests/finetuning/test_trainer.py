@@ -176,6 +176,33 @@ def test_the_price_of_macs_is_in_the_models_loss(tmp_path: Path) -> None:
     plain = torch.nn.functional.cross_entropy(losses[1].logits, labels)
     ratio = callback._since[1].mean()
     assert_close(losses[1].loss, plain + callback._training.price(2.0) * ratio.float(), rtol=1e-5, atol=1e-6)
+    # of four images of a step that has twelve over its parts and processes, Trainer wants a third of the mean
+    third = model(x, labels=labels, num_items_in_batch=torch.tensor(12))
+    assert_close(third.loss, losses[1].loss / 3, rtol=1e-5, atol=1e-6)
+
+
+def test_trainer_says_how_many_images_a_step_has(tmp_path: Path) -> None:
+    seen = []
+
+    class Watch(vitprune.TrainerCallback):
+        def _leave(self, module: Any, args: Any, inputs: dict[str, Any], output: Any) -> Any:
+            seen.append(int(inputs["num_items_in_batch"]))
+            return super()._leave(module, args, inputs, output)
+
+    train(
+        calibrated("as-vit"),
+        tmp_path,
+        Watch(BUDGET, [tiny.images(16)], thresholds="learned"),
+        steps=2,
+        gradient_accumulation_steps=2,
+    )
+    assert seen == [16] * 4
+
+
+def test_thresholds_do_not_learn_without_the_price(tmp_path: Path) -> None:
+    callback = vitprune.TrainerCallback(BUDGET, [tiny.images(4)], thresholds="learned")
+    with pytest.raises(ValueError, match=r"adds the price of MACs to the model's own loss.*thresholds='scaled'"):
+        train(calibrated("as-vit"), tmp_path, callback, label_smoothing_factor=0.1)
 
 
 def test_what_would_go_wrong_is_said_before_training(tmp_path: Path) -> None:

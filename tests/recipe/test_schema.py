@@ -261,6 +261,21 @@ BROKEN: dict[str, tuple[str | bytes, str, str]] = {
         ":5: pruning.redundancy_exponent: ",
         "has no meaning with score: head-weighted-class-attention; leave it out",
     ),
+    "threshold-rate-unused": (
+        HEAD + "finetune: {threshold_learning_rate: 0.001}\n",
+        ":5: finetune.threshold_learning_rate: ",
+        "has no meaning with thresholds: scaled; leave it out or write thresholds: learned",
+    ),
+    "budget-loss-unused": (
+        HEAD + "finetune: {thresholds: calibrated, losses: {budget: 10}}\n",
+        ":5: finetune.losses: ",
+        "has budget: 10, which has no meaning with thresholds: calibrated",
+    ),
+    "weights-rate-unused": (
+        HEAD + "finetune: {train: thresholds, thresholds: learned, learning_rate: 1e-4}\n",
+        ":5: finetune.learning_rate: ",
+        "has no meaning with train: thresholds; theirs is threshold_learning_rate",
+    ),
     "keep-ratios-unused": (HEAD + "pruning: {keep_ratios: [90%]}\n", ":5: pruning.keep_ratios: ", "or use thresholds"),
     "tome-by-another-score": (
         HEAD + "pruning: {score: head-weighted-class-attention, select: tome}\n",
@@ -391,13 +406,13 @@ def test_overrides() -> None:
     changed = load(
         text,
         "finetune.epochs=1",
-        "finetune.losses.budget = 4",
+        "finetune.losses.tokens = 4",
         "pruning.before_blocks=[4, 7]",
         "data.name=a=b",
         "output={path: x}",
         "budget.macs=50%",
     )
-    assert changed.finetune == FinetuneSpec(epochs=1.0, losses=LossWeights(task=0.5, budget=4.0))
+    assert changed.finetune == FinetuneSpec(epochs=1.0, losses=LossWeights(task=0.5, tokens=4.0))
     assert changed.pruning.before_blocks == (4, 7)
     assert (changed.data.name, changed.output.path, changed.budget.macs) == ("a=b", "x", 0.5)
     assert load(text, "pruning={}", "output.path=runs/exp #3").output.path == "runs/exp #3"

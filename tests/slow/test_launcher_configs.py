@@ -21,4 +21,4 @@ def test_accelerate_reads_it(file: Path) -> None:
 
 
 def test_there_is_one_for_each_kind() -> None:
-    assert {file.stem for file in FILES} == {"ddp", "fsdp2", "deepspeed-zero2", "multi-node"}
+    assert {file.stem for file in FILES} == {"ddp", "fsdp2", "multi-node"}

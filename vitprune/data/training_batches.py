@@ -1,4 +1,4 @@
-"""Training images in an order that depends on the seed alone, whoever loads them: how many processes, how many workers.
+"""Training images in an order that depends on the seed; of a table on that alone, however many processes load it.
 
 Knows batches, epochs and positions to go on from.
 

@@ -139,18 +139,17 @@ def finetune(
     with trained(answers, taught_by, spec, accelerator, thresholds) as ours:
         student = ours.student
         optimizer = build_optimizer(student.answers.model, spec)
-        if (plugin := accelerator.state.deepspeed_plugin) is not None:
-            # which DeepSpeed would otherwise read off a loader of its own
-            plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = spec.batch_size // state.num_processes
         prepared, optimizer = accelerator.prepare(student, optimizer)
         scheduler = _schedule(optimizer.optimizer, math.ceil(spec.warmup * steps), steps)
         accelerator.register_for_checkpointing(scheduler)
         stages = pruning_of(model).before_blocks
         update = TrainStep(accelerator, prepared, taught_by, optimizer, spec, thresholds, stages, images.stand_in())
-        held_out = None if holdout is None else HeldOut(holdout, stages, budget, answers.kind.negligible)
+        negligible = spec.losses.distillation * answers.kind.negligible
+        held_out = None if holdout is None else HeldOut(holdout, stages, budget, negligible)
         tracking = _tracking(accelerator, prepared, thresholds, spec, tracker_context)
         loop = Loop(accelerator, update, scheduler, batches, states, tracking, held_out, ours.whole_weights)
         loop.resume()
+        points = pruning_of(model).spec.points
         pruning_of(model).keep_points(None)  # levels that were found for other weights
         try:
             loop.run(steps, progress=progress and state.is_main_process)
@@ -161,6 +160,8 @@ def finetune(
             raise
         if held_out is not None and held_out.checks:
             ours.go_back(held_out.best)
+            if held_out.best is None:
+                pruning_of(model).keep_points(points)
     return History(loop.step, loop.records, loop.training)
 
 
@@ -217,7 +218,13 @@ def require_trainable(images: Images, spec: FinetuneSpec, model: PreTrainedModel
     if spec.execution == "packed":
         require_no_dropout(max(getattr(find_backbone(model).config, name, 0.0) or 0.0 for name in _ATTENTION_DROPOUTS))
     count_steps(spec, images)
-    require_even(spec.batch_size, distributed.init().num_processes)
+    state = distributed.init()
+    if state.distributed_type == DistributedType.DEEPSPEED:
+        raise ValueError(
+            "fine-tuning doesn't run under DeepSpeed; use FSDP2 (integrations/accelerate/fsdp2.yaml), which shards "
+            "weights, gradients and optimizer, too"
+        )
+    require_even(spec.batch_size, state.num_processes)
     with concerning("finetune", "augmentation"):
         require_fitting(spec.augmentation, images.processor)
     if spec.gradient_checkpointing and not model.supports_gradient_checkpointing:

@@ -62,7 +62,7 @@ class HeldOut:
         found = self._see(update)
         if found is None:
             return False
-        for _ in range(LOOKS - 1 if self.checks and update.thresholds.holds else 0):
+        for _ in range(LOOKS - 1 if self.checks and update.thresholds.scales else 0):
             seen = _ratio(found)
             off = seen - self.checks[0].ratio
             if not abs(off) > NEAR:

@@ -115,7 +115,10 @@ class Loop:
         with self._clear_of_memory():
             is_best = held.look(self.update, self.step)
         if is_best and self.step:
-            held.best = State(copied(self.whole_weights()), self.update.thresholds.log_factor + held.log_factor)
+            thresholds = self.update.thresholds
+            # thresholds that stay as they are were only compared with another factor
+            factor = thresholds.log_factor + held.log_factor if thresholds.holds else 0.0
+            held.best = State(copied(self.whole_weights()), factor)
         if self.tracking is not None:
             self.tracking.leave_out(time.perf_counter() - began)
         return held.checks[-1] if held.checks else None

@@ -77,8 +77,6 @@ class States:
         Raises OSError where it can't be written; what was there before still is.
         """
         place = self.folder / f"step-{progress.steps:09d}"
-        if place.exists():
-            return
         unfinished = place.with_suffix(".unfinished")
         with self._told(progress, accelerator.is_main_process, unfinished):
             accelerator.save_state(str(unfinished))

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from vitprune.finetuning.losses import LOSSES, NonFiniteLoss, answer_losses, token_loss
-from vitprune.finetuning.student import FinalTokens, Seen, taken
+from vitprune.finetuning.student import FinalTokens, Seen, copied, taken
 from vitprune.finetuning.thresholds import ThresholdTraining
 from vitprune.measure.outputs import ImageModel, require_same_width
 from vitprune.pruning.costs import widened
@@ -98,7 +98,11 @@ class TrainStep:
         if self.spec.losses.tokens or not self.spec.losses.distillation:
             return None
         with self.accelerator.autocast():
-            return self.teacher(self._placed(batch)["pixel_values"])
+            return self._teach(self._placed(batch)["pixel_values"])
+
+    def _teach(self, x_BCHW: Tensor) -> Tensor:
+        """The teacher may be in half precision."""
+        return self.teacher(x_BCHW.to(self.teacher.model.dtype))
 
     def _look(self, batch: Mapping[str, Tensor], taught: Tensor | None = None) -> tuple[dict[str, Tensor], Seen]:
         weights, x_BCHW = self.spec.losses, batch["pixel_values"]
@@ -107,7 +111,7 @@ class TrainStep:
             seen = self.student(x_BCHW)
             if taught is None and (weights.distillation or weights.tokens):
                 with torch.no_grad(), taken(self._taught) as tokens:
-                    taught = self.teacher(x_BCHW)
+                    taught = self._teach(x_BCHW)
             if taught is not None:
                 require_same_width(seen.answers, taught)
             losses = answer_losses(seen.answers, taught, batch.get("labels"), weights, self.teacher.kind)
@@ -140,7 +144,7 @@ class TrainStep:
             raise NonFiniteLoss(f"fine-tuning: the gradient isn't finite at step {step + 1}; {_WAY_OUT}")
         if step % SNAPSHOT_STEPS == 0 or not self.good_weights:
             weights = self.accelerator.unwrap_model(self.student).state_dict()
-            self.good_weights = {name: weight.detach().cpu().clone() for name, weight in weights.items()}
+            self.good_weights = copied(weights)
             self.good_factor = self.thresholds.log_factor
         self.optimizer.step()
         self.optimizer.zero_grad()

@@ -66,6 +66,8 @@ class Student(nn.Module):
         self.answers = answers
         self.thresholds = thresholds
         self.final = FinalTokens(answers) if wants_tokens else None
+        # what FSDP shards one by one
+        self._no_split_modules = sorted({type(block).__name__ for block in examine(answers.model).blocks})
 
     def forward(self, pixel_values: Tensor) -> Seen:
         pruning = pruning_of(self.answers)

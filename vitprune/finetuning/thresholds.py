@@ -36,12 +36,12 @@ PRICE = 5.0
 class ThresholdTraining:
     """The thresholds of one training. starts: where they begin; units: in each, what moves all of the stage's patches.
 
-    holds: whether the factor follows the ratio; fixed counts have no thresholds, and theirs stays 1.
+    scales: whether there are any; where counts are fixed the factor stays 1.
     log_factor: of the common factor. It and what learns are only told to the model while it is `watched`.
     """
 
     mode: ThresholdMode
-    holds: bool
+    scales: bool
     budget: float
     starts: tuple[float, ...]
     units: tuple[float, ...]
@@ -51,8 +51,13 @@ class ThresholdTraining:
     def of(cls, pruning: Pruning, mode: ThresholdMode, budget: float) -> ThresholdTraining:
         """Count by temperatures, which calibration makes as wide as a fixed part of a stage's scores."""
         units = (pruning.temperatures / TEMPERATURE_SHARE).tolist()
-        holds = mode != "calibrated" and pruning.spec.select == "threshold"
-        return cls(mode, holds, budget, tuple(pruning.levels.tolist()), tuple(units))
+        scales = pruning.spec.select == "threshold"
+        return cls(mode, scales, budget, tuple(pruning.levels.tolist()), tuple(units))
+
+    @property
+    def holds(self) -> bool:
+        """Whether the factor follows the ratio."""
+        return self.scales and self.mode != "calibrated"
 
     def follow(self, ratio: float) -> None:
         """Take notice of the ratio of costs that a step has seen."""

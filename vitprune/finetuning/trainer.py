@@ -73,7 +73,8 @@ class TrainerCallback(transformers.TrainerCallback):
         price: weight of the budget in the loss, where thresholds learn.
 
     Raises:
-        ValueError: when training begins, for a model that isn't pruned or calibrated, or a budget out of range.
+        ValueError: when training begins, for a model that isn't pruned or calibrated, or a budget out of range; in
+            its first step, where thresholds learn and the model isn't given the labels.
     """
 
     def __init__(
@@ -112,7 +113,7 @@ class TrainerCallback(transformers.TrainerCallback):
         self._training = replace(training, units=tuple(faster * unit for unit in training.units))
         handles = [
             model.register_forward_pre_hook(self._enter, prepend=True),
-            model.register_forward_hook(self._leave, always_call=True),
+            model.register_forward_hook(self._leave, with_kwargs=True, always_call=True),
         ]
         if pruning.spec.select == "threshold":
             handles += self._training.translate(pruning)
@@ -145,7 +146,7 @@ class TrainerCallback(transformers.TrainerCallback):
         stack = ExitStack()
         self._running.append((stack, stack.enter_context(self._training.watched(pruning_of(module)))))
 
-    def _leave(self, module: nn.Module, args: Any, output: Any) -> Any:
+    def _leave(self, module: nn.Module, args: Any, inputs: dict[str, Any], output: Any) -> Any:
         stack, seen = self._running.pop()
         stack.close()
         if output is None or not module.training:  # None: the forward failed
@@ -153,9 +154,18 @@ class TrainerCallback(transformers.TrainerCallback):
         ratios_B = seen.costs / seen.dense_costs
         self._since.append(ratios_B.detach())
         assert self._training is not None
-        loss = output.get("loss") if hasattr(output, "get") else None
-        if loss is None or not ratios_B.requires_grad:
+        if not ratios_B.requires_grad:
             return output
+        loss = output.get("loss") if hasattr(output, "get") else None
+        if loss is None:
+            raise ValueError(
+                "thresholds='learned' adds the price of MACs to the model's own loss, and this forward of the training "
+                "has none; leave out label_smoothing_factor, compute_loss_func or a compute_loss without labels, or "
+                "pass thresholds='scaled'"
+            )
+        # the model's loss is then its images' part of the mean over all of the step's, which Trainer adds up
+        images = inputs.get("num_items_in_batch")
+        ratio = ratios_B.mean() if images is None else ratios_B.sum() / images
         priced = copy.copy(output)
-        priced["loss"] = loss + self._training.price(self.weight) * ratios_B.mean().to(loss.dtype)
+        priced["loss"] = loss + self._training.price(self.weight) * ratio.to(loss.dtype)
         return priced

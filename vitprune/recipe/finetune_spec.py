@@ -86,6 +86,27 @@ class FinetuneSpec(Spec):
     checkpoints_kept: PositiveInt = 2
     """The newest so many of these states stay while the run lasts."""
 
+    @check("learning_rate")
+    @classmethod
+    def _of_weights(cls, rate: float | None, info: ValidationInfo) -> float | None:
+        if rate is not None and info.data.get("train") == "thresholds":
+            raise ValueError("has no meaning with train: thresholds; theirs is threshold_learning_rate")
+        return rate
+
+    @check("threshold_learning_rate")
+    @classmethod
+    def _of_thresholds(cls, rate: float, info: ValidationInfo) -> float:
+        if rate != cls.model_fields["threshold_learning_rate"].default:
+            _require_learned("", info)
+        return rate
+
+    @check("losses")
+    @classmethod
+    def _of_budget(cls, losses: LossWeights, info: ValidationInfo) -> LossWeights:
+        if losses.budget != LossWeights().budget:
+            _require_learned(f"has budget: {losses.budget:g}, which ", info)
+        return losses
+
     @model_validator(mode="after")
     def _something_to_train(self) -> FinetuneSpec:
         if self.train == "thresholds" and self.thresholds != "learned":
@@ -101,3 +122,9 @@ class FinetuneSpec(Spec):
     def images_per_step(self) -> int:
         """Images that one step of the optimizer sees, of all processes and all accumulated batches."""
         return self.batch_size * self.gradient_accumulation_steps
+
+
+def _require_learned(what: str, info: ValidationInfo) -> None:
+    mode = info.data.get("thresholds", "learned")
+    if mode != "learned":
+        raise ValueError(f"{what}has no meaning with thresholds: {mode}; leave it out or write thresholds: learned")

@@ -50,7 +50,7 @@ class ModelSpec(Spec):
     revision: Text | None = None
     """Branch, tag or commit on the Hub."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the model computes in while it is calibrated and evaluated."""
+    """What the model computes in while it is calibrated and evaluated; one that is fine-tuned, once that is over."""
     task: Task | None = None
     """What its head is for, where config.json (`problem_type`) doesn't say it rightly: one label an image, several, or
     numbers. Without either one label, or a number where the head has a single output."""

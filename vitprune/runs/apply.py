@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vitprune.budget.calibration import calibrate, scale_to_budget
@@ -156,16 +157,23 @@ class _Run(Evaluation):
         if recipe.pruning.is_searched and recipe.budget.latency is None:
             return
         adjust = partial(scale_to_budget, must_meet=recipe.budget.latency is None) if is_scaled else calibrate
-        settle = partial(adjust, self.pruned, self._calibration_batches, self._part, progress=self.is_main)
-        # where training only starts from needn't be met in time
-        met = settle if recipe.finetune is not None else self._until_met(settle)
-        self._settle(folder, "calibration", met)
+
+        def settle() -> None:
+            once = partial(adjust, self.pruned, self._calibration_batches, self._part, progress=self.is_main)
+            # where training only starts from needn't be met in time
+            once() if recipe.finetune is not None else self._meet(once)
+
+        self._settle(folder, "calibration", settle)
 
     def begin_at_budget(self, folder: RunFolder) -> None:
         """Scale given thresholds, so that what training makes of them can be compared with what it began with."""
-        scale = partial(scale_to_budget, self.pruned, self._calibration_batches, self._part, progress=self.is_main)
-        # before hours of training at another budget
-        self._settle(folder, "start", partial(scale, must_meet=self.recipe.budget.latency is None))
+        must_meet = self.recipe.budget.latency is None  # before hours of training at another budget
+
+        def scale() -> None:
+            batches = self._calibration_batches
+            scale_to_budget(self.pruned, batches, self._part, progress=self.is_main, must_meet=must_meet)
+
+        self._settle(folder, "start", scale)
 
     def compare_calibrated(self, folder: RunFolder) -> Comparison:
         """Compare what training starts from, at the budget that the checkpoint will come with."""
@@ -228,14 +236,19 @@ class _Run(Evaluation):
         moved(self.pruned, self.dtype)
         moved(self.dense, self.dtype)
         training = history.training
-        # what was calibrated meets a budget of MACs already; one of time was not measured yet
-        is_met = training is not None and not training.kept_step and recipe.budget.latency is None
+        # what was calibrated meets a budget of MACs already, in float32; one of time was not measured yet
+        is_back = training is not None and not training.kept_step
+        is_met = is_back and recipe.budget.latency is None and self.dtype == torch.float32
         by_thresholds = recipe.pruning.select == "threshold"
         by_counts = recipe.pruning.is_calibrated and recipe.budget.latency is not None
         if (by_thresholds or by_counts) and not is_met:
-            batches = self._batches(self.holdout, recipe.calibration.batch_size)
-            settle = partial(self._adjust, self.pruned, batches, budget, progress=self.is_main)
-            self._settle(folder, "thresholds", self._until_met(settle))
+            holdout = self.holdout
+
+            def settle() -> None:
+                batches = self._batches(holdout, recipe.calibration.batch_size)
+                self._meet(partial(self._adjust, self.pruned, batches, budget, progress=self.is_main))
+
+            self._settle(folder, "thresholds", settle)
         return training
 
     def _tracker_context(self, output: Path) -> TrackerContext:
@@ -244,14 +257,15 @@ class _Run(Evaluation):
         samples = self.holdout.sample(SHOWN, self.recipe.seed).pixels()
         return TrackerContext(sibling(output, "logs"), output.name, settings, samples, *pixel_scale(self.processor))
 
-    def _until_met(self, settle: Callable[[], object]) -> Callable[[], object]:
-        """Settles on levels for the budget; where it is one of time, until that is what is measured."""
+    def _meet(self, settle: Callable[[], object]) -> None:
+        """Settle on levels for the budget; where it is one of time, until that is what is measured."""
         asked = self.recipe.budget.latency
         if asked is None:
-            return settle
+            settle()
+            return
         size, repeats = self.recipe.budget.timed_batch, self.recipe.evaluate.repeats
         images = self.timed_images(self.holdout or self.train, size)
-        return partial(meet_latency, *self.answers, images, asked, size, settle, repeats=repeats)
+        meet_latency(*self.answers, images, asked, size, settle, repeats=repeats)
 
     def _settle(self, folder: RunFolder, stage: str, settle: Callable[[], object]) -> None:
         """The main process settles on levels, and all have those."""
@@ -290,9 +304,12 @@ class _Run(Evaluation):
 
     def find_points(self, folder: RunFolder) -> None:
         """Find levels for each budget, on images that nothing was trained on where something was."""
-        batch_size = self.recipe.calibration.batch_size
-        batches = self._calibration_batches if self.holdout is None else self._batches(self.holdout, batch_size)
-        find = partial(find_points, self.pruned, batches, self.recipe.budget.points, progress=self.is_main)
+        holdout, batch_size = self.holdout, self.recipe.calibration.batch_size
+
+        def find() -> None:
+            batches = self._calibration_batches if holdout is None else self._batches(holdout, batch_size)
+            find_points(self.pruned, batches, self.recipe.budget.points, progress=self.is_main)
+
         self._settle(folder, "points", find)
 
     def _batches(self, images: Images, batch_size: int) -> list[Tensor]:
