@@ -44,6 +44,8 @@ def pruned(family: str, policy: str) -> Any:
         ("vit", "as-vit", {"tokens": "fixed", "kept": [5, 9]}, "should fall from the 64 patches"),
         ("dinov2", "as-vit", {"to": "pt2", "any_size": True}, "model.pt2 is for images of one size"),
         ("vit", "as-vit", {"any_size": True}, "can't be traced: Input image size"),
+        ("dinov2", "tome", {"any_size": True}, "goes with thresholds.*or prune with select: threshold"),
+        ("dinov2", "as-vit", {"any_size": True, "tokens": "fixed", "kept": [9, 5]}, "leave it out, or tokens: fixed"),
         ("vit", "as-vit", {"to": "pt2", "dtype": "int8"}, "dtype int8 isn't there for model.pt2; choose of float32"),
         ("vit", "as-vit", {"dtype": "bfloat16"}, "dtype bfloat16 isn't there for model.onnx; choose of float32"),
     ],

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, ViTConfig, ViTImageProcessorPil, ViTModel
 
 import vitprune
+from vitprune.budget.calibration import mean_ratio
 from vitprune.data.images import Images, load_images
 from vitprune.measure.compare import compare
 from vitprune.measure.statistics import paired_difference, part_interval
@@ -199,3 +200,5 @@ def test_batches_may_hold_more_than_pixels(family: str) -> None:
     with torch.no_grad():
         expected = (dense.eval()(**x).logits.argmax(1) == batch["labels"]).double().mean().item()
     assert result.metrics["accuracy"].dense == pytest.approx(expected)
+    # images of several sizes differ in what the dense model costs
+    assert result.macs.ratio == pytest.approx(mean_ratio(model, [x]))

@@ -21,7 +21,7 @@ from written_out import batch_of
 
 import vitprune
 from vitprune.models import context
-from vitprune.models.block import BlockForward, pack_rope, rope_of_all
+from vitprune.models.block import BlockForward, attention_forward, pack_rope, rope_of_all
 from vitprune.models.module import pruning_of
 from vitprune.models.structure import examine
 from vitprune.pruning.attention import Attention, DenseAttention, StatsRequest
@@ -185,6 +185,13 @@ def test_a_block_may_have_torchs_attention_taken(intercept: bool) -> None:
     BlockForward(block, intercept=intercept).attach()
     run(block, call, torch.randn(B, N, D))
     assert (call.stats.metric_TK is not None) == intercept
+
+
+@pytest.mark.parametrize("name", ["position_bias", "softcap"])
+def test_what_packed_attention_does_not_know_is_refused(name: str) -> None:
+    q = torch.zeros(1, 2, 3, 4)
+    with context.Attending(DenseAttention()), pytest.raises(ValueError, match=f"Module attends with {name}"):
+        attention_forward(nn.Module(), q, q, q, None, **{name: torch.ones(())})
 
 
 def test_reentrant_checkpointing_is_refused() -> None:

@@ -455,8 +455,9 @@ def test_a_failing_forward_leaves_nothing_behind() -> None:
     with pytest.raises(ValueError, match="doesn't match model"):
         model(torch.zeros(1, 3, 8, 8))
     assert_close(logits(model, x), expected, **EXACT)
-    with pytest.raises(ValueError, match="no attention_mask"):
-        model(x, attention_mask=torch.ones(2, 65))
+    for mask in ({"attention_mask": torch.ones(2, 65)}, {"attn_mask": torch.ones(65, 65)}, {"is_causal": True}):
+        with pytest.raises(ValueError, match="no attention_mask"):
+            model(x, **mask)
     assert_close(logits(model, x), expected, **EXACT)
     assert context.current() == context.Context()
 

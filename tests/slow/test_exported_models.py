@@ -66,8 +66,8 @@ def test_onnx_of_every_kind_of_family(tmp_path: Path, family: str) -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    [tiny.POLICIES["as-vit"], tiny.POLICIES["top-k-merge"].model_copy(update={"min_tokens": 3})],
-    ids=["leave", "top-k"],
+    [tiny.POLICIES["as-vit"], tiny.POLICIES["top-k-merge"].model_copy(update={"min_tokens": 3}), tiny.POLICIES["tome"]],
+    ids=["leave", "top-k", "tome"],
 )
 def test_onnx_of_other_policies(tmp_path: Path, spec: PruningSpec) -> None:
     model, x = pruned("dinov2", spec), tiny.images(5)
@@ -149,8 +149,9 @@ def test_plain_torch_export_takes_a_pruned_model() -> None:
         torch.export.export(fixed, (), {"pixel_values": x[:2]}, dynamic_shapes=shapes)
 
 
-def test_any_size(tmp_path: Path) -> None:
-    model = pruned("dinov2")
+@pytest.mark.parametrize("patches", [None, 49], ids=["as they are", "found at another size"])
+def test_any_size(tmp_path: Path, patches: int | None) -> None:
+    model = pruned("dinov2", ONE_STAGE.model_copy(update={"patches": patches}))
     exported = vitprune.export(model, tmp_path / "out", any_size=True)
     for height, width in ((32, 32), (48, 32), (24, 40)):
         x = torch.randn(3, 3, height, width)

@@ -77,25 +77,37 @@ def build(name: str, grid: Any, *values: Any, **constants: int) -> None:
         print(name, made.metadata.target, constants, f"shared {made.metadata.shared}, stack {stack}")
 
 
-def run(dtype: torch.dtype, width: int, *, sized: bool, tokens: int = 197) -> None:
-    """Every function of the door once; nothing is computed, so numbers mean nothing."""
+def run(
+    dtype: torch.dtype,
+    width: int,
+    *,
+    sized: bool,
+    merges: bool | None = None,
+    paired: bool | None = None,
+    tokens: int = 197,
+) -> None:
+    """Every function of the door once; nothing is computed, so numbers mean nothing.
+
+    merges, paired: as `sized`, if they aren't given.
+    """
+    merges, paired = (sized if one is None else one for one in (merges, paired))
     heads, layout = 3, Layout((tokens,) * 2)
     rows = layout.num_rows
     q, k, v = (torch.zeros(rows, heads, width, dtype=dtype) for _ in range(3))
     sizes = torch.ones(rows) if sized else None
     cuda.mean_query(q, sizes, layout)
     table = torch.zeros(1, heads, tokens, tokens, dtype=dtype)
-    pairs = Pairs(table, torch.arange(rows)) if sized else None
+    pairs = Pairs(table, torch.arange(rows)) if paired else None
     scores, metric = cuda.compute_stats(q[:2], k, v, sizes, 0.1, layout, pairs, wants_metric=True)
     assert scores is not None
     assert metric is not None
     patches: Any = torch.full((2, 1), tokens - 1) if sized else tokens - 1
-    peaks = cuda.density_peaks(metric, scores, patches, 0.3 if sized else 0.5, 1, layout)
+    peaks = cuda.density_peaks(metric, scores, patches, 0.3 if sized else 0.0, 1, layout)
     keep, kept, dst = cuda.select(peaks, torch.zeros(1)[0], 2, metric, 1, layout)
     after = cuda.lay_out((100, 50), kept, torch.zeros(1, dtype=dtype))
     x, positions = torch.zeros(rows, heads * width, dtype=dtype), torch.arange(rows)
     cuda.reduce(
-        x, positions, sizes, torch.zeros(2, tokens, dtype=torch.int64), keep, dst if sized else None, layout, after
+        x, positions, sizes, torch.zeros(2, tokens, dtype=torch.int64), keep, dst if merges else None, layout, after
     )
     cuda.unpack(x, torch.zeros(2, tokens, dtype=torch.int64), layout, 1, averages=not sized)
     cuda.packed_attention(q, k, v, sizes, layout, 0.1, pairs)
@@ -109,6 +121,8 @@ def main() -> None:
         driver.set_active(device)
         for dtype in (torch.float32, torch.bfloat16):
             run(dtype, 64, sized=True)
+            run(dtype, 64, sized=False, merges=True, paired=True)  # a merging model's first stage
+        run(torch.float32, 80, sized=True)
         run(torch.float16, 80, sized=False)
         run(torch.bfloat16, 256, sized=True)
     run(torch.float32, 256, sized=False)  # on the last

@@ -24,7 +24,7 @@ def comparison(accuracy: float | None = 0.921, ratio: float = 0.6, skipped: int 
         skipped=skipped,
         metrics={} if accuracy is None else {"accuracy": MetricPair(dense=0.924, pruned=accuracy)},
         agreement=0.975,
-        macs=Macs(dense=1.25e9, pruned=spread(ratio * 1.25e9)),
+        macs=Macs(dense=1.25e9, pruned=spread(ratio * 1.25e9), ratio=ratio),
         kept=(
             KeptPatches(before_block=4, patches=196, kept=spread(150)),
             KeptPatches(before_block=7, patches=196, kept=spread(80)),

@@ -164,8 +164,7 @@ def _prepare(processor: BaseImageProcessor, info: ExportInfo) -> list[str] | Non
         if set(size) == {"shortest_edge"}:
             edge = int(size["shortest_edge"])
             lines += [
-                f"    scale = {edge} / min(image.size)",
-                f"    size = [{edge} if side == min(image.size) else int(side * scale) for side in image.size]",
+                f"    size = [int({edge} * side / min(image.size)) for side in image.size]",
                 f"    image = image.resize(size, Image.Resampling.{resample})",
             ]
         elif set(size) == {"height", "width"}:

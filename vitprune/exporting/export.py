@@ -77,6 +77,11 @@ def export(
     image = image_shape(model, processor, image_size)
     processor = None if processor is None else processor_at(processor, *image[1:])
     own = copy_to_export(model, image, tokens, kept, dtype)
+    if any_size and is_pruned(own) and pruning_of(own).spec.select != "threshold":
+        raise ValueError(
+            "any_size goes with thresholds: fixed numbers of tokens are of one image size; leave it out, or "
+            + ("tokens: fixed" if tokens == "fixed" else "prune with select: threshold")
+        )
     try:
         program, outputs = trace_graph(own, image, any_size=any_size, tells_patches=tells_patches)
     except Exception as error:  # torch.export says in many ways what it can't
@@ -160,6 +165,8 @@ def copy_to_export(
         raise ValueError("`kept`, patches behind each stage, goes with tokens: fixed, and fixed needs it")
     own = copy.deepcopy(model).eval()
     nn.Module.to(own, device="cpu", dtype=DTYPES.get(dtype, torch.float32))
+    for config in (own.config, examine(own).backbone.config):
+        config.output_hidden_states = False  # no graph gives them out
     if is_pruned(own):  # a graph has one budget
         pruning_of(own).keep_points(None)
     if kept is None:

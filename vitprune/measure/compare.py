@@ -117,7 +117,11 @@ def _comparison(
         metrics=_metrics(kind, seen, finite_B, metrics),
         **_likeness(kind, seen, finite_B),
         not_finite=NotFinite(dense=int((~seen.finite_B[0]).sum()), pruned=int((~seen.finite_B[1]).sum())),
-        macs=Macs(dense=float(seen.dense_macs_B.mean()), pruned=_distribution(seen.macs_B)),
+        macs=Macs(
+            dense=float(seen.dense_macs_B.mean()),
+            pruned=_distribution(seen.macs_B),
+            ratio=float((seen.macs_B.double() / seen.dense_macs_B.double()).mean()),
+        ),
         kept=tuple(
             KeptPatches(before_block=block, patches=seen.patches, kept=_distribution(kept_B))
             for block, kept_B in zip(before_blocks, seen.kept_BS.T, strict=True)

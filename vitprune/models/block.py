@@ -47,6 +47,8 @@ def attention_forward(
         if torch.compiler.is_exporting():  # the strides of a fused kernel aren't those of what stands for it in a graph
             contexts = contexts.clone(memory_format=torch.contiguous_format)
         return contexts, None
+    if unknown := [name for name in ("position_bias", "softcap") if kwargs.get(name) is not None]:
+        raise ValueError(f"{type(module).__name__} attends with {', '.join(unknown)}, which packed tokens don't know")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attention.attend(query, key, value, attention_mask, scale, dropout), None
 
@@ -186,7 +188,7 @@ class BlockForward:
             repeat: Any = block._gradient_checkpointing_func
             if getattr(repeat, "keywords", {}).get("use_reentrant"):
                 raise ValueError(
-                    "gradient checkpointing with use_reentrant=True can't train thresholds; enable it with "
+                    "blocks of a pruned model can't be computed again with use_reentrant=True; enable it with "
                     "gradient_checkpointing_kwargs={'use_reentrant': False}"
                 )
             return repeat(partial(self._attend, attention, **kwargs), *args)

@@ -90,6 +90,13 @@ def attention_of_timm(block: nn.Module) -> Any:
     return attending[0] if is_plain else None
 
 
+def _reads_patches_of_timm(model: PreTrainedModel) -> bool:
+    attention = attention_of_timm(_timm(model).blocks[-1])
+    # one layer makes keys and what else a block makes of every token
+    is_apart = type(attention).__name__ == "Attention" and attention.gate is None
+    return _all_but_class_heads(model) or _timm(model).global_pool != "token" or not is_apart
+
+
 def _heads_of_timm(backbone: PreTrainedModel) -> tuple[int, int]:
     attention = attention_of_timm(_timm(backbone).blocks[0])
     return attention.num_heads, attention.head_dim
@@ -181,7 +188,7 @@ FAMILIES = {
         inner="timm_model",
         heads=_heads_of_timm,
         stem=_stem_of_timm,
-        reads_patches=lambda model: _all_but_class_heads(model) or _timm(model).global_pool != "token",
+        reads_patches=_reads_patches_of_timm,
     ),
 }
 

@@ -223,7 +223,9 @@ class Begin:
                 "nn.DataParallel's copies of a pruned model aren't pruned; start a process for each GPU, as accelerate "
                 "launch does, or let one GPU be seen (CUDA_VISIBLE_DEVICES=0)"
             )
-        if kwargs.get("attention_mask") is not None or kwargs.get("output_attentions"):
+        # the last two are of timm's models
+        asked = [kwargs.get(name) for name in ("attention_mask", "output_attentions", "attn_mask", "is_causal")]
+        if any(value is not None and value is not False for value in asked):
             raise ValueError(
                 "a pruned model takes no attention_mask and gives out no attention maps: its images have different "
                 "tokens in every block; call vitprune.restore_(model) for the dense model"

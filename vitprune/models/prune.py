@@ -3,9 +3,6 @@
 A pruned model is the same modules under the same names, plus one submodule `vitprune` that holds what is learned, and
 hooks: on the backbone (one forward begins and ends), on each block (tokens leave behind it), on the final norm (the
 dense sequence comes back), on an attention pooling, on stochastic depth, and on a model whose head reads few tokens.
-How a block attends reaches its `forward`, for which another stands in, as a keyword, so that gradient checkpointing
-repeats it. torch.compile leaves hooks alone: how many tokens an image keeps is decided by their
-values.
 """
 
 from __future__ import annotations

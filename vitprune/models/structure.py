@@ -160,7 +160,9 @@ def count_patches(model: PreTrainedModel, image: tuple[int, int, int]) -> int:
 
 def channels(model: PreTrainedModel) -> int:
     """Of the images that a model takes."""
-    return getattr(examine(model).backbone.config, "num_channels", 3)
+    backbone = examine(model).backbone
+    first = (module.in_channels for module in backbone.modules() if isinstance(module, nn.Conv2d))
+    return getattr(backbone.config, "num_channels", None) or next(first, 3)
 
 
 def _dissect(

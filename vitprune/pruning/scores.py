@@ -261,7 +261,8 @@ def bipartite(metric_BMK: Tensor, valid_BM: Tensor, num_prefix_tokens: int) -> t
     """
     first = num_prefix_tokens
     cosines_BCA = _cosines(metric_BMK[:, first + 1 :: 2], metric_BMK[:, first::2])
-    if len(valid_BM) > 1:  # one image alone has no padding
+    images = valid_BM.shape[0]  # of a graph any number
+    if images > 1:  # one image alone has no padding
         # added, not filled: half the time
         cosines_BCA = cosines_BCA.add_(torch.where(valid_BM, 0.0, -torch.inf)[:, None, first::2])
     best = cosines_BCA.max(-1)
@@ -269,7 +270,7 @@ def bipartite(metric_BMK: Tensor, valid_BM: Tensor, num_prefix_tokens: int) -> t
     distance_BM[:, first + 1 :: 2] = (1.0 - best.values).clamp(min=0.0)
     anchors_BM = torch.zeros_like(valid_BM, dtype=torch.long)
     anchors_BM[:, first + 1 :: 2] = best.indices * 2 + first
-    return distance_BM if len(valid_BM) == 1 else distance_BM.masked_fill(~valid_BM, -torch.inf), anchors_BM
+    return distance_BM if images == 1 else distance_BM.masked_fill(~valid_BM, -torch.inf), anchors_BM
 
 
 def most_similar(metric_BMK: Tensor, asks_BM: Tensor, answers_BM: Tensor) -> Tensor:

@@ -78,12 +78,8 @@ class Macs(Result):
 
     dense: PositiveFloat
     pruned: Distribution
-
-    @computed_field
-    @property
-    def ratio(self) -> float:
-        """Pruned, on average, by dense: what a budget bounds."""
-        return self.pruned.mean / self.dense
+    ratio: PositiveFloat
+    """Pruned by dense, averaged over the images: what a budget bounds."""
 
 
 class KeptPatches(Result):

@@ -10,7 +10,7 @@ import torch
 from tiny import Tolerance
 from torch.testing import assert_close
 
-from vitprune.pruning import reference
+from vitprune.pruning import kernels, reference
 from vitprune.pruning.kernels import cuda
 from vitprune.pruning.layout import Layout
 
@@ -36,8 +36,20 @@ def test_where_triton_cannot_build_operators_do_it(monkeypatch: pytest.MonkeyPat
         raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
 
     monkeypatch.setattr(cuda, "_launches", launches)
-    with pytest.warns(UserWarning, match=r"Triton doesn't work here \(Failed to find C compiler.*torch's operators"):
-        assert not cuda._can_launch.__wrapped__()
+    with pytest.warns(UserWarning, match=r"Triton doesn't work on cpu \(Failed to find C compiler.*torch's operators"):
+        assert not cuda._can_launch.__wrapped__(torch.device("cpu"))
+
+
+def test_a_launch_is_tried() -> None:
+    assert cuda._can_launch.__wrapped__(torch.ones(1).device)
+
+
+def test_kernels_can_be_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.ones(2, 3)
+    monkeypatch.setattr(kernels.cpu, "fits", lambda x: True)
+    assert kernels.choose(x) is kernels.cpu
+    monkeypatch.setenv("VITPRUNE_KERNELS", "0")
+    assert kernels.choose(x) is None
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -44,19 +44,18 @@ def _launches() -> Any:
 
 
 @cache
-def _can_launch() -> bool:
-    """Whether Triton is there and works: it builds in C what launches its kernels."""
+def _can_launch(device: torch.device) -> bool:
+    """Whether Triton is there and works: it builds in C what launches its kernels, and those for the device."""
     try:
         if _launches() is None:
             return False
-        from triton.runtime import driver
-
-        active: Any = driver.active
-        return active.utils is not None
-    except Exception as error:  # without a compiler, Python's headers, or a cache that can be written
+        kept_B = torch.ones(1, dtype=torch.int64, device=device)
+        return int(lay_out((1,), kept_B, kept_B).spans(device)[0]) == 0
+    except Exception as error:  # without a compiler, Python's headers, or a cache that can be written; a newer device
         warnings.warn(
-            f"Triton doesn't work here ({first_line(error)}), so pruning is done by torch's operators, which takes "
-            "longer; it needs a C compiler such as gcc, and a cache that it can write to (TRITON_CACHE_DIR)",
+            f"Triton doesn't work on {device} ({first_line(error)}), so pruning is done by torch's operators, which "
+            "takes longer; it needs a C compiler such as gcc, a cache that it can write to (TRITON_CACHE_DIR), and to "
+            "know the device",
             stacklevel=2,
         )
         return False
@@ -66,7 +65,7 @@ def fits(x: Tensor) -> bool:
     """Whether kernels may do the stages of a forward on such hidden states."""
     if not x.is_cuda or x.dtype not in _DTYPES or torch.is_grad_enabled():
         return False
-    return torch.cuda.get_device_capability(x.device) >= _LEAST_CAPABILITY and _can_launch()
+    return torch.cuda.get_device_capability(x.device) >= _LEAST_CAPABILITY and _can_launch(x.device)
 
 
 def fits_attention(q: Tensor) -> bool:
@@ -144,7 +143,7 @@ def density_peaks(
     _launch("density_peaks", grid,
         metric_TK, scores_BM, order_BM, patches_B, starts_B, lengths_B, redundancy_BM, longest, dense, exponent,
         PREFIX=num_prefix_tokens, WIDTH=width, BLOCK_K=_power(width), BLOCK=tile,
-        DIFFER=differ, POWER=0 if exponent == 0 else 1 if exponent == 0.5 else 2,
+        DIFFER=differ, WEIGHS=exponent != 0,
     )  # fmt: skip
     return redundancy_BM
 

@@ -140,12 +140,11 @@ def _keys_at(metric, order, image, longest, start, places, are_there, WIDTH: tl.
 def density_peaks(
     metric, scores, order, patches, starts, lengths, redundancy, longest, dense_patches, exponent,
     PREFIX: tl.constexpr, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
-    DIFFER: tl.constexpr, POWER: tl.constexpr,
+    DIFFER: tl.constexpr, WEIGHS: tl.constexpr,
 ):  # fmt: skip
     """γ of `reference.density_peaks`, (B, M). Grid: images, tiles of patches in the order of their importance.
 
-    +inf for prefix tokens and the most important patch, −inf beyond an image's tokens. POWER: 0, 1 for the square root,
-    2 for any other exponent.
+    +inf for prefix tokens and the most important patch, −inf beyond an image's tokens. WEIGHS: the exponent isn't 0.
     """
     image, tile = tl.program_id(0), tl.program_id(1)
     start, patches_here = tl.load(starts + image), tl.load(lengths + image) - PREFIX
@@ -166,15 +165,13 @@ def density_peaks(
         more_important = (others[None] < places[:, None]) & is_other[None]
         best = tl.maximum(best, tl.max(tl.where(more_important, cosines, -float("inf")), 1))
     score = tl.maximum(1.0 - best, 0.0)
-    if POWER:
+    if WEIGHS:
         dense = dense_patches
         if DIFFER:
             dense = tl.load(patches + image).to(tl.float32)
         weight = tl.load(scores + image * longest + slots, mask=is_patch, other=1.0) * dense
-        if POWER == 1:
-            weight = tl.sqrt(weight)
-        else:
-            weight = tl.where(weight > 0, tl.exp2(exponent * tl.log2(tl.where(weight > 0, weight, 1.0))), weight * 0)
+        # what is no number stays none
+        weight = tl.where(weight > 0, tl.exp2(exponent * tl.log2(tl.where(weight > 0, weight, 1.0))), weight * 0)
         score *= weight
     tl.store(out + slots, tl.where(places == 0, float("inf"), score), mask=is_patch)
 
