@@ -16,7 +16,7 @@ from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 import vitprune
-from vitprune.budget.calibration import TEMPERATURE_SHARE, calibrate, mean_ratio, scale_to_budget
+from vitprune.budget.calibration import TEMPERATURE_SHARE, calibrate, mean_ratio, scale_to_budget, set_rate
 from vitprune.budget.points import find_points
 from vitprune.budget.schedule import MOST_TRIES, WORTH_A_STAGE, Schedule
 from vitprune.models.module import pruning_of
@@ -172,6 +172,17 @@ def test_calibrating_twice_gives_the_same() -> None:
 def test_the_mean_ratio_is_the_mean_over_images_not_batches() -> None:
     model = pruned(**tiny.AS_VIT, thresholds=[0.008, 0.012])
     assert_close(mean_ratio(model, batches()), measured(model), **FLOAT32)
+
+
+def test_levels_are_means_over_images_not_batches() -> None:
+    model, (first, *_) = pruned(**tiny.AS_VIT), batches()
+    parts, levels = (first, first[:1] + 0.5), []
+    for images in ([parts[0]], [parts[1]], parts):
+        set_rate(model, images, 0.3)
+        levels.append(pruning_of(model).levels[0].item())
+    count = len(first)
+    assert levels[2] == pytest.approx((count * levels[0] + levels[1]) / (count + 1), rel=1e-5)
+    assert levels[0] != pytest.approx(levels[1], rel=1e-2)
 
 
 @dataclass(eq=False)

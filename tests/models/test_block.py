@@ -189,9 +189,9 @@ def test_a_block_may_have_torchs_attention_taken(intercept: bool) -> None:
 
 @pytest.mark.parametrize("name", ["position_bias", "softcap"])
 def test_what_packed_attention_does_not_know_is_refused(name: str) -> None:
-    q = torch.zeros(1, 2, 3, 4)
+    q, unknown = torch.zeros(1, 2, 3, 4), dict[str, Any]({name: torch.ones(())})
     with context.Attending(DenseAttention()), pytest.raises(ValueError, match=f"Module attends with {name}"):
-        attention_forward(nn.Module(), q, q, q, None, **{name: torch.ones(())})
+        attention_forward(nn.Module(), q, q, q, None, **unknown)
 
 
 def test_reentrant_checkpointing_is_refused() -> None:

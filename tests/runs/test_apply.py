@@ -21,6 +21,8 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Au
 import vitprune
 import vitprune.runs.evaluate as evaluating
 import vitprune.runs.inputs as inputs
+from vitprune.budget.latency_measurement import measure_latency
+from vitprune.budget.latency_table import CostTable
 from vitprune.finetuning.finetune import NonFiniteLoss
 from vitprune.models.module import is_pruned, pruning_of
 from vitprune.recipe.schema import Recipe, RecipeError, load_recipe
@@ -525,6 +527,29 @@ def test_fixed_counts_meet_a_latency_budget_behind_training(tmp_path: Path, cloc
     found = apply(recipe(tmp_path, RECIPE + FINETUNE, "vit", *changes)).latency
     assert found is not None
     assert found.measured == pytest.approx(0.7, abs=0.03)
+
+
+def test_a_resumed_run_knows_by_what_its_table_was_wrong(
+    tmp_path: Path, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = ["budget={latency: 70%, batch_size: 4, device: cpu}", "evaluate.batch_sizes=[]"]
+    asked = recipe(tmp_path, RECIPE, "vit", *changes)
+
+    def measure(*args: Any) -> CostTable:
+        table = measure_latency(*args)
+        clock.slower = 1.2  # from here on
+        return table
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vitprune.runs.apply.measure_latency", measure)
+        patch.setattr("vitprune.runs.apply._Run.report", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            apply(asked)
+    found = apply(asked).latency
+    assert found is not None
+    assert found.table is not None
+    assert found.table.factor > 1.05  # 1 before it was corrected
+    assert found.predicted == pytest.approx(found.measured, abs=0.04)
 
 
 def test_given_keep_ratios_stay_behind_training(tmp_path: Path, clock: Clock) -> None:

@@ -78,7 +78,7 @@ def make_steps(
     AcceleratorState._reset_state(reset_partial_state=True)  # of another precision, before
     accelerator = Accelerator(mixed_precision="no" if autocast == torch.float32 else "bf16", cpu=on_cpu)
     teacher = ImageModel(twin(subjects.dense)).eval()
-    nothing = ThresholdTraining("calibrated", holds=False, budget=1.0, starts=(), units=())
+    nothing = ThresholdTraining("calibrated", scales=False, budget=1.0, starts=(), units=())
     students: dict[str, tuple[nn.Module, ThresholdTraining]] = {
         DENSE: (DenseStudent(ImageModel(twin(subjects.dense))), nothing)
     }

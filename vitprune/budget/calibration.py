@@ -260,12 +260,12 @@ class _Passes:
 class _LevelSetter(Trace):
     """At each stage the level at which a part of the stage's patches leaves, stage after stage within one pass.
 
-    rates: the part, one a stage.
+    rates: the part, one a stage. found, temperatures: by stage, of each batch, with how many images it has.
     """
 
     rates: tuple[float, ...] = ()
-    found: dict[int, list[Tensor]] = field(default_factory=dict)
-    temperatures: dict[int, list[Tensor]] = field(default_factory=dict)
+    found: dict[int, list[tuple[int, Tensor]]] = field(default_factory=dict)
+    temperatures: dict[int, list[tuple[int, Tensor]]] = field(default_factory=dict)
 
     def level(self, stage: int, scores_BM: Tensor, valid_BM: Tensor, current: Tensor) -> Tensor:
         rate = torch.tensor(self.rates[stage], device=scores_BM.device)
@@ -276,21 +276,27 @@ class _LevelSetter(Trace):
             patches = valid_BM.sum() - len(valid_BM) * self.pruning.num_prefix_tokens
             place = (rate * patches / len(scores)).clamp(0, 1).to(scores.dtype)
             level = scores.quantile(place)
-            self.temperatures.setdefault(stage, []).append(_temperature(scores, place))
+            self.temperatures.setdefault(stage, []).append((len(valid_BM), _temperature(scores, place)))
         else:
             level = 1 - rate
-        self.found.setdefault(stage, []).append(level)
+        self.found.setdefault(stage, []).append((len(valid_BM), level))
         return level
 
     def apply(self) -> None:
         """Give the model the average levels, and temperatures that fit the scores unless the spec fixes them."""
         with torch.no_grad():
             for stage, levels in self.found.items():
-                self.pruning.levels[stage] = torch.stack(levels).mean()
+                self.pruning.levels[stage] = _mean(levels)
                 if self.pruning.spec.temperature is None and stage in self.temperatures:
-                    temperature = torch.stack(self.temperatures[stage]).mean()
+                    temperature = _mean(self.temperatures[stage])
                     if temperature > 0:
                         self.pruning.temperatures[stage] = temperature
+
+
+def _mean(of_batches: Sequence[tuple[int, Tensor]]) -> Tensor:
+    """Over images: a last batch of few counts for few."""
+    images = sum(count for count, _ in of_batches)
+    return torch.stack([value * (count / images) for count, value in of_batches]).sum()
 
 
 def _temperature(scores: Tensor, place: Tensor) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -273,10 +273,14 @@ class _Run(Evaluation):
 
         def found() -> dict[str, Any]:
             settle()
-            return Levels.of(pruning).to_lists()
+            table = pruning.latency  # which measuring corrects
+            factor = table.factor if isinstance(table, CostTable) else None
+            return {**Levels.of(pruning).to_lists(), "latency_factor": factor}
 
         lists = folder.once(stage, dict[str, Any], lambda: distributed.on_main(found))
         Levels.from_lists(lists).give(pruning)
+        if isinstance(pruning.latency, CostTable) and (factor := lists.get("latency_factor")) is not None:
+            budget_latency(self.pruned, replace(pruning.latency, factor=factor))
 
     def save(self, report: Report, output: Path) -> None:
         images = self.show(report)
