@@ -79,8 +79,8 @@ def export(
     own = copy_to_export(model, image, tokens, kept, dtype)
     if any_size and is_pruned(own) and pruning_of(own).spec.select != "threshold":
         raise ValueError(
-            "any_size goes with thresholds: fixed numbers of tokens are of one image size; leave it out, or "
-            + ("tokens: fixed" if tokens == "fixed" else "prune with select: threshold")
+            "any_size goes with thresholds, as fixed numbers of tokens are of one image size; leave out "
+            + ("any_size or tokens: fixed" if tokens == "fixed" else "any_size, or prune with select: threshold")
         )
     try:
         program, outputs = trace_graph(own, image, any_size=any_size, tells_patches=tells_patches)

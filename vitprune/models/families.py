@@ -93,7 +93,7 @@ def attention_of_timm(block: nn.Module) -> Any:
 def _reads_patches_of_timm(model: PreTrainedModel) -> bool:
     attention = attention_of_timm(_timm(model).blocks[-1])
     # one layer makes keys and what else a block makes of every token
-    is_apart = type(attention).__name__ == "Attention" and attention.gate is None
+    is_apart = type(attention).__name__ == "Attention" and getattr(attention, "gate", None) is None
     return _all_but_class_heads(model) or _timm(model).global_pool != "token" or not is_apart
 
 

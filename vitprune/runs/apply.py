@@ -158,12 +158,12 @@ class _Run(Evaluation):
             return
         adjust = partial(scale_to_budget, must_meet=recipe.budget.latency is None) if is_scaled else calibrate
 
-        def settle() -> None:
-            once = partial(adjust, self.pruned, self._calibration_batches, self._part, progress=self.is_main)
+        def meet() -> None:
+            settle = partial(adjust, self.pruned, self._calibration_batches, self._part, progress=self.is_main)
             # where training only starts from needn't be met in time
-            once() if recipe.finetune is not None else self._meet(once)
+            settle() if recipe.finetune is not None else self._meet(settle)
 
-        self._settle(folder, "calibration", settle)
+        self._settle(folder, "calibration", meet)
 
     def begin_at_budget(self, folder: RunFolder) -> None:
         """Scale given thresholds, so that what training makes of them can be compared with what it began with."""
@@ -244,11 +244,11 @@ class _Run(Evaluation):
         if (by_thresholds or by_counts) and not is_met:
             holdout = self.holdout
 
-            def settle() -> None:
+            def meet() -> None:
                 batches = self._batches(holdout, recipe.calibration.batch_size)
                 self._meet(partial(self._adjust, self.pruned, batches, budget, progress=self.is_main))
 
-            self._settle(folder, "thresholds", settle)
+            self._settle(folder, "thresholds", meet)
         return training
 
     def _tracker_context(self, output: Path) -> TrackerContext:
