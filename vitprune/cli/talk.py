@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from vitprune.reports.results import Document
 
 RecipePath = Annotated[Path, typer.Argument(metavar="RECIPE", help="Recipe file, such as recipes/quickstart.yaml.")]
-_IN_LOADER = "in DataLoader worker process"
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change one key of the recipe, such as finetune.epochs=1."),
@@ -72,7 +71,7 @@ def _explained(error: Exception) -> str:
             f"a process that loads images was killed, most often for want of {lacking}; lower data.workers, or free "
             "some, and run the same command again: it resumes from what was kept"
         )
-    if _IN_LOADER in text:  # behind a traceback of that process, as text
+    if "in DataLoader worker process" in text:  # behind a traceback of that process, as text
         name = type(error).__name__
         text = re.split(rf"^(?:\w+\.)*{name}: ", text, flags=re.MULTILINE)[-1].strip()
     return text or type(error).__name__

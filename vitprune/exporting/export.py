@@ -72,16 +72,16 @@ def export(
     kind, output = FORMATS[to], Path(output).resolve()
     kind.require(dtype, any_size=any_size)
     require_exportable(model)
+    if any_size and is_pruned(model) and (tokens == "fixed" or pruning_of(model).spec.select != "threshold"):
+        raise ValueError(
+            "any_size goes with thresholds, as fixed numbers of tokens are of one image size; leave out "
+            + ("any_size or tokens: fixed" if tokens == "fixed" else "any_size, or prune with select: threshold")
+        )
     if output.exists() and not overwrite:
         raise ValueError(f"{output} exists; choose another folder, or overwrite it (--overwrite, overwrite=True)")
     image = image_shape(model, processor, image_size)
     processor = None if processor is None else processor_at(processor, *image[1:])
     own = copy_to_export(model, image, tokens, kept, dtype)
-    if any_size and is_pruned(own) and pruning_of(own).spec.select != "threshold":
-        raise ValueError(
-            "any_size goes with thresholds, as fixed numbers of tokens are of one image size; leave out "
-            + ("any_size or tokens: fixed" if tokens == "fixed" else "any_size, or prune with select: threshold")
-        )
     try:
         program, outputs = trace_graph(own, image, any_size=any_size, tells_patches=tells_patches)
     except Exception as error:  # torch.export says in many ways what it can't
