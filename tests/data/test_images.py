@@ -130,6 +130,12 @@ def test_sources(write: Callable[[Path], Path], streaming: bool, tmp_path: Path)
     assert batch["labels"].tolist() == [0, 1, 2]
 
 
+@pytest.mark.parametrize("write", SOURCES)
+def test_a_configuration_that_is_not_there(write: Callable[[Path], Path], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"data\.name: .* has no configurations|BuilderConfig 'large' not found"):
+        load(write(tmp_path / "data"), name="large")
+
+
 def test_split_of_one_file_in_parts(parquet: Callable[..., Path]) -> None:
     folder = parquet(rows(10))
     assert greys(load(folder, SplitSpec(split="train[80%:]"))) == [8, 9]

@@ -102,7 +102,7 @@ def test_a_second_sweep_into_the_same_output_is_refused(tmp_path: Path, monkeypa
     asked, output = recipe(tmp_path, FAST), tmp_path / "sweep"
 
     def apply(part: Recipe, *, restart: bool) -> object:
-        with pytest.raises(ValueError, match="is under way; wait for it, or choose another folder"):
+        with pytest.raises(ValueError, match=r"is under way .*; wait for it, or choose another output"):
             sweep(asked, [0.7], output=output)
         raise KeyboardInterrupt
 

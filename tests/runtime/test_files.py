@@ -38,13 +38,13 @@ def test_everything_lies_beside_an_output(tmp_path: Path) -> None:
 
 def test_a_mount_point_is_written_into(mount: Path) -> None:
     require_free(mount, overwrite=False)
-    folder = RunFolder.open(mount, lambda: {"a": 1}, restart=False)
-    assert folder.path.parent == mount
     model = vitprune.prune_(tiny.build("vit"), tiny.POLICIES["as-vit-merge"])
-    for _ in range(2):  # a folder isn't replaced by another
-        files = {"recipe.yaml": "version: 1\n", "assets/images.png": b"png"}
-        vitprune.save(model, mount, files=files, overwrite=True)
-    folder.remove()
+    with RunFolder.open(mount, lambda: {"a": 1}, restart=False) as folder:
+        assert folder.path.parent == mount
+        for _ in range(2):  # a folder isn't replaced by another
+            files = {"recipe.yaml": "version: 1\n", "assets/images.png": b"png"}
+            vitprune.save(model, mount, files=files, overwrite=True)
+        folder.remove()
     assert {entry.name for entry in contents(mount)} == {"config.json", "model.safetensors", "recipe.yaml", "assets"}
     assert {entry.name for entry in mount.iterdir()} - {"lost+found"} == {entry.name for entry in contents(mount)}
     vitprune.save(model, mount, overwrite=True)
@@ -63,13 +63,13 @@ def test_two_runs_into_one_output_dont_mix(tmp_path: Path) -> None:
     with RunFolder.open(tmp_path / "out", lambda: {"budget": 0.75}, restart=False) as first:
         first.once("calibration", dict, lambda: {"levels": 1})
         for restart in (False, True):
-            with pytest.raises(ValueError, match=r"a run into the same output is under way \(process \d+ on "):
+            with pytest.raises(ValueError, match=r"another run into it is under way \(process \d+ on "):
                 RunFolder.open(tmp_path / "out", lambda: {"budget": 0.75}, restart=restart)
     with RunFolder.open(tmp_path / "out", lambda: {"budget": 0.75}, restart=False) as again:
         assert again.once("calibration", dict, lambda: {"levels": 2}) == {"levels": 1}
     with pytest.raises(ValueError, match="changed are"):
         RunFolder.open(tmp_path / "out", lambda: {"budget": 0.55}, restart=False)
-    # refused, it has let go
+    assert not (tmp_path / ".out.lock").exists(), "refused, it has let go"
     with RunFolder.open(tmp_path / "out", lambda: {"budget": 0.55}, restart=True) as anew:
         assert anew.once("calibration", dict, lambda: {"levels": 3}) == {"levels": 3}
         assert json.loads((anew.path / "fingerprint.json").read_text()) == {"budget": 0.55}

@@ -63,6 +63,9 @@ def open_source(
     Raises ValueError, which names the place and the way out.
     """
     place = f"{data.path}, split {split!r}"
+    local = Path(data.path).expanduser()
+    if data.name is not None and (local.is_file() or _was_saved(local)):
+        raise RecipeError.at(("data", "name"), f"{data.path} has no configurations to choose from; leave it out")
     try:
         rows = _open(data, split)
     except _CANT_BE_OPENED as error:
@@ -171,7 +174,7 @@ def _open(data: DataSpec, split: str) -> Dataset | IterableDataset:
             if path.suffix not in FILE_KINDS:
                 raise ValueError(f"a file must be one of {', '.join(FILE_KINDS)}; for images give their folder")
             return _load(FILE_KINDS[path.suffix], data_files=str(path), split=split, streaming=data.streaming)
-        if any((path / mark).is_file() for mark in ("dataset_dict.json", "state.json")):
+        if _was_saved(path):
             saved = _open_saved(path, split)
             return saved.to_iterable_dataset() if data.streaming else saved
         return _load(str(path), name=data.name, split=split, streaming=data.streaming)
@@ -181,6 +184,11 @@ def _load(path: str, **options: Any) -> Dataset | IterableDataset:
     rows = datasets.load_dataset(path, **options)
     assert isinstance(rows, Dataset | IterableDataset)
     return rows
+
+
+def _was_saved(path: Path) -> bool:
+    """Whether `save_to_disk` wrote the folder."""
+    return any((path / mark).is_file() for mark in ("dataset_dict.json", "state.json"))
 
 
 def _open_saved(path: Path, split: str) -> Dataset:

@@ -6,27 +6,23 @@ Files, and the fingerprint that guards them.
 from __future__ import annotations
 
 import json
-import os
-import platform
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from filelock import FileLock, Timeout
 from pydantic import TypeAdapter
 
 from vitprune.models.checkpoint import require_free
 from vitprune.reports.results import REPORT_JSON
 from vitprune.runtime import distributed
 from vitprune.runtime.files import beside, write_text_whole
+from vitprune.runtime.lock import OutputLock
 
 T = TypeVar("T")
 _FINGERPRINT = "fingerprint.json"
 _ABSENT = "nothing"
-_LOCK = "lock"
-_OWNER = "owner.txt"
 
 
 def place_of(output: Path) -> Path:
@@ -52,7 +48,7 @@ class RunFolder:
     """`.NAME.run` beside the output NAME. Every process has one; the main process alone writes, and holds the lock."""
 
     path: Path
-    lock: FileLock | None
+    lock: OutputLock
 
     @classmethod
     def open(cls, output: Path, fingerprint: Callable[[], Mapping[str, Any]], *, restart: bool) -> RunFolder:
@@ -63,17 +59,15 @@ class RunFolder:
         Raises ValueError, with the list of differences, if that run had another recipe, data or base checkpoint; and if
         it is still under way.
         """
-        path = place_of(output)
-        lock = FileLock(path / _LOCK, blocking=False) if distributed.init().is_main_process else None
+        path, lock = place_of(output), OutputLock(output)
 
         def prepare() -> None:
-            assert lock is not None
-            shutil.rmtree(beside(output, "done"), ignore_errors=True)
-            path.mkdir(parents=True, exist_ok=True)
-            _acquire(lock, path)
+            lock.acquire()
             try:
+                shutil.rmtree(beside(output, "done"), ignore_errors=True)
+                path.mkdir(parents=True, exist_ok=True)
                 mark = path / _FINGERPRINT
-                others = [entry for entry in path.iterdir() if entry.name not in (_FINGERPRINT, _LOCK, _OWNER)]
+                others = [entry for entry in path.iterdir() if entry.name != _FINGERPRINT]
                 if mark.is_file() and not restart and others:
                     _require_same(json.loads(mark.read_text(encoding="utf-8")), fingerprint(), path)
                     return
@@ -92,8 +86,7 @@ class RunFolder:
 
     def __exit__(self, *error: object) -> None:
         """Another process may go on."""
-        if self.lock is not None:
-            self.lock.release()
+        self.lock.release()
 
     def once(self, name: str, kind: type[T] | Any, compute: Callable[[], T]) -> T:
         """A step of a run, done once: its result is found here, or computed by all processes and kept.
@@ -119,21 +112,7 @@ class RunFolder:
             # half a folder is no run to go on with
             done = self.path.with_name(self.path.name.removesuffix("run") + "done")
             self.path.rename(done)
-            self.__exit__()  # an open file can't be removed on every file system
             shutil.rmtree(done, ignore_errors=True)
-
-
-def _acquire(lock: FileLock, path: Path) -> None:
-    """Raise ValueError where another run has it."""
-    owner = path / _OWNER
-    try:
-        lock.acquire()
-    except Timeout:
-        who = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
-        raise ValueError(
-            f"a run into the same output is under way ({who}); wait for it, or choose another output.path"
-        ) from None
-    write_text_whole(owner, f"process {os.getpid()} on {platform.node()}")
 
 
 def _require_same(before: Mapping[str, Any], now: Mapping[str, Any], path: Path) -> None:

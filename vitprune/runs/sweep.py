@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from vitprune.finetuning.losses import NonFiniteLoss
 from vitprune.models.checkpoint import load_config, model_class, outline
 from vitprune.recipe.errors import concerning, first_line
@@ -23,7 +21,8 @@ from vitprune.reports.text import percent
 from vitprune.runs.apply import apply
 from vitprune.runs.inputs import lasting
 from vitprune.runtime import distributed
-from vitprune.runtime.files import beside, write_text_whole
+from vitprune.runtime.files import write_text_whole
+from vitprune.runtime.lock import OutputLock
 
 BASELINES = ("tome", "as-vit", "random")
 SWEEP_JSON, SWEEP_PAGE = "sweep.json", "sweep.html"
@@ -78,24 +77,12 @@ def sweep(
 @contextmanager
 def _alone(output: Path) -> Iterator[None]:
     """While a sweep runs no other writes to its output."""
-    place = beside(output, "sweep")
-    lock = FileLock(place, blocking=False) if distributed.init().is_main_process else None
-
-    def take() -> None:
-        assert lock is not None
-        place.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise ValueError(f"a sweep into {output} is under way; wait for it, or choose another folder") from None
-
-    distributed.on_main(take)
+    lock = OutputLock(output)
+    distributed.on_main(lock.acquire)
     try:
         yield
     finally:
-        if lock is not None:
-            place.unlink(missing_ok=True)
-            lock.release()
+        lock.release()
 
 
 def _kept(found: Sweep, output: Path) -> Sweep:

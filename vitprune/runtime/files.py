@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 GIB = 2**30
-KINDS = ("run", "done", "unfinished", "old", "sweep")
+KINDS = ("run", "done", "unfinished", "old", "lock")
 """What may lie beside an output, hidden."""
 SIBLINGS = ("last-good", "logs")
 """And what may lie there for people to see."""
