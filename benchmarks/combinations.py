@@ -98,7 +98,7 @@ def main() -> None:
     train(by_trainer, rows, held_out, folder / "trainer", 2e-5)
     report("Trainer with the callback", dense, by_trainer, test_images)
     ours = copy.deepcopy(base)
-    spec = {"steps": STEPS, "augmentation": "none", "losses": {"task": 1.0, "distillation": 0.0}}
+    spec = {"steps": STEPS, "learning_rate": 2e-5, "augmentation": "none", "losses": {"task": 1.0, "distillation": 0.0}}
     vitprune.finetune(ours, copy.deepcopy(dense), rest, spec, BUDGET, progress=False)
     vitprune.scale_to_budget(ours, held_out, BUDGET, progress=False)
     report("vitprune.finetune, same steps and loss", dense, ours, test_images)

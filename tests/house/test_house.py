@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import html
 import importlib
 import importlib.util
 import re
@@ -16,8 +17,10 @@ from typing import Any
 import pytest
 import tiny
 import torch
+from typer.main import get_command
 
 import vitprune
+from vitprune.cli import app
 from vitprune.pruning import scores
 from vitprune.recipe.schema import json_schema
 
@@ -144,6 +147,21 @@ def test_every_public_name_is_in_the_api_page() -> None:
 def test_the_page_of_recipe_keys_is_current() -> None:
     keys = script("keys")
     assert keys.PAGE.read_text(encoding="utf-8") == keys.page(), "run `python docs/keys.py`"
+
+
+def test_the_page_of_commands_is_current() -> None:
+    """docs/commands.md, which typer wrote; another version of it would lay out the same words in another way."""
+    page = html.unescape((ROOT / "docs" / "commands.md").read_text(encoding="utf-8"))
+    sections = re.split(r"^##+ `(vitprune [a-z ]+)`$", page, flags=re.MULTILINE)[1:]
+    said = dict(zip(sections[::2], sections[1::2], strict=True))
+    verbs: dict[str, Any] = {f"vitprune {name}": verb for name, verb in vars(get_command(app))["commands"].items()}
+    verbs |= {f"vitprune recipes {name}": verb for name, verb in verbs["vitprune recipes"].commands.items()}
+    write = "run `python -m typer vitprune.cli utils docs --name vitprune --title Commands --output docs/commands.md`"
+    assert said.keys() == verbs.keys(), write
+    for name, verb in verbs.items():
+        options = {option for one in verb.params for option in one.opts if option.startswith("--")} | {"--help"}
+        assert set(re.findall(r"^\* `(?:-\w, )?(--[a-z-]+)", said[name], re.MULTILINE)) == options, write
+        assert all(one.help in said[name] for one in verb.params), write
 
 
 def code_of(page: str) -> list[str]:

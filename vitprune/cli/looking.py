@@ -63,12 +63,13 @@ def bench(
     ],
     data: Annotated[str | None, typer.Option(help="Real images, as data.path in a recipe; else random pixels.")] = None,
     macs: Annotated[
-        list[float] | None, typer.Option(parser=read_macs, metavar="PART", help="Part of the MACs; 80, 65, 50, 35 %.")
+        list[float] | None,
+        typer.Option(parser=read_macs, metavar="PART", help="Part of the MACs; 80, 65, 50, 35 %."),
     ] = None,
     batch_size: Annotated[list[int] | None, typer.Option(min=1, help="Images at a time; 1 and 16.")] = None,
-    dtype: Annotated[list[Dtype] | None, typer.Option(help="The recipe's, or float32.")] = None,
+    dtype: Annotated[list[Dtype] | None, typer.Option(help="What it computes in; the recipe's, or float32.")] = None,
     image_size: Annotated[list[int] | None, typer.Option(min=1, help="Pixels; the checkpoint's own size.")] = None,
-    mode: Annotated[list[BenchMode] | None, typer.Option(help="eager.")] = None,
+    mode: Annotated[list[BenchMode] | None, typer.Option(help="How the blocks run; eager.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements, of which the median counts.")] = 7,
     training: Annotated[bool, typer.Option("--training", help="Also time steps of fine-tuning.")] = False,
     training_batch_size: Annotated[int, typer.Option(min=1, help="Images of such a step.")] = 16,

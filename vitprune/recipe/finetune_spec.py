@@ -25,7 +25,7 @@ class LossWeights(Spec):
     task: NonNegative = 0.0
     """The labels' loss: cross-entropy, binary where an image has several of them, squared error for numbers."""
     budget: NonNegative = 2.0
-    """What thresholds that learn are held to the budget by."""
+    """Weight of the price of MACs, which holds thresholds to the budget; with thresholds: learned only."""
     distillation: NonNegative = 1.0
     """Divergence from the dense model's answers."""
     tokens: NonNegative = 0.0
@@ -68,7 +68,8 @@ class FinetuneSpec(Spec):
     mixed_precision: Literal["no", "bf16", "fp16"] = "no"
     """What the training computes in beside float32."""
     augmentation: Literal["none", "light", "strong"] = "light"
-    """How much training images are varied."""
+    """light: flips, and crops of 70 to 100 % of the area; strong: also colours, rotation, shift, shear and a blank
+    rectangle, for images of three channels."""
     execution: Execution = "packed"
     """packed: tokens that no threshold learns from leave while training, too; masked: all stay, as published."""
     gradient_checkpointing: bool = False

@@ -54,7 +54,7 @@ class PruningSpec(Spec):
     """What a token is judged by: what the class token sees in it (AS-ViT), or how little it resembles those in which
     the class token sees more (redundancy)."""
     redundancy_exponent: NonNegative = 0.25
-    """How much class attention counts beside redundancy: r * (patches * S)^exponent, 0 for redundancy alone."""
+    """How much class attention counts: score = redundancy × (patches × class attention)^exponent; 0: not at all."""
     select: Literal["threshold", "top-k", "random", "tome"] = "threshold"
     """By a threshold, so that images keep different numbers of tokens, or one of the baselines with fixed numbers."""
     thresholds: Thresholds = "calibrated"
@@ -68,7 +68,7 @@ class PruningSpec(Spec):
     temperature: Positive | None = None
     """Softness of the threshold in training; if left out 1e-4, or fitted to the scores where those are calibrated."""
     patches: PositiveInt | None = None
-    """Of an image at which the thresholds were found; scores are scaled to it at other image sizes."""
+    """How many patches an image had when the thresholds were found; scores are scaled to it at other image sizes."""
     points: Annotated[tuple[OperatingPoint, ...], LISTS_TOO] | None = None
     """Levels for several budgets, which calibration finds (budget.macs with a list); the highest first."""
 

@@ -50,7 +50,7 @@ class ModelSpec(Spec):
     revision: Text | None = None
     """Branch, tag or commit on the Hub."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """What the model computes in while it is calibrated and evaluated; one that is fine-tuned, once that is over."""
+    """Precision in calibration and evaluation. Fine-tuning trains float32 weights and converts them at its end."""
     task: Task | None = None
     """What its head is for, where config.json (`problem_type`) doesn't say it rightly: one label an image, several, or
     numbers. Without either one label, or a number where the head has a single output."""
@@ -95,12 +95,12 @@ class DataSpec(Spec):
     image_column: Text | None = None
     """The column of images; found by its type if left out."""
     label_column: Text | None = None
-    """The column of labels; found by its type if left out."""
+    """The column of labels; found by its type, or by the name label or labels, if left out."""
     labels: Literal["auto", "ignore"] = "auto"
     """Whether labels are taken, where there are some; ignore: as if there were none."""
     label_names: PairsOrFile | None = None
     """For classes of the data whose names aren't the checkpoint's: {name: the checkpoint's name or id}, or a YAML or
-    JSON file with such pairs. Case, underscores and lists of names are matched without."""
+    JSON file with such pairs. Case, underscores and lists of names need no pair."""
     streaming: bool = False
     """Read while running instead of downloading first."""
     on_error: Literal["raise", "skip"] = "raise"
