@@ -37,13 +37,19 @@ def start(recipe: str, output: Path, options: argparse.Namespace) -> subprocess.
     changes = [f"--set={change}" for change in (*options.set, f"output.path={output}", "output.overwrite=false")]
     launcher = ["--", *options.launcher] if options.launcher else []
     command = [sys.executable, "-m", "vitprune", "apply", recipe, *changes, *launcher]
-    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with errors_of(output).open("wb") as errors:  # a pipe that nobody reads would stop a long run
+        return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
 
 
-def ended(process: subprocess.Popen[bytes]) -> None:
-    _, error = process.communicate()
-    if process.returncode:
-        sys.exit(f"a run failed ({process.returncode}): {error.decode()[-2000:]}")
+def errors_of(output: Path) -> Path:
+    return output.with_name(f"{output.name}.stderr")
+
+
+def finish(recipe: str, output: Path, options: argparse.Namespace) -> None:
+    process = start(recipe, output, options)
+    if process.wait():
+        sys.exit(f"a run failed ({process.returncode}): {errors_of(output).read_text()[-2000:]}")
 
 
 def kill(process: subprocess.Popen[bytes], *, launched: bool) -> None:
@@ -52,7 +58,7 @@ def kill(process: subprocess.Popen[bytes], *, launched: bool) -> None:
     if launched:
         victims = [child.pid for child in psutil.Process(process.pid).children()] or victims
     psutil.Process(random.choice(victims)).send_signal(signal.SIGKILL)
-    process.communicate()
+    process.wait()
 
 
 def is_done(output: Path) -> bool:
@@ -74,7 +80,7 @@ def main() -> None:
     output = options.output.resolve()
     shutil.rmtree(output, ignore_errors=True)
     began = time.monotonic()
-    ended(start(options.recipe, output / "unbroken", options))
+    finish(options.recipe, output / "unbroken", options)
     length = time.monotonic() - began
     weights, report = result(output / "unbroken")
     largest, same = 0.0, 0
@@ -89,7 +95,7 @@ def main() -> None:
             except subprocess.TimeoutExpired:
                 kill(process, launched=bool(options.launcher))
         if not is_done(path):
-            ended(start(options.recipe, path, options))
+            finish(options.recipe, path, options)
         own_weights, own_report = result(path)
         difference = max(float((own_weights[name] - weight).abs().max()) for name, weight in weights.items())
         largest = max(largest, difference)

@@ -52,7 +52,8 @@ def main() -> None:
                     print(f"{done} batches: {resident:.0f} MiB", flush=True)
                 if done == args.batches:
                     break
-    print(f"grew by {resident - first:.0f} MiB after the first {WARM_UP} batches")
+    if done > WARM_UP:
+        print(f"grew by {resident - first:.0f} MiB after the first {WARM_UP} batches")
 
 
 if __name__ == "__main__":

@@ -166,7 +166,7 @@ def test_json_and_nothing_else_or_nothing_at_all(
 def test_show(heavy: Heavy) -> None:
     result = invoke("show", "runs/x", "a.png", "folder", "--dense", "facebook/deit", "--output", "here")
     assert (result.exit_code, result.stdout, result.stderr) == (0, "here/a.png: RESULT OF SHOW\n", "")
-    rest = {"data": None, "split": "test", "rows": "0-9", "dense": "facebook/deit", "budget": None}
+    rest = {"data": None, "split": None, "rows": None, "dense": "facebook/deit", "budget": None}
     assert heavy.calls == [("show", "runs/x", ["a.png", "folder"], rest)]
     heavy.error = ValueError("there is no image in folder")
     failed = invoke("show", "runs/x", "--data", "mnist", "--split", "train", "--rows", "3,5", "--budget", "50%")
@@ -195,6 +195,7 @@ def test_bench_of_a_recipe_by_default(heavy: Heavy) -> None:
         (["recipe.yaml", "--batch-size", "0"], "--batch-size"),
         (["recipe.yaml", "--dtype", "int8"], "--dtype"),
         (["recipe.yaml", "--mode", "fast"], "--mode"),
+        (["recipe.yaml", "--training-batch-size", "8"], "--training-batch-size: is of steps of fine-tuning"),
         (["recipe.yaml", "--set", "seed=x"], "--set seed=x: seed: should be a whole number"),
         (["a/b", "--set", "sed=1"], "--set sed=1: sed: unknown key"),
         (["./nowhere"], "./nowhere: model.checkpoint: './nowhere' is not there"),
@@ -334,6 +335,17 @@ def test_recipes_cp_overwrites_nothing(shelf: Path) -> None:
     Path("notes").write_text("mine")
     result = invoke("recipes", "cp", "small", "notes")
     assert (result.exit_code, result.stderr) == (1, "failed: notes is no folder; name one\n")
+
+
+def test_recipes_cp_that_breaks_off_leaves_nothing(shelf: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*place: object, **how: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.copytree", interrupted)
+        assert invoke("recipes", "cp", "small", "mine").exit_code != 0
+    assert not list(Path("mine").iterdir())
+    assert invoke("recipes", "cp", "small", "mine").exit_code == 0
 
 
 def test_recipes_cp_of_an_unknown_name(shelf: Path) -> None:

@@ -20,6 +20,7 @@ os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
 
 import gradio as gr
 import torch
+from gradio.themes import Default
 from PIL.Image import Image
 from torch import nn
 from transformers import PreTrainedModel
@@ -27,7 +28,7 @@ from transformers.image_processing_utils import BaseImageProcessor
 
 import vitprune
 
-QUICKSTART = Path(__file__).parents[2] / "recipes" / "quickstart"
+QUICKSTART = Path(__file__).resolve().parent.parent.parent / "recipes" / "quickstart"  # in a clone
 BUDGETS = ["90%", "75%", "60%", "45%", "35%"]
 IMAGES = 64  # to find levels on
 REPEATS = 3  # forwards, of which the median time counts
@@ -40,6 +41,14 @@ class Space:
         points = vitprune.points_of(pruned)
         if not points:
             raise ValueError("the checkpoint has one budget alone; make one with budget: {macs: [80%, 65%, 50%]}")
+        config = pruned.config
+        classifies = config.problem_type in (None, "single_label_classification") and len(config.id2label or ()) > 1
+        if not (classifies and "ForImageClassification" in type(pruned).__name__):
+            raise ValueError(
+                f"the page shows which of several labels an image has, and {type(pruned).__name__} doesn't say"
+            )
+        if getattr(config, "num_channels", 3) != 3:
+            raise ValueError(f"the checkpoint takes images of {config.num_channels} channels; the page uploads colours")
         self.pruned, self.dense, self.processor = pruned.eval(), dense.eval(), processor
         self.highest, self.lowest = points[0].budget, points[-1].budget
 
@@ -77,9 +86,14 @@ class Space:
                     )
                     told = gr.Markdown()
             for change in (image.change, budget.change):
-                look = {"show_progress": "minimal", "trigger_mode": "always_last"}  # of a slide that goes on
-                look["concurrency_id"] = "look"  # one at a time: the budget is the model's
-                change(self.look, [image, budget], [tokens, told], **look)
+                change(
+                    self.look,
+                    [image, budget],
+                    [tokens, told],
+                    show_progress="minimal",
+                    trigger_mode="always_last",  # of a slide that goes on
+                    concurrency_id="look",  # one at a time: the budget is the model's
+                )
         return page
 
 
@@ -102,7 +116,8 @@ def of_checkpoint(checkpoint: str) -> Space:
 def answer(model: PreTrainedModel, x: torch.Tensor) -> str:
     probabilities = model(x).logits[0].softmax(-1)
     best = int(probabilities.argmax())
-    return f"{(model.config.id2label or {}).get(best, best)} ({probabilities[best]:.1%})"
+    names: Any = model.config.id2label or {}
+    return f"{names.get(best, best)} ({probabilities[best]:.1%})"
 
 
 def milliseconds(model: nn.Module, x: torch.Tensor) -> float:
@@ -115,7 +130,7 @@ def milliseconds(model: nn.Module, x: torch.Tensor) -> float:
     return 1000 * statistics.median(found)
 
 
-THEME = gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none from afar
+THEME = Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])  # none from afar
 
 if __name__ == "__main__":
     try:

@@ -15,8 +15,11 @@ import pytest
 from PIL import Image
 from playwright.sync_api import Page, expect, sync_playwright
 
+import vitprune
+
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 APP = Path(__file__).parent / "app.py"
+CHECKPOINT = APP.parents[2] / "recipes" / "quickstart" / "checkpoint"
 PATIENCE = 90_000  # ms, on a slow machine
 
 
@@ -88,9 +91,26 @@ def test_upload_slide_and_read(opened: tuple[Page, list[str]], tmp_path: Path) -
     assert wrong == []
 
 
-def test_a_checkpoint_that_is_no_such_one_is_refused_in_a_line() -> None:
-    process = started(str(APP.parents[2] / "recipes" / "quickstart" / "checkpoint"))
+def refused(checkpoint: Path) -> str:
+    process = started(str(checkpoint))
     said, _ = process.communicate(timeout=PATIENCE / 1000)
     assert process.returncode == 1
-    assert "isn't pruned" in said.splitlines()[-1]
     assert "Traceback" not in said
+    return said.splitlines()[-1]
+
+
+def test_a_checkpoint_that_is_no_such_one_is_refused_in_a_line() -> None:
+    assert "isn't pruned" in refused(CHECKPOINT)
+
+
+def test_a_model_that_gives_several_labels_is_refused(tmp_path: Path) -> None:
+    points = [{"budget": part, "ratio": part, "levels": [1 - part], "temperatures": [0.1]} for part in (0.8, 0.5)]
+    model = vitprune.load(str(CHECKPOINT))
+    model.config.problem_type = "multi_label_classification"
+    spec = vitprune.PruningSpec(before_blocks=[3], thresholds=[0.2], points=points)
+    vitprune.save(
+        vitprune.prune_(model, spec), tmp_path / "several", processor=vitprune.load_processor(str(CHECKPOINT))
+    )
+    assert "which of several labels an image has, and ViTForImageClassification doesn't say" in refused(
+        tmp_path / "several"
+    )

@@ -120,7 +120,7 @@ def test_a_target_out_of_reach_is_a_failure(run: Bench) -> None:
     result = run("pruning.before_blocks=[5]", targets=(0.95, 0.2))
     assert [case.target for case in result.cases] == [0.95]
     (failure,) = result.failures
-    assert (failure.target, failure.what, failure.batch_size) == (0.2, "calibration to 20%", None)
+    assert (failure.target, failure.what, failure.batch_size) == (0.2, "calibration to 20 %", None)
     assert "20.0% can't be met by pruning before blocks [5]" in failure.reason
 
 

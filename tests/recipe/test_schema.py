@@ -9,10 +9,12 @@ from pydantic import ValidationError
 from typer.testing import CliRunner
 
 from vitprune.cli import app
+from vitprune.recipe.for_readers import without_paths
 from vitprune.recipe.schema import (
     DataSpec,
     FinetuneSpec,
     LossWeights,
+    OutputSpec,
     PruningSpec,
     Recipe,
     RecipeError,
@@ -551,6 +553,19 @@ def test_paths_have_environment_variables_and_home(tmp_path: Path, monkeypatch: 
     assert DataSpec(path="~/images").path == f"{tmp_path}/home/images"
     with pytest.raises(RecipeError, match=r"output\.path: .*no environment variable NOWHERE is set; set it"):
         load_recipe(tmp_path / "r.yaml", ["output.path=$NOWHERE/x"])
+    assert load_recipe(tmp_path / "r.yaml", ["output.path=for-$5"]).output.path == "for-$5"
+
+
+@pytest.mark.parametrize(
+    ("output", "said"),
+    [
+        (".", "the budget of 60.0% is missed by data.label_column in ./here"),
+        ("/tmp/runs/x", "/tmp/runs/x is full: 60.0%"),
+    ],
+)
+def test_notes_name_the_last_part_of_paths(output: str, said: str) -> None:
+    recipe = load(HEAD).model_copy(update={"output": OutputSpec(path=output)})
+    assert without_paths(said, recipe) == said.replace("/tmp/runs/", "")
 
 
 def test_a_name_with_a_dollar_that_is_there_is_meant_so(tmp_path: Path) -> None:

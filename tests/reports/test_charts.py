@@ -35,6 +35,8 @@ def test_ticks_are_round_and_reach_around(low: float, high: float, expected: lis
         (0, 10, Axis("{:.0f}".format, least=1), ["0", "5", "10"]),
         (0.12311, 0.12312, Axis("{:.4f}".format, least=1e-4), ["0.1231", "0.1232"]),
         (0.98, 0.98, Axis("{:.1%}".format, least=0.001, most=1.0), ["85.0%", "90.0%", "95.0%", "100.0%"]),
+        (0, 0, Axis("{:.0%}".format, least=0.001, lowest=0.0, most=1.0), ["0%", "50%", "100%"]),
+        (0, 0, Axis("{:.0f}".format, least=1, lowest=0), ["0", "1"]),
     ],
 )
 def test_ticks_can_be_told_apart(low: float, high: float, axis: Axis, labels: list[str]) -> None:
@@ -48,7 +50,7 @@ def test_points_lie_where_they_should() -> None:
     assert [(point.x, point.y) for point in ours.points] == [(16.67, 50.0), (100.0, 100.0)]
     assert [(point.x, point.y) for point in limit.points] == [(16.67, 0.0), (100.0, 0.0)]
     assert [tick.at for tick in plot.y_ticks] == pytest.approx([0, 25, 50, 75, 100])
-    assert plot.described == "ours: 50: 0.9, 100: 1.0"
+    assert plot.described == "ours: 50: 0.9, 100: 1.0; limit: 50: 0.8, 100: 0.8"
 
 
 def test_a_single_point_has_a_frame() -> None:

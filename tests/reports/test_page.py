@@ -11,7 +11,7 @@ from made_up_report import comparison, report
 from made_up_report import seen_image as seen
 
 from vitprune.reports.page import ShownImages, report_page
-from vitprune.reports.results import Breakdown, Check, ClassResult, Histogram, Training
+from vitprune.reports.results import Breakdown, Check, ClassResult, Histogram, PointResult, Training
 
 BREAKDOWN = Breakdown(
     macs=Histogram(edges=(0.4, 0.6, 0.8), counts=(30, 10)),
@@ -112,3 +112,15 @@ def test_other_kinds_of_answers(kind: str) -> None:
     text = Reader(page(comparison=result, breakdown=None)).text
     shown = {"embedding": "0.9870", "regression": "0.9000", "multi-label": "labels as dense"}[kind]
     assert shown in text
+    points = (PointResult(budget=0.625, comparison=result), PointResult(budget=0.5, comparison=result))
+    several = Reader(page(comparison=result, breakdown=None, points=points)).text
+    assert {"embedding": "cosine", "regression": "correlation", "multi-label": "same labels"}[kind] in several
+    assert "same answer" not in several
+    assert "62.5" in several
+
+
+def test_an_exported_model_is_opened_as_one() -> None:
+    environment = report().environment.model_copy(update={"runtime": "onnxruntime 1.32"})
+    text = Reader(page(environment=environment)).text
+    assert 'vitprune.ExportedModel.load("vit-60")' in text
+    assert "from_pretrained" not in text

@@ -142,6 +142,8 @@ def test_labels_of_other_classes_are_no_obstacle(tmp_path: Path) -> None:
         ({"images": ["broken.png"]}, "broken.png can't be read as an image"),
         ({"images": [], "data": "data", "rows": "99"}, "has rows 0 to 23, none of number 99"),
         ({"images": [], "data": "data", "rows": "a-b"}, "should be numbers and ranges such as 0-9,20"),
+        ({"images": [], "data": "data", "rows": "9-0"}, "should be numbers and ranges such as 0-9,20"),
+        ({"images": ["broken.png"], "rows": "3"}, "--split and --rows are of a data set"),
         ({"images": [], "data": "./nowhere"}, "nowhere"),
     ],
 )

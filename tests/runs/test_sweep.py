@@ -89,13 +89,13 @@ def test_a_training_that_diverges_is_listed(tmp_path: Path, monkeypatch: pytest.
 
     def apply(part: Recipe, *, restart: bool) -> object:
         if part.budget.part == 0.6:
-            raise NonFiniteLoss("the loss of step 3 is nan")
+            raise NonFiniteLoss(f"the loss of step 3 is nan; see {part.output.path}.last-good")
         return module_apply(part, restart=restart)
 
     monkeypatch.setattr(module, "apply", apply)
     found = sweep(asked, [0.8, 0.6, 0.5], output=tmp_path / "sweep")
     assert [point.budget for point in found.points] == [0.8, 0.5]
-    assert [missed.reason for missed in found.missed] == ["the loss of step 3 is nan"]
+    assert [missed.reason for missed in found.missed] == ["the loss of step 3 is nan; see vitprune-60.last-good"]
 
 
 def test_a_second_sweep_into_the_same_output_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,6 +129,22 @@ def test_what_a_killed_sweep_left_is_no_obstacle(tmp_path: Path) -> None:
     (tmp_path / "sweep" / ".vitprune-70.run").mkdir(parents=True)
     (tmp_path / "sweep" / "vitprune-90").mkdir()
     assert len(sweep(recipe(tmp_path, FAST), [0.7], output=tmp_path / "sweep").points) == 1
+
+
+def test_into_a_mounted_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    volume = tmp_path / "volume"
+    (volume / "lost+found").mkdir(parents=True)
+    (volume / f"{SWEEP_JSON}.7.unfinished").touch()  # of one that was killed in its first moment
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == volume)
+    assert [point.folder for point in sweep(recipe(tmp_path, FAST), [0.625], output=volume).points] == ["vitprune-62.5"]
+    assert "62.5 %" in (volume / SWEEP_PAGE).read_text(encoding="utf-8").replace("&nbsp;", " ")
+    assert not (volume / ".vitprune.lock").exists()
+
+
+def test_a_file_is_no_place_for_a_sweep(tmp_path: Path) -> None:
+    (tmp_path / "sweep").touch()
+    with pytest.raises(ValueError, match=r"sweep is no folder; choose another path"):
+        sweep(recipe(tmp_path, FAST), [0.7], output=tmp_path / "sweep")
 
 
 def test_the_first_failure_is_an_error(tmp_path: Path) -> None:

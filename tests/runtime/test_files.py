@@ -13,6 +13,7 @@ import vitprune
 from vitprune.models.checkpoint import require_free
 from vitprune.runs.resume import RunFolder
 from vitprune.runtime.files import KINDS, beside, contents, require_name_fits, sibling
+from vitprune.runtime.lock import OutputLock
 
 
 @pytest.fixture
@@ -27,7 +28,7 @@ def mount(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             raise OSError(16, "Device or resource busy", str(self))
         return rename(self, target)
 
-    monkeypatch.setattr(Path, "is_mount", lambda self: self == place)
+    monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == place)
     monkeypatch.setattr(Path, "rename", renamed)
     return place
 
@@ -57,6 +58,21 @@ def test_a_name_that_would_become_too_long_is_refused_at_the_start(tmp_path: Pat
         require_free(tmp_path / "deeper" / ("n" * 245), overwrite=False)
     with pytest.raises(ValueError, match=r"\d+ bytes too long"):
         require_free(tmp_path / ("ü" * 125), overwrite=False)
+
+
+def test_a_lock_that_can_not_say_whose_it_is_is_let_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device", str(path))
+
+    with monkeypatch.context() as patch:
+        patch.setattr("vitprune.runtime.lock.write_text_whole", full)
+        with pytest.raises(OSError, match="No space left"):
+            OutputLock(tmp_path / "out").acquire()
+    assert not (tmp_path / ".out.lock").exists()
+    lock = OutputLock(tmp_path / "out")
+    lock.acquire()
+    lock.release()
+    assert not (tmp_path / ".out.lock").exists()
 
 
 def test_two_runs_into_one_output_dont_mix(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import html
 import json
 import re
 import shutil
@@ -256,7 +257,7 @@ def test_evaluate_and_bench(tmp_path: Path, checkpoint: Path, exported: Path) ->
     assert ours["comparison"]["kept"] == theirs["comparison"]["kept"]
     assert ours["environment"]["runtime"].startswith("onnxruntime ")
     assert theirs["environment"]["runtime"] is None
-    assert (tmp_path / "graph" / "report.html").is_file()
+    assert f'ExportedModel.load("{exported.name}")' in html.unescape((tmp_path / "graph" / "report.html").read_text())
     options = ["--batch-size", "2", "--repeats", "1", "--output", str(tmp_path / "bench")]
     said = invoked(["bench", graph, "--data", str(checkpoint.parent / "data"), *options])
     assert "32 px, float32, onnx" in said
@@ -265,6 +266,16 @@ def test_evaluate_and_bench(tmp_path: Path, checkpoint: Path, exported: Path) ->
     refused = CliRunner().invoke(app, ["bench", graph, "--macs", "50%"])
     assert refused.exit_code == 1
     assert "is a graph, measured as it is; leave --macs out" in refused.output
+
+
+def test_bench_of_images_that_are_not_square(tmp_path: Path) -> None:
+    wide = ViTImageProcessorPil(size={"height": 32, "width": 48})
+    exported = vitprune.export(pruned("dinov2"), tmp_path / "wide", processor=wide)
+    assert exported.info.image == (3, 32, 48)
+    options = ["--batch-size", "2", "--repeats", "1", "--output", str(tmp_path / "bench")]
+    invoked(["bench", str(tmp_path / "wide" / "model.onnx"), *options])
+    found = json.loads((tmp_path / "bench" / "bench.json").read_text())
+    assert 0 < found["cases"][0]["macs_ratio"] < 1
 
 
 def test_fixed_tokens_of_the_report_and_int8(tmp_path: Path, checkpoint: Path) -> None:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from vitprune.bench.images import RANDOM_PIXELS, real_images
 from vitprune.bench.settings import BenchSettings
@@ -49,7 +50,8 @@ def bench_exported(folder: Path, settings: BenchSettings, fewest: int, *, progre
     config = load_config(str(folder))
     cls = model_class(str(folder), config)
     vars(config).pop("quantization_config", None)
-    dense = export_like(info, cls(config).eval(), None)
+    processor = exported.processor if (folder / IMAGE_PROCESSOR_NAME).is_file() else None
+    dense = export_like(info, cls(config).eval(), processor)
     setting = Setting(image_size=info.image[1], dtype=info.precision, mode=info.format)
     models = dense, exported.model
     timed = measure_throughput(*models, x_BCHW, settings.batch_sizes, settings.repeats, progress=progress)

@@ -20,6 +20,7 @@ from vitprune.recipe.yaml_source import Source
 
 TARGETS = (0.8, 0.65, 0.5, 0.35)
 BATCH_SIZES = (1, 16)
+TRAINING_BATCH_SIZE = 16
 
 Mode = Literal["eager", "compiled"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -48,7 +49,7 @@ class BenchSettings:
     repeats: int = 7
     calibration_images: int = 64
     training: bool = False
-    training_batch_size: int = 16
+    training_batch_size: int = TRAINING_BATCH_SIZE
 
 
 def read_part(text: str) -> float:

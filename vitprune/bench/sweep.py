@@ -12,7 +12,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from vitprune.bench.exported import bench_exported
 from vitprune.bench.images import RANDOM_PIXELS, BenchImages, random_images, real_images, require_square
@@ -29,6 +28,8 @@ from vitprune.recipe.errors import concerning, first_line
 from vitprune.recipe.for_readers import for_readers
 from vitprune.reports.bench_results import Benchmark, Case, Failure, Setting, TrainingStep
 from vitprune.reports.results import Environment
+from vitprune.reports.text import asked_for
+from vitprune.runtime import distributed
 from vitprune.runtime.files import require_writable
 from vitprune.runtime.progress import Task, task
 
@@ -176,7 +177,7 @@ class _Sweep:
         images = self.images.calibration(setting.image_size)
         batches = list(PlacedBatches(images.split(self.settings.recipe.calibration.batch_size), subjects.dense))
         for target in self.targets:
-            with self._step(setting, f"calibration to {target:.0%}", target=target, also=ValueError):
+            with self._step(setting, f"calibration to {asked_for(target)}", target=target, also=ValueError):
                 levels[target] = subjects.calibrated(batches, target)
         return levels
 
@@ -237,6 +238,6 @@ class _Sweep:
 
 def _device() -> torch.device:
     """The same that `apply` runs on."""
-    device = PartialState().device
+    device = distributed.init().device
     assert device is not None
     return device

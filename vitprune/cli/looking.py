@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from vitprune.bench.settings import BATCH_SIZES, BenchSettings, is_recipe, read_target, with_data
+from vitprune.bench.settings import BATCH_SIZES, TRAINING_BATCH_SIZE, BenchSettings, is_recipe, read_target, with_data
 from vitprune.cli.talk import AsJson, Overrides, Quiet, Talk, clear_messages, read_macs
 from vitprune.recipe.schema import locate
 
@@ -20,8 +20,8 @@ def show(
         list[str] | None, typer.Argument(metavar="[IMAGE]...", help="Image files, or folders of them.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="Or a data set, as data.path in a recipe.")] = None,
-    split: Annotated[str, typer.Option(help="Split of --data.")] = "test",
-    rows: Annotated[str, typer.Option(help="Rows of the split to draw, such as 0-9,20.")] = "0-9",
+    split: Annotated[str | None, typer.Option(help="Split of --data; test.")] = None,
+    rows: Annotated[str | None, typer.Option(help="Rows of the split to draw, such as 0-9,20; 0-9.")] = None,
     dense: Annotated[
         str | None, typer.Option(help="Dense checkpoint to show beside; the same weights, unpruned, if left out.")
     ] = None,
@@ -72,13 +72,15 @@ def bench(
     mode: Annotated[list[BenchMode] | None, typer.Option(help="How the blocks run; eager.")] = None,
     repeats: Annotated[int, typer.Option(min=1, help="Measurements, of which the median counts.")] = 7,
     training: Annotated[bool, typer.Option("--training", help="Also time steps of fine-tuning.")] = False,
-    training_batch_size: Annotated[int, typer.Option(min=1, help="Images of such a step.")] = 16,
+    training_batch_size: Annotated[int | None, typer.Option(min=1, help="Images of such a step; 16.")] = None,
     output: Annotated[Path, typer.Option(help="Folder for bench.json and pictures.")] = Path("runs/bench"),
     overrides: Overrides = None,
     quiet: Quiet = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure speed and memory against the dense model on this machine. Options that take several can be repeated."""
+    if training_batch_size is not None and not training:
+        raise typer.BadParameter("is of steps of fine-tuning; add --training", param_hint="--training-batch-size")
     path = Path(target)
     changed = with_data(data, overrides or ())
     with clear_messages(lambda error: locate(error, path, changed) if is_recipe(target) else error):
@@ -93,7 +95,7 @@ def bench(
             modes=tuple(kind.value for kind in mode or (BenchMode.eager,)),
             repeats=repeats,
             training=training,
-            training_batch_size=training_batch_size,
+            training_batch_size=training_batch_size or TRAINING_BATCH_SIZE,
         )
         from vitprune.bench.sweep import bench as run
         from vitprune.reports.bench_report import print_benchmark, print_files

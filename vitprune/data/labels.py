@@ -113,7 +113,8 @@ class Labels:
     @property
     def blank(self) -> Tensor:
         """Labels of one image that mean nothing, as a batch has them."""
-        return blank_labels(1, self.count, has_ids=self.task == "single-label")
+        single = self.task == "single-label"
+        return torch.zeros(1, dtype=torch.long) if single else torch.zeros(1, self.count or 1)
 
     def id_of(self, value: Any) -> int:
         """The class id of one value. Raises ValueError where the checkpoint has no such class."""
@@ -148,11 +149,6 @@ class Labels:
             if not isinstance(one, float | int) or not math.isfinite(one):
                 raise ValueError(f"{one!r} is no number")
         return [float(one) for one in values]
-
-
-def blank_labels(images: int, outputs: int | None, *, has_ids: bool) -> Tensor:
-    """Labels that mean nothing: class ids (B,), or a number for each of a model's outputs, (B, outputs)."""
-    return torch.zeros(images, dtype=torch.long) if has_ids else torch.zeros(images, outputs or 1)
 
 
 def _is_part(value: Any) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+import os
 import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -221,12 +222,13 @@ def require_free(path: Path, *, overwrite: bool) -> None:
     """
     if path == path.parent:
         raise ValueError(f"{path} is no folder of its own; name one below it")
-    require_writable(path if path.is_mount() else path.parent, path)
+    require_writable(path if os.path.ismount(path) else path.parent, path)
     old = beside(path, "old")
     if old.exists() and not path.exists():  # of a run that was killed between two renames
         old.rename(path)
     require_name_fits(path)
-    if path.is_mount() and beside(path, "unfinished").exists():  # of a run that was killed while it moved its files
+    # of a run that was killed while it moved its files
+    if os.path.ismount(path) and beside(path, "unfinished").exists():
         return
     if not path.exists() or (path.is_dir() and not any(contents(path))):
         return
@@ -321,7 +323,7 @@ def _replace(new: Path, path: Path) -> None:
     if not path.exists():
         new.rename(path)
         return
-    if path.is_mount():  # config.json, by which it is a checkpoint, goes first and comes last
+    if os.path.ismount(path):  # config.json, by which it is a checkpoint, goes first and comes last
         for name in CONFIG:
             (path / name).unlink(missing_ok=True)
         shutil.rmtree(path / ASSETS, ignore_errors=True)  # a folder isn't replaced by another

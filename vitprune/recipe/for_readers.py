@@ -21,7 +21,9 @@ def for_readers(recipe: Recipe) -> dict[str, Any]:
 def without_paths(text: str, recipe: Recipe) -> str:
     """What is said of a run, with no local path of its recipe in it."""
     values = [recipe.model_dump(mode="json")[section][key] for section, key in _PATHS]
-    for path in sorted((v for v in values if isinstance(v, str) and _is_local(v)), key=len, reverse=True):
+    # what has no name of its own, such as ".", is a part of many words
+    paths = (v for v in values if isinstance(v, str) and _is_local(v) and Path(v).name)
+    for path in sorted(paths, key=len, reverse=True):
         text = text.replace(path, Path(path).name)
     return text
 

@@ -128,8 +128,8 @@ class PruningSpec(Spec):
             for name, values in (("levels", point.levels), ("temperatures", point.temperatures)):
                 if isinstance(stages, tuple) and len(values) != len(stages):
                     raise ValueError(
-                        f"has {len(values)} {name} at {point.budget:.0%} for the {len(stages)} stages {list(stages)}; "
-                        "give one per stage"
+                        f"has {len(values)} {name} at {100 * point.budget:g}% for the {len(stages)} stages "
+                        f"{list(stages)}; give one per stage"
                     )
         return points
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import tempfile
 from pathlib import Path
 
 SCHEMA = "recipe.schema.json"
@@ -46,9 +47,13 @@ def copy(name: str, destination: Path) -> list[Path]:
     if schema.exists() and not (destination / SCHEMA).exists():
         sources.append(schema)
     destination.mkdir(parents=True, exist_ok=True)
-    for source in sources:
-        if source.is_dir():
-            shutil.copytree(source, destination / source.name, ignore=shutil.ignore_patterns("__pycache__"))
-        else:
-            shutil.copyfile(source, destination / source.name)
+    with tempfile.TemporaryDirectory(dir=destination) as unfinished:
+        for source in sources:
+            if source.is_dir():
+                ignored = shutil.ignore_patterns("__pycache__")
+                shutil.copytree(source, Path(unfinished, source.name), ignore=ignored)
+            else:
+                shutil.copyfile(source, Path(unfinished, source.name))
+        for source in sources:
+            Path(unfinished, source.name).rename(destination / source.name)
     return [destination / source.name for source in sources]

@@ -70,7 +70,7 @@ def _expanded(value: str) -> str:
     if os.path.exists(value):
         return value
     expanded = os.path.expanduser(os.path.expandvars(value))
-    if unset := re.search(r"\$\{?(\w+)", expanded):
+    if unset := re.search(r"\$\{?([A-Za-z_]\w*)", expanded):
         raise ValueError(f"is {value!r}, but no environment variable {unset[1]} is set; set it, or write the path out")
     return expanded
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 TICKS = 5
+LEVEL = 2  # points of a line whose ends say it all
 
 
 class Point(NamedTuple):
@@ -28,15 +29,17 @@ class Tick(NamedTuple):
 class Axis(NamedTuple):
     """How numbers along it are written. least: what two of them differ by, at least, to be told apart in writing.
 
-    most: no number above it makes sense.
+    lowest, most: no number beyond them makes sense.
     """
 
     text: Callable[[float], str]
     least: float = 0.0
+    lowest: float = -math.inf
     most: float = math.inf
 
     def ticks(self, low: float, high: float) -> list[float]:
-        return [tick for tick in nice(low, high, self.least) if tick <= max(high, self.most)]
+        bottom, top = min(low, self.lowest), max(high, self.most)
+        return [tick for tick in nice(low, high, self.least) if bottom <= tick <= top]
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,9 @@ class Plot:
             for line, values in zip(lines, whole, strict=True)
         )
         described = "; ".join(
-            f"{line.name}: {', '.join(point.title for point in line.points)}" for line in drawn if not line.dashed
+            f"{line.name}: {', '.join(point.title for point in line.points)}"
+            for line in drawn
+            if not line.dashed or len(line.points) <= LEVEL
         )
         return cls(
             drawn,

@@ -67,6 +67,14 @@ processor = AutoImageProcessor.from_pretrained("{name}")
 ALSO_ITS_CLASS = "The `from_pretrained` of the model's own class works too, after `import vitprune`."
 
 
+EXPORTED = """\
+import vitprune
+
+model = vitprune.ExportedModel.load("{name}")
+outputs = model(picture)  # a PIL image, or several; run.py in the folder does without vitprune
+"""
+
+
 def model_card(report: Report, name: str, pictures: Mapping[str, str] = NO_PICTURES) -> str:
     """A Markdown model card with YAML front matter.
 
@@ -88,7 +96,9 @@ def model_card(report: Report, name: str, pictures: Mapping[str, str] = NO_PICTU
 
 
 def usage_of(report: Report, name: str) -> str:
-    """The code that loads the checkpoint."""
+    """The code that loads the checkpoint, or an exported model."""
+    if report.environment.runtime is not None:
+        return EXPORTED.format(name=name)
     return (CLASSIFIER if _classifies(report) else OTHER).format(name=name)
 
 

@@ -14,14 +14,14 @@ from functools import cache
 from typing import Any, NamedTuple
 
 import jinja2
-import yaml
 
+from vitprune.recipe.yaml_source import dump
 from vitprune.reports.charts import Axis, Line, Plot
 from vitprune.reports.model_card import usage_of
 from vitprune.reports.results import Breakdown, Comparison, Environment, PointResult, Report
 from vitprune.reports.run_report import findings, tables_of
-from vitprune.reports.sweep_report import AGREEMENT, LIKENESS, Sweep, sweep_cells, sweep_findings
-from vitprune.reports.text import count, number, percent
+from vitprune.reports.sweep_report import AGREEMENTS, LIKENESS, Sweep, sweep_cells, sweep_findings
+from vitprune.reports.text import asked_for, count, number, percent
 from vitprune.reports.token_pictures import SeenImage, draw_stages
 
 PANEL_SIDE = 140  # pixels of a picture's longer side on the page
@@ -69,7 +69,7 @@ def report_page(report: Report, name: str, images: ShownImages) -> str:
         **_classes(report.breakdown),
         usage=usage_of(report, name),
         environment=_known(report.environment),
-        recipe=yaml.safe_dump(report.recipe, sort_keys=False, allow_unicode=True),
+        recipe=dump(report.recipe),
     )
 
 
@@ -193,7 +193,7 @@ def _training(report: Report) -> Plot | None:
         return None
     lines = [Line("loss", losses)]
     return Plot.of(
-        lines, "step", Axis(lambda step: f"{step:.0f}", least=1), Axis(lambda loss: f"{loss:.4f}", least=1e-4)
+        lines, "step", Axis(lambda step: f"{step:.0f}", least=1, lowest=0), Axis(lambda loss: f"{loss:.4f}", least=1e-4)
     )
 
 
@@ -222,9 +222,7 @@ def sweep_page(sweep: Sweep, name: str) -> str:
         sentences=sweep_findings(sweep),
         charts=[*_curves(sweep.methods)],
         cells=sweep_cells(sweep),
-        pages=[
-            (f"{point.method}, {percent(point.budget, 0)}", f"{point.folder}/report.html") for point in sweep.points
-        ],
+        pages=[(f"{point.method}, {asked_for(point.budget)}", f"{point.folder}/report.html") for point in sweep.points],
         environment=_known(sweep.environment),
     )
 
@@ -244,7 +242,7 @@ def _curves(methods: Mapping[str, Sequence[PointResult]]) -> Iterator[tuple[str,
     for name, value in LIKENESS.items():
         if value(first) is not None:
             lines = _lines(methods, lambda point, value=value: value(point.comparison) or 0.0)
-            axis = _PART if name == AGREEMENT else Axis("{:.4f}".format, least=1e-4, most=1.0)
+            axis = _PART if name in AGREEMENTS else Axis("{:.4f}".format, least=1e-4, most=1.0)
             yield name, "How like the dense model's answers are.", Plot.of(lines, "MACs, of dense", _MACS, axis)
     sizes = sorted({row.batch_size for point in points for row in point.throughput})
     for size in sizes[-1:]:
@@ -269,8 +267,8 @@ def _speed(point: PointResult, batch_size: int) -> float:
     return next((row.speedup for row in point.throughput if row.batch_size == batch_size), float("nan"))
 
 
-_MACS = Axis(lambda part: percent(part, 0), least=0.01)
-_PART = Axis(percent, least=0.001, most=1.0)
+_MACS = Axis(lambda part: percent(part, 0), least=0.01, lowest=0.0)
+_PART = Axis(percent, least=0.001, lowest=0.0, most=1.0)
 
 
 def _four_figures(value: float) -> Axis:

@@ -21,7 +21,7 @@ from vitprune.reports.results import (
     Training,
 )
 from vitprune.reports.sweep_report import point_cells
-from vitprune.reports.text import Cells, count, number, percent, rich_table
+from vitprune.reports.text import Cells, asked_for, count, number, percent, rich_table
 
 BUDGET_TOLERANCE = 0.01
 SHOWN_SCHEDULES = 5
@@ -48,7 +48,7 @@ def findings(report: Report) -> list[str]:
             f"{percent(report.budget)} is {met}."
         )
     if report.points:
-        budgets = ", ".join(percent(point.budget, 0) for point in report.points)
+        budgets = ", ".join(asked_for(point.budget) for point in report.points)
         sentences.append(
             f"It has levels for budgets of {budgets}; `vitprune.set_budget(model, budget)` turns it to one of them, or "
             "to one between. All else that is said here is of the one that it is loaded with."

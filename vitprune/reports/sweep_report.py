@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from vitprune.reports.results import Comparison, Document, Environment, PointResult, Report, Result
-from vitprune.reports.text import Cells, number, percent, rich_table
+from vitprune.reports.text import Cells, asked_for, number, percent, rich_table
 
 
 class SweepPoint(PointResult):
@@ -90,7 +90,7 @@ def point_cells(points: Sequence[PointResult]) -> Cells:
     cells.append(("", percent(1.0), *dense, *("" for _ in (*likeness, *sizes))))
     for point in points:
         speeds = {row.batch_size: f"{row.speedup:.2f}x" for row in point.throughput}
-        row = [percent(point.budget, 0), percent(point.ratio)]
+        row = [asked_for(point.budget), percent(point.ratio)]
         row += [_metric(point.comparison, name, "pruned") for name in metrics]
         row += [_likeness(name, LIKENESS[name](point.comparison)) for name in likeness]
         cells.append((*row, *(speeds.get(size, "") for size in sizes)))
@@ -105,9 +105,10 @@ def _metric(comparison: Comparison, name: str, model: str) -> str:
     return percent(value, 2) if pair.is_fraction else number(value)
 
 
-AGREEMENT = "same answer"
+AGREEMENTS = ("same answer", "same labels")
 LIKENESS: dict[str, Callable[[Comparison], float | None]] = {
-    AGREEMENT: lambda comparison: comparison.agreement,
+    "same answer": lambda comparison: None if comparison.answers == "multi-label" else comparison.agreement,
+    "same labels": lambda comparison: comparison.agreement if comparison.answers == "multi-label" else None,
     "cosine": lambda comparison: comparison.similarity,
     "correlation": lambda comparison: comparison.correlation,
 }
@@ -116,13 +117,13 @@ LIKENESS: dict[str, Callable[[Comparison], float | None]] = {
 def _likeness(name: str, value: float | None) -> str:
     if value is None:
         return ""
-    return percent(value) if name == AGREEMENT else f"{value:.4f}"
+    return percent(value) if name in AGREEMENTS else f"{value:.4f}"
 
 
 def sweep_findings(sweep: Sweep) -> list[str]:
     """What the points come to, a sentence each."""
     sentences = [sentence for method, points in sweep.methods.items() for sentence in _of_method(method, points)]
-    sentences += [f"{one.method} at {percent(one.budget, 0)}: not there. {one.reason}" for one in sweep.missed]
+    sentences += [f"{one.method} at {asked_for(one.budget)}: not there. {one.reason}" for one in sweep.missed]
     return sentences
 
 

@@ -32,6 +32,11 @@ def percent(part: float, digits: int = 1) -> str:
     return f"{100 * part:.{digits}f} %"
 
 
+def asked_for(part: float) -> str:
+    """A budget as a percentage, with as many digits as it was given."""
+    return f"{100 * part:g} %"
+
+
 def count(macs: float) -> str:
     """Multiply-accumulates, to three figures."""
     return _scaled(macs, ("", "k", "M", "G", "T"))

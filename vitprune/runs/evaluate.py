@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vitprune.budget.latency import check_latency
 from vitprune.data.images import Images
+from vitprune.exporting.exported import folder_of
 from vitprune.measure.compare import compare_closely
 from vitprune.measure.seen import look_at, named_rows
 from vitprune.measure.throughput import describe_environment, measure_throughput
@@ -59,7 +60,8 @@ def evaluate(checkpoint: str, recipe: Recipe, output: Path) -> Report:
     report = run.report(*found, run.compare_points(found[0], lambda name, kind, compute: compute()))
     report = report.model_copy(update={"budget": _own_budget(checkpoint, report.budget)})
     if run.is_main:
-        name = Path(checkpoint).resolve().name if Path(checkpoint).exists() else checkpoint
+        place = folder_of(checkpoint) or Path(checkpoint)  # of an exported model its folder, whichever file was named
+        name = place.resolve().name if place.exists() else checkpoint
         page = report_page(report, name, run.show(report))
         output.mkdir(parents=True, exist_ok=True)
         report.save(output / REPORT_JSON)

@@ -29,6 +29,7 @@ from vitprune.runtime.files import require_writable, write_whole
 from vitprune.runtime.progress import track
 
 OnePicture = str | Path | PIL.Image.Image
+FIRST = "0-9"  # rows of a data set
 MOST_ON_SHEET = 40
 SHEET = "contact-sheet.png"
 
@@ -68,21 +69,24 @@ def show_files(
     images: Sequence[str],
     *,
     data: str | None = None,
-    split: str = "test",
-    rows: str = "0-9",
+    split: str | None = None,
+    rows: str | None = None,
     dense: str | None = None,
     budget: str | None = None,
     output: Path,
 ) -> Iterator[tuple[SeenImage, Path]]:
     """Write a PNG for each image, and a contact sheet of several; give each image with its file.
 
-    images: files or folders. data: as `data.path` of a recipe, of which these rows are shown, such as "0-9,20".
+    images: files or folders. data: as `data.path` of a recipe. split: of it; `test` if None. rows: of that, such as
+    "0-9,20"; the first ten if None.
 
     Raises:
         ValueError: as `show`; names the row or file that isn't there.
     """
     if bool(images) == (data is not None):
         raise ValueError("name images, or a data set by --data with --rows; one of the two")
+    if data is None and (split or rows):
+        raise ValueError("--split and --rows are of a data set; name one by --data, or leave them out")
     require_writable(output)
     viewer = Viewer.of(checkpoint, None, dense, budget)
     if data is None:
@@ -91,8 +95,8 @@ def show_files(
             raise ValueError(f"there is no image in {', '.join(images)}")
         named, total = _opened(files), len(files)
     else:
-        numbers = _numbers(rows)
-        named, total = named_rows(viewer.open(data, split), numbers), len(numbers)
+        numbers = _numbers(rows or FIRST)
+        named, total = named_rows(viewer.open(data, split or "test"), numbers), len(numbers)
     output.mkdir(parents=True, exist_ok=True)
     first: list[SeenImage] = []
     taken: set[str] = set()
@@ -185,9 +189,9 @@ def _numbers(text: str) -> list[int]:
     found: list[int] = []
     for part in text.replace(" ", "").split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        if match is None:
+        first, last = (0, -1) if match is None else (int(match[1]), int(match[2] or match[1]))
+        if last < first:
             raise ValueError(f"--rows is {text!r}, should be numbers and ranges such as 0-9,20")
-        first, last = int(match[1]), int(match[2] or match[1])
         found += range(first, last + 1)
     return [*dict.fromkeys(found)]
 

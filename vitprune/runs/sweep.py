@@ -17,17 +17,17 @@ from vitprune.recipe.pruning_spec import at_depths
 from vitprune.recipe.schema import BudgetSpec, PruningSpec, Recipe
 from vitprune.reports.page import sweep_page
 from vitprune.reports.sweep_report import Missed, Sweep, SweepPoint
-from vitprune.reports.text import percent
+from vitprune.reports.text import asked_for
 from vitprune.runs.apply import apply
 from vitprune.runs.inputs import lasting
 from vitprune.runtime import distributed
-from vitprune.runtime.files import write_text_whole
+from vitprune.runtime.files import contents, require_writable, write_text_whole
 from vitprune.runtime.lock import OutputLock
 
 BASELINES = ("tome", "as-vit", "random")
 SWEEP_JSON, SWEEP_PAGE = "sweep.json", "sweep.html"
 OWN = "vitprune"
-_STEMS = (SWEEP_PAGE, *(f"{method}-" for method in (OWN, *BASELINES)))
+_STEMS = (SWEEP_JSON, SWEEP_PAGE, *(f"{method}-" for method in (OWN, *BASELINES)))
 PUBLISHED_DEPTHS = (4 / 12, 7 / 12, 10 / 12)  # of AS-ViT's stages
 
 
@@ -52,25 +52,26 @@ def sweep(
             out.
     """
     asked, output = _fingerprint(recipe), output.resolve()
+    distributed.on_main(lambda: require_writable(output))
     with _alone(output):
         found = distributed.on_main(lambda: _begun(output, asked, restart=restart))
         for method, budget, part in _points(recipe, sorted(budgets, reverse=True), baselines):
             if found.has(method, budget):
                 continue
             name = f"{method}-{100 * budget:g}"
-            tell(f"{method} at {percent(budget, 0)}")
+            tell(f"{method} at {asked_for(budget)}")
             own = {"path": str(output / name), "overwrite": True, "push_to_hub": None, "private": False}
-            spec = part.output.model_copy(update=own)
+            point = part.model_copy(update={"output": part.output.model_copy(update=own)})
             try:
-                report = apply(part.model_copy(update={"output": spec}), restart=restart)
+                report = apply(point, restart=restart)
             except (ValueError, NonFiniteLoss) as error:
                 if not found.points or distributed.init().num_processes > 1:
                     raise  # a mistake in the recipe, most likely; of several processes the others wait for this one
-                reason = without_paths(first_line(error), recipe)
+                reason = without_paths(first_line(error), point)
                 found = _kept(found.without(Missed(method=method, budget=budget, reason=reason)), output)
                 continue
-            now, point = datetime.now(UTC), SweepPoint.of(method, budget, name, report)
-            found = _kept(found.with_(point, environment=report.environment, created=now), output)
+            now, done = datetime.now(UTC), SweepPoint.of(method, budget, name, report)
+            found = _kept(found.with_(done, environment=report.environment, created=now), output)
     return found
 
 
@@ -100,7 +101,7 @@ def _begun(output: Path, asked: str, *, restart: bool) -> Sweep:
     if restart:
         place.unlink(missing_ok=True)
     if not place.is_file():
-        others = output.iterdir() if output.exists() else ()
+        others = contents(output) if output.exists() else ()
         if not all(other.name.lstrip(".").startswith(_STEMS) for other in others):
             raise ValueError(f"--output {output} holds something that is no sweep; choose another folder")
         return Sweep(asked=asked)

@@ -20,24 +20,24 @@ SIBLINGS = ("last-good", "logs")
 def beside(path: Path, kind: str) -> Path:
     """Where something of an output is."""
     assert kind in KINDS
-    return path / f".vitprune.{kind}" if path.is_mount() else path.with_name(f".{path.name}.{kind}")
+    return path / f".vitprune.{kind}" if os.path.ismount(path) else path.with_name(f".{path.name}.{kind}")
 
 
 def sibling(path: Path, name: str) -> Path:
     """Where something of an output is that a person looks for: of `SIBLINGS`."""
     assert name in SIBLINGS
-    return path / name if path.is_mount() else path.with_name(f"{path.name}.{name}")
+    return path / name if os.path.ismount(path) else path.with_name(f"{path.name}.{name}")
 
 
 def contents(path: Path) -> Iterator[Path]:
     """What lies in an output folder, without what may have been put there in place of beside it."""
-    own = {*(f".vitprune.{kind}" for kind in KINDS), *SIBLINGS, "lost+found"} if path.is_mount() else set()
+    own = {*(f".vitprune.{kind}" for kind in KINDS), *SIBLINGS, "lost+found"} if os.path.ismount(path) else set()
     return (entry for entry in path.iterdir() if entry.name not in own)
 
 
 def there(path: Path) -> Path:
-    """The nearest folder above a path, or itself, that is there."""
-    return next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    """The nearest folder above a path, or itself, that is there, as far as may be seen."""
+    return next(folder for folder in (path, *path.absolute().parents) if os.path.exists(folder))
 
 
 def require_writable(folder: Path, path: Path | None = None) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -17,6 +18,7 @@ from huggingface_hub import constants, try_to_load_from_cache
 from huggingface_hub.utils import HFValidationError, get_session, httpx, validate_repo_id
 
 from vitprune.recipe.errors import first_line
+from vitprune.runtime.files import there
 
 WEIGHTS, WEIGHTS_INDEX = constants.SAFETENSORS_SINGLE_FILE, constants.SAFETENSORS_INDEX_FILE
 NO_SAFETENSORS = (
@@ -79,8 +81,12 @@ class Cache(NamedTuple):
         """What to say of an error if it is that there is no room left: the folder, the way out."""
         for cause in causes(error):
             if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-                variable = self.variable if self.variable in os.environ else "HF_HOME"
-                return f"{cause}: the cache {self.folder} is full; make room, or set {variable} to a folder that has it"
+                # data sets' files come through the cache of models; the error seldom says which file it was
+                cache = min(self, Cache.of_models(), key=lambda one: shutil.disk_usage(there(one.folder)).free)
+                variable = cache.variable if cache.variable in os.environ else "HF_HOME"
+                return (
+                    f"{cause}: the cache {cache.folder} is full; make room, or set {variable} to a folder that has it"
+                )
         return None
 
     def _unreadable(self) -> Iterator[OSError]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from vitprune.runtime.files import beside, write_text_whole
+from vitprune.runtime.files import beside, require_writable, write_text_whole
 
 
 class OutputLock:
@@ -22,6 +22,7 @@ class OutputLock:
 
     def acquire(self) -> None:
         """Raise ValueError, without waiting, where another run has it."""
+        require_writable(self._folder, self._output)
         self._folder.mkdir(parents=True, exist_ok=True)
         owner = self._folder / "owner.txt"
         try:
@@ -31,12 +32,18 @@ class OutputLock:
             raise ValueError(
                 f"{self._output}: another run into it is under way ({who}); wait for it, or choose another output"
             ) from None
-        write_text_whole(owner, f"process {os.getpid()} on {platform.node()}")
+        try:
+            write_text_whole(owner, f"process {os.getpid()} on {platform.node()}")
+        except OSError:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Let others write, and leave nothing behind. Does nothing where the lock isn't held."""
         if not self._file.is_locked:
             return
-        shutil.rmtree(self._folder, ignore_errors=True)
+        if os.name != "nt":  # before others may have it: what lies there then is theirs
+            shutil.rmtree(self._folder, ignore_errors=True)
         self._file.release()
-        shutil.rmtree(self._folder, ignore_errors=True)  # where an open file can't be removed
+        if os.name == "nt":  # where an open file can't be removed
+            shutil.rmtree(self._folder, ignore_errors=True)
