@@ -161,7 +161,12 @@ def test_the_page_of_commands_is_current() -> None:
     for name, verb in verbs.items():
         options = {option for one in verb.params for option in one.opts if option.startswith("--")} | {"--help"}
         assert set(re.findall(r"^\* `(?:-\w, )?(--[a-z-]+)", said[name], re.MULTILINE)) == options, write
-        assert all(one.help in said[name] for one in verb.params), write
+        assert " ".join(verb.help.split()) in said[name], write
+        for one in verb.params:
+            assert one.help in said[name], write
+            default = getattr(one.default, "value", one.default)
+            if isinstance(default, str | int | Path) and not isinstance(default, bool):
+                assert f"[default: {default}" in said[name], write
 
 
 def code_of(page: str) -> list[str]:

@@ -91,6 +91,13 @@ def test_an_answer_that_is_no_number_is_wrong() -> None:
     assert value == {"label-accuracy": 3 / 4}
 
 
+def test_of_equal_answers_the_first_counts_as_it_does_for_agreement() -> None:
+    answers_BC = torch.randn(256, 10, generator=torch.Generator().manual_seed(0)).round()
+    ids = recorded(KINDS["single-label"], answers_BC, torch.ones(256, dtype=torch.bool))
+    assert ids.shape == (256, 5)
+    assert torch.equal(ids[:, 0], answers_BC.argmax(-1))
+
+
 def test_a_metric_fits_the_task() -> None:
     assert [metric.label for metric in metrics_of(KINDS["regression"], None)] == ["mean-squared-error"]
     assert [metric.label for metric in metrics_of(KINDS["multi-label"], ("f1",))] == ["f1"]

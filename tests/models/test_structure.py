@@ -22,7 +22,7 @@ import vitprune
 from vitprune.models import context
 from vitprune.models.families import FAMILIES
 from vitprune.models.module import is_pruned, pruning_of
-from vitprune.models.structure import examine, find_backbone
+from vitprune.models.structure import channels, examine, find_backbone
 from vitprune.recipe.schema import PruningSpec
 
 EXACT = Tolerance(rtol=0.0, atol=0.0)
@@ -337,3 +337,10 @@ def test_data2vec_needs_fused_attention() -> None:
     config._attn_implementation = "eager"
     with pytest.raises(ValueError, match="Data2VecVisionModel has eager attention; load it with attn_implementation"):
         examine(hf.Data2VecVisionModel(config))
+
+
+def test_channels_are_the_configs_or_the_first_convolutions() -> None:
+    grey = hf.ViTForImageClassification(hf.ViTConfig(**tiny.SHAPE, num_channels=1))
+    assert (channels(tiny.build("dinov2")), channels(grey)) == (3, 1)
+    grey.config.num_channels = None  # type: ignore[assignment]
+    assert channels(grey) == 1

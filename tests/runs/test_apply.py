@@ -27,7 +27,7 @@ from vitprune.finetuning.finetune import NonFiniteLoss
 from vitprune.models.module import is_pruned, pruning_of
 from vitprune.recipe.schema import Recipe, RecipeError, load_recipe
 from vitprune.reports.results import LATENCY_TOLERANCE, Report
-from vitprune.runs.apply import apply
+from vitprune.runs.apply import _Run, apply
 from vitprune.runs.evaluate import evaluate
 from vitprune.runs.inputs import RunInputs
 from vitprune.runs.plan import plan
@@ -490,6 +490,25 @@ def test_given_thresholds_are_trained_at_the_budget(tmp_path: Path) -> None:
     assert report.training.checks[0].ratio == pytest.approx(0.6, abs=0.05)
     assert report.calibrated is not None
     assert report.calibrated.macs.ratio == pytest.approx(0.6, abs=0.05)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_where_training_gained_nothing_half_precision_meets_the_budget_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    """What was calibrated in float32 decides otherwise there."""
+    stages, settle = [], _Run._settle
+
+    def noted(self: Any, folder: Any, stage: str, levels: Any) -> None:
+        stages.append(stage)
+        settle(self, folder, stage, levels)
+
+    monkeypatch.setattr(_Run, "_settle", noted)
+    changes = ["finetune.learning_rate=1e-9", f"model.dtype={dtype}", "evaluate.batch_sizes=[]"]
+    report = apply(recipe(tmp_path, RECIPE + FINETUNE, "vit", *changes))
+    assert report.training is not None
+    assert not report.training.kept_step
+    assert ("thresholds" in stages) == (dtype == "bfloat16")
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -137,7 +137,7 @@ def test_into_a_mounted_volume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     (volume / f"{SWEEP_JSON}.7.unfinished").touch()  # of one that was killed in its first moment
     monkeypatch.setattr("os.path.ismount", lambda path: Path(path) == volume)
     assert [point.folder for point in sweep(recipe(tmp_path, FAST), [0.625], output=volume).points] == ["vitprune-62.5"]
-    assert "62.5 %" in (volume / SWEEP_PAGE).read_text(encoding="utf-8").replace("&nbsp;", " ")
+    assert "vitprune, 62.5&nbsp;%</a>" in (volume / SWEEP_PAGE).read_text(encoding="utf-8")
     assert not (volume / ".vitprune.lock").exists()
 
 

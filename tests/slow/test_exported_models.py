@@ -177,6 +177,16 @@ def test_another_size_than_the_processors(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+def test_a_model_that_gives_out_hidden_states(tmp_path: Path) -> None:
+    """The graph doesn't, and what is saved beside it doesn't say so."""
+    model = pruned("deit")
+    model.config.output_hidden_states = True
+    exported = vitprune.export(model, tmp_path / "out", tells_patches=True)
+    assert model.config.output_hidden_states
+    assert not AutoConfig.from_pretrained(tmp_path / "out").output_hidden_states
+    same(model, exported, "deit")
+
+
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pruned classifier whose report says how many patches images keep."""

@@ -66,8 +66,10 @@ def is_recipe(target: str) -> bool:
 
 
 def with_data(data: str | None, overrides: Sequence[str]) -> list[str]:
-    """The overrides of a recipe that is given other data."""
-    return [*overrides, *([] if data is None else [f"data.path={json.dumps(data, ensure_ascii=False)}"])]
+    """The overrides of a recipe that is given other data: its configuration isn't theirs."""
+    if data is None:
+        return [*overrides]
+    return ["data.name=null", *overrides, f"data.path={json.dumps(data, ensure_ascii=False)}"]
 
 
 def read_target(target: str, data: str | None, overrides: Sequence[str] = ()) -> tuple[Recipe, bool]:

@@ -136,7 +136,7 @@ def finetune(
     batches = TrainingBatches(images, spec.batch_size, seed, spec.augmentation, share)
     steps = count_steps(spec, images)
     thresholds = ThresholdTraining.of(pruning_of(model), spec.thresholds, budget)
-    with trained(answers, taught_by, spec, accelerator, thresholds) as ours:
+    with trained(answers, taught_by, spec, accelerator, thresholds, may_go_back=holdout is not None) as ours:
         student = ours.student
         optimizer = build_optimizer(student.answers.model, spec)
         prepared, optimizer = accelerator.prepare(student, optimizer)

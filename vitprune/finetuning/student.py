@@ -112,7 +112,8 @@ class Trained:
     """A student while it is trained, and `answers`, which get what it learns.
 
     FSDP makes other modules of a model, in place and for good, so it trains a copy. first: weights from before, where
-    the student is no copy. state: what to end with, if not with what was learned last; or `is_at_start`.
+    the student is no copy and may go back to them. state: what to end with, if not with what was learned last; or
+    `is_at_start`.
     """
 
     answers: ImageModel
@@ -155,10 +156,14 @@ def trained(
     spec: FinetuneSpec,
     accelerator: Accelerator,
     thresholds: ThresholdTraining,
+    *,
+    may_go_back: bool,
 ) -> Iterator[Trained]:
     """The student to be trained; afterwards `answers` has what it learned and is ready to be used.
 
     The student executes and recomputes again as before, and of the teacher the same weights ask for gradients.
+
+    may_go_back: whether it may end with the weights from before, of which a copy is kept then.
 
     Sharded weights are brought together where all processes come to it: at the end, or where a loss became infinite,
     but not where one of them failed.
@@ -174,7 +179,7 @@ def trained(
         if recomputes:
             model.activation_checkpointing_enable()
         student = Student(taught, thresholds, wants_tokens=spec.losses.tokens > 0)
-        first = None if sharded else copied(answers.state_dict())
+        first = copied(answers.state_dict()) if may_go_back and not sharded else None
         found = Trained(answers, student, thresholds, sharded, first)
         together = True
         try:

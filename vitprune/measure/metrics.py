@@ -203,5 +203,6 @@ def recorded(kind: AnswerKind, answers_BC: Tensor, finite_B: Tensor) -> Tensor:
     """
     if kind.name != "single-label":
         return answers_BC.cpu().double()
-    ids_BR = answers_BC.topk(min(RANKED, answers_BC.shape[-1]), dim=-1).indices.cpu()
+    # of equal ones, as half precision often has, the first, as argmax has it, by which answers are the same or not
+    ids_BR = answers_BC.sort(dim=-1, descending=True, stable=True).indices[:, :RANKED].cpu()
     return ids_BR.masked_fill(~finite_B[:, None], NO_CLASS)

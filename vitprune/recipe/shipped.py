@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import stat
 import tempfile
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def copy(name: str, destination: Path) -> list[Path]:
         for source in sources:
             if source.is_dir():
                 ignored = shutil.ignore_patterns("__pycache__")
-                shutil.copytree(source, Path(unfinished, source.name), ignore=ignored)
+                copied = shutil.copytree(source, Path(unfinished, source.name), ignore=ignored)
+                copied.chmod(copied.stat().st_mode | stat.S_IRWXU)  # a folder that can't be written can't be moved
             else:
                 shutil.copyfile(source, Path(unfinished, source.name))
         for source in sources:

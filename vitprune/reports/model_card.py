@@ -71,7 +71,7 @@ EXPORTED = """\
 import vitprune
 
 model = vitprune.ExportedModel.load("{name}")
-outputs = model(picture)  # a PIL image, or several; run.py in the folder does without vitprune
+outputs = model(picture)  # a PIL image, or several; the folder's README.md says how to do without vitprune
 """
 
 

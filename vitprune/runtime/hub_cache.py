@@ -5,6 +5,7 @@ Knows the caches' folders, the variables that set them, and which files are a ch
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
@@ -81,13 +82,22 @@ class Cache(NamedTuple):
         """What to say of an error if it is that there is no room left: the folder, the way out."""
         for cause in causes(error):
             if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
-                # data sets' files come through the cache of models; the error seldom says which file it was
-                cache = min(self, Cache.of_models(), key=lambda one: shutil.disk_usage(there(one.folder)).free)
+                cache = self._without_room(cause)
                 variable = cache.variable if cache.variable in os.environ else "HF_HOME"
                 return (
                     f"{cause}: the cache {cache.folder} is full; make room, or set {variable} to a folder that has it"
                 )
         return None
+
+    def _without_room(self, error: OSError) -> Cache:
+        """This one, or that of models, which the files of data sets come through; the error seldom names its file."""
+        models = Cache.of_models()
+        if error.filename is not None:
+            return models if _same_branch(Path(os.fsdecode(error.filename)), models.folder) else self
+        if error.errno == errno.ENOSPC:
+            with contextlib.suppress(OSError):
+                return min(self, models, key=lambda one: shutil.disk_usage(there(one.folder)).free)
+        return self
 
     def _unreadable(self) -> Iterator[OSError]:
         """The folder is asked itself, too: it is often taken for an empty one where it can't be read."""
@@ -127,8 +137,8 @@ def absence(error: Exception, checkpoint: str, revision: str | None, what: str, 
     if not is_hub_id(checkpoint):
         return None
     cache = Cache.of_models()
-    there = weights_in_cache(checkpoint, revision) if WEIGHTS in names else in_cache(checkpoint, revision, names)
-    if there:
+    found = weights_in_cache(checkpoint, revision) if WEIGHTS in names else in_cache(checkpoint, revision, names)
+    if found:
         return cache.trouble(error)
     download = " ".join(["hf download", checkpoint, *(["--revision", revision] if revision else [])])
     return cache.trouble(error) or cache.lack(what, f"{PREFETCH} (or `{download}`)")

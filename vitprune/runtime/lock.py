@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import shutil
@@ -28,7 +29,9 @@ class OutputLock:
         try:
             self._file.acquire()
         except Timeout:
-            who = owner.read_text(encoding="utf-8") if owner.is_file() else "another process"
+            who = "another process"
+            with contextlib.suppress(OSError):
+                who = owner.read_text(encoding="utf-8")
             raise ValueError(
                 f"{self._output}: another run into it is under way ({who}); wait for it, or choose another output"
             ) from None
@@ -42,8 +45,9 @@ class OutputLock:
         """Let others write, and leave nothing behind. Does nothing where the lock isn't held."""
         if not self._file.is_locked:
             return
-        if os.name != "nt":  # before others may have it: what lies there then is theirs
-            shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self._folder, ignore_errors=True)  # before others may have it: what lies there then is theirs
         self._file.release()
-        if os.name == "nt":  # where an open file can't be removed
-            shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # not every file system removes an open file
+            if os.name == "nt":  # nor this one any that another process has opened
+                Path(self._file.lock_file).unlink()
+            self._folder.rmdir()
