@@ -2,8 +2,9 @@
 
     python integrations/gradio/app.py [CHECKPOINT]
 
-CHECKPOINT: folder or Hub id of a pruned checkpoint with several operating points (`budget: {macs: [80%, 65%, 50%]}`).
-Without one the recipe quickstart's small ViT is pruned first, which takes half a minute. Runs on this machine alone.
+CHECKPOINT: folder or Hub id of a pruned classifier with several operating points (`budget: {macs: [80%, 65%, 50%]}`);
+also a variable of the environment. Without one the recipe quickstart's small ViT is pruned first, which takes half a
+minute. Runs on this machine alone.
 """
 
 from __future__ import annotations
@@ -134,7 +135,8 @@ THEME = Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "mo
 
 if __name__ == "__main__":
     try:
-        space = of_checkpoint(sys.argv[1]) if len(sys.argv) > 1 else quickstart()
+        checkpoint = sys.argv[1] if len(sys.argv) > 1 else os.environ.get("CHECKPOINT")
+        space = of_checkpoint(checkpoint) if checkpoint else quickstart()
     except ValueError as error:
         sys.exit(str(error))
     space.page().launch(theme=THEME)

@@ -91,8 +91,8 @@ def test_upload_slide_and_read(opened: tuple[Page, list[str]], tmp_path: Path) -
     assert wrong == []
 
 
-def refused(checkpoint: Path) -> str:
-    process = started(str(checkpoint))
+def refused(*arguments: str) -> str:
+    process = started(*arguments)
     said, _ = process.communicate(timeout=PATIENCE / 1000)
     assert process.returncode == 1
     assert "Traceback" not in said
@@ -100,7 +100,12 @@ def refused(checkpoint: Path) -> str:
 
 
 def test_a_checkpoint_that_is_no_such_one_is_refused_in_a_line() -> None:
-    assert "isn't pruned" in refused(CHECKPOINT)
+    assert "isn't pruned" in refused(str(CHECKPOINT))
+
+
+def test_a_checkpoint_by_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CHECKPOINT", str(CHECKPOINT))
+    assert "isn't pruned" in refused()
 
 
 def test_a_model_that_gives_several_labels_is_refused(tmp_path: Path) -> None:
@@ -108,9 +113,6 @@ def test_a_model_that_gives_several_labels_is_refused(tmp_path: Path) -> None:
     model = vitprune.load(str(CHECKPOINT))
     model.config.problem_type = "multi_label_classification"
     spec = vitprune.PruningSpec(before_blocks=[3], thresholds=[0.2], points=points)
-    vitprune.save(
-        vitprune.prune_(model, spec), tmp_path / "several", processor=vitprune.load_processor(str(CHECKPOINT))
-    )
-    assert "which of several labels an image has, and ViTForImageClassification doesn't say" in refused(
-        tmp_path / "several"
-    )
+    processor = vitprune.load_processor(str(CHECKPOINT))
+    place = vitprune.save(vitprune.prune_(model, spec), tmp_path / "several", processor=processor)
+    assert "which of several labels an image has, and ViTForImageClassification doesn't say" in refused(str(place))
