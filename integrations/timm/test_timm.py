@@ -54,7 +54,6 @@ import test_learning  # noqa: E402
 
 import vitprune  # noqa: E402
 from vitprune import apply, load_recipe, plan  # noqa: E402
-from vitprune.models.structure import channels  # noqa: E402
 
 # these name their families
 ELSEWHERE = {"test_in_packed_training_an_image_that_is_not_finite_stays_alone"}
@@ -145,7 +144,3 @@ def test_a_batch_without_images_has_no_answers() -> None:
     dense = timm_model().eval()
     expected = dense(tiny.images(1)[:0]).logits.shape
     assert vitprune.prune_(dense, tiny.POLICIES["as-vit"])(tiny.images(1)[:0]).logits.shape == expected
-
-
-def test_channels_are_those_of_the_first_convolution() -> None:
-    assert [channels(timm_model(in_chans=count)) for count in (1, 3, 4)] == [1, 3, 4]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -339,6 +340,10 @@ def test_data2vec_needs_fused_attention() -> None:
         examine(hf.Data2VecVisionModel(config))
 
 
-def test_channels_are_the_configs() -> None:
+def test_channels_are_the_configs_or_the_first_convolutions(monkeypatch: pytest.MonkeyPatch) -> None:
     grey = hf.ViTForImageClassification(hf.ViTConfig(**tiny.SHAPE, num_channels=1))
     assert (channels(tiny.build("dinov2")), channels(grey)) == (3, 1)
+    untold: Any = nn.Sequential(nn.Conv2d(4, 8, 2), nn.Conv2d(8, 8, 2))  # as timm's, whose configs don't say it
+    untold.config = SimpleNamespace()
+    monkeypatch.setattr("vitprune.models.structure.examine", lambda model: SimpleNamespace(backbone=model))
+    assert channels(untold) == 4
