@@ -105,10 +105,10 @@ def _metric(comparison: Comparison, name: str, model: str) -> str:
     return percent(value, 2) if pair.is_fraction else number(value)
 
 
-AGREEMENTS = ("same answer", "same labels")
+AGREEMENTS = SAME_ANSWER, SAME_LABELS = "same answer", "same labels"
 LIKENESS: dict[str, Callable[[Comparison], float | None]] = {
-    "same answer": lambda comparison: None if comparison.answers == "multi-label" else comparison.agreement,
-    "same labels": lambda comparison: comparison.agreement if comparison.answers == "multi-label" else None,
+    SAME_ANSWER: lambda comparison: None if comparison.answers == "multi-label" else comparison.agreement,
+    SAME_LABELS: lambda comparison: comparison.agreement if comparison.answers == "multi-label" else None,
     "cosine": lambda comparison: comparison.similarity,
     "correlation": lambda comparison: comparison.correlation,
 }

@@ -189,10 +189,10 @@ def _numbers(text: str) -> list[int]:
     found: list[int] = []
     for part in text.replace(" ", "").split(","):
         match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
-        first, last = (0, -1) if match is None else (int(match[1]), int(match[2] or match[1]))
-        if last < first:
+        rows = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
+        if not rows:
             raise ValueError(f"--rows is {text!r}, should be numbers and ranges such as 0-9,20")
-        found += range(first, last + 1)
+        found += rows
     return [*dict.fromkeys(found)]
 
 

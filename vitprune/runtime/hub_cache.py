@@ -53,6 +53,11 @@ class Cache(NamedTuple):
         folder = Path(datasets.config.HF_DATASETS_CACHE).expanduser()
         return cls("HF_DATASETS_CACHE", folder, datasets.config.HF_HUB_OFFLINE)
 
+    @property
+    def set_by(self) -> str:
+        """The variable by which this user moves it."""
+        return self.variable if self.variable in os.environ else "HF_HOME"
+
     def lack(self, what: str, fetch: str = PREFETCH) -> str | None:
         """What to say of something that isn't here, if the Hub can't be asked for it. None where it can.
 
@@ -71,10 +76,9 @@ class Cache(NamedTuple):
                 continue
             for cache in (self, Cache.of_models(), Cache("HF_HOME", Path(constants.HF_HOME), False)):
                 if _same_branch(Path(os.fsdecode(cause.filename)), cache.folder):
-                    variable = cache.variable if cache.variable in os.environ else "HF_HOME"
                     return (
-                        f"the cache {cache.folder} can't be used ({cause.strerror}: {cause.filename}); set {variable} "
-                        "to a folder that can be read and written"
+                        f"the cache {cache.folder} can't be used ({cause.strerror}: {cause.filename}); set "
+                        f"{cache.set_by} to a folder that can be read and written"
                     )
         return None
 
@@ -83,10 +87,8 @@ class Cache(NamedTuple):
         for cause in causes(error):
             if isinstance(cause, OSError) and cause.errno in (errno.ENOSPC, errno.EDQUOT):
                 cache = self._without_room(cause)
-                variable = cache.variable if cache.variable in os.environ else "HF_HOME"
-                return (
-                    f"{cause}: the cache {cache.folder} is full; make room, or set {variable} to a folder that has it"
-                )
+                way_out = f"make room, or set {cache.set_by} to a folder that has it"
+                return f"{cause}: the cache {cache.folder} is full; {way_out}"
         return None
 
     def _without_room(self, error: OSError) -> Cache:
